@@ -1,0 +1,187 @@
+"""What happens to a node, and what it wants done: the two vocabularies of `Node.handle`.
+
+Owns the structs alone. Must not know who produces or carries them out. Events are complete: the journal is a
+list of (now, event), and nothing else is needed to repeat a run.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from seallmd.core.messages import (
+    CopyDone,
+    CopyFailed,
+    ImageFailed,
+    ImageReady,
+    JobProgress,
+    Probed,
+    ProbeFailed,
+    Sampling,
+    StepDone,
+    StepFailed,
+    ToHost,
+    ToWorker,
+)
+
+
+class _Tagged(msgspec.Struct, frozen=True, tag=True, gc=False):
+    pass
+
+
+# -------------------------------------------------------------------------------------------- events
+
+
+class Arrived(_Tagged, frozen=True):
+    """A request. prompt: token ids. max_tokens: most tokens to generate. stop_ids: ids that end it.
+
+    salt: prefixes are shared only among equal salts. leader: a request with the same prompt that arrived just
+    before (n > 1): this one waits for the leader's prefill, to share it; 0 = none.
+    """
+
+    request: int
+    service: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    stop_ids: tuple[int, ...] = ()
+    salt: str = ""
+    leader: int = 0
+
+
+class Cancelled(_Tagged, frozen=True):
+    """The client is gone, or has all it wants (a stop string was seen)."""
+
+    request: int
+
+
+class LoadWanted(_Tagged, frozen=True):
+    """An operator wants the service resident. `ticket` comes back in `Answer`."""
+
+    ticket: int
+    service: str
+
+
+class EvictWanted(_Tagged, frozen=True):
+    """An operator wants the service gone: once its work is done, or `now`, which ends its requests."""
+
+    ticket: int
+    service: str
+    now: bool = False
+
+
+class Tick(_Tagged, frozen=True):
+    """Time has passed (see `Node.next_wakeup`)."""
+
+
+class DrainWanted(_Tagged, frozen=True):
+    """The node is to stop: refuse new requests, finish those it has."""
+
+
+class WorkerUp(_Tagged, frozen=True):
+    """A device's worker is ready, with an empty arena."""
+
+    device: int
+    label: str
+    arena_bytes: int
+
+
+class WorkerLost(_Tagged, frozen=True):
+    """A device's worker is gone, with all that it held."""
+
+    device: int
+    reason: str
+
+
+class HostUp(_Tagged, frozen=True):
+    """The host process is ready and holds no image."""
+
+
+class HostLost(_Tagged, frozen=True):
+    """The host process is gone; images that workers have mapped stay theirs, the others are lost."""
+
+    reason: str
+
+
+class FromDevice(_Tagged, frozen=True):
+    """A worker said something."""
+
+    device: int
+    message: JobProgress | CopyDone | CopyFailed | StepDone | StepFailed
+
+
+class FromHostProcess(_Tagged, frozen=True):
+    """The host process said something."""
+
+    message: Probed | ProbeFailed | JobProgress | ImageReady | ImageFailed
+
+
+Event = (
+    Arrived
+    | Cancelled
+    | LoadWanted
+    | EvictWanted
+    | Tick
+    | DrainWanted
+    | WorkerUp
+    | WorkerLost
+    | HostUp
+    | HostLost
+    | FromDevice
+    | FromHostProcess
+)
+
+# ------------------------------------------------------------------------------------------- actions
+
+
+class ToDevice(_Tagged, frozen=True):
+    """Send this to a device's worker."""
+
+    device: int
+    message: ToWorker
+
+
+class ToHostProcess(_Tagged, frozen=True):
+    """Send this to the host process."""
+
+    message: ToHost
+
+
+class Emit(_Tagged, frozen=True):
+    """Tokens of a request, in order. cached: prompt tokens that were not computed again (first Emit only)."""
+
+    request: int
+    tokens: tuple[int, ...]
+    cached: int = 0
+
+
+class Finish(_Tagged, frozen=True):
+    """A request is over; its last action.
+
+    reason: "stop" (a stop id was drawn; it was emitted), "length", "cancelled" or "failed".
+    error: a sentence for the client. code: OpenAI's error code. status: the HTTP status that fits.
+    retry_after: seconds, 0 = trying again is pointless or unknown.
+    """
+
+    request: int
+    reason: str
+    error: str = ""
+    code: str = ""
+    status: int = 0
+    retry_after: float = 0.0
+
+
+class Answer(_Tagged, frozen=True):
+    """An operator's command has ended. error: one line, empty when it succeeded."""
+
+    ticket: int
+    error: str = ""
+
+
+class Note(_Tagged, frozen=True):
+    """Something an operator may want to know: a swap, a preemption, a restart, a refusal, with the reason."""
+
+    service: str
+    text: str
+
+
+Action = ToDevice | ToHostProcess | Emit | Finish | Answer | Note

@@ -1,0 +1,342 @@
+"""Everything that is said between the daemon and its worker and host processes.
+
+Owns the message structs and their framing; it is the one module that `worker` shares with the rest. Must
+not know torch, sockets or policy.
+
+A frame is a 4-byte little-endian length and that many bytes of msgpack. Messages to one process are carried
+out in the order in which they were sent. The ledger in `core` relies on that: it may hand a block to a new
+owner at once, because whatever still reads the old contents was sent earlier.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import msgspec
+
+MAX_FRAME_BYTES = 1 << 28
+_LENGTH = struct.Struct("<I")
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, omit_defaults=True, gc=False):
+    """Base of every message: immutable, encoded as a tagged array."""
+
+
+# ------------------------------------------------------------------------------------------- shapes
+
+
+class LayerShape(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """KV of one attention layer on one rank. k_dim and v_dim are elements per head."""
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+
+
+class ModelShape(msgspec.Struct, frozen=True, gc=False):
+    """What the probe learnt of a model.
+
+    dtype: "float32", "float16" or "bfloat16", of weights and KV. itemsize: bytes per element.
+    segments: bytes of each weights segment, in image order; only a segment must be contiguous in an arena.
+    layers: one entry per attention layer. vocab: rows of the output layer. context: the limit in tokens
+    that the service runs with. eos: token ids that end a generation.
+    """
+
+    architecture: str
+    dtype: str
+    itemsize: int
+    layers: tuple[LayerShape, ...]
+    segments: tuple[int, ...]
+    vocab: int
+    context: int
+    eos: tuple[int, ...] = ()
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """KV bytes of one token over all layers."""
+        return self.itemsize * sum(s.kv_heads * (s.k_dim + s.v_dim) for s in self.layers)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all segments."""
+        return sum(self.segments)
+
+
+# ------------------------------------------------------------------------- daemon to the host process
+
+
+class Probe(Message, frozen=True):
+    """Resolve `model` (directory, GGUF file, Hugging Face id) and learn its shape.
+
+    dtype: "auto" or a dtype. context: limit in tokens, 0 = the model's own.
+    """
+
+    service: str
+    model: str
+    dtype: str
+    context: int
+
+
+class BuildImage(Message, frozen=True):
+    """Build the host image of a service: all its weights, flattened, in shared memory.
+
+    directory, dtype, context: as `Probed` told them, so that a host process that was restarted can do it too.
+    """
+
+    service: str
+    directory: str = ""
+    dtype: str = "auto"
+    context: int = 0
+
+
+class DropImage(Message, frozen=True):
+    """Forget a host image (told to workers too, which unmap it); its memory is free once nobody maps it."""
+
+    service: str
+
+
+# ------------------------------------------------------------------------- the host process to daemon
+
+
+class Probed(Message, frozen=True):
+    """The model can be served. directory: where config, weights and tokenizer lie."""
+
+    service: str
+    directory: str
+    shape: ModelShape
+
+
+class ProbeFailed(Message, frozen=True):
+    """The model cannot be served, and why (one line)."""
+
+    service: str
+    reason: str
+
+
+class JobProgress(Message, frozen=True):
+    """How far a long job is.
+
+    stage: download, convert, read or copy. done and total: bytes (total 0: unknown).
+    """
+
+    service: str
+    stage: str
+    done: int
+    total: int
+
+
+class ImageReady(Message, frozen=True):
+    """The image can be mapped from `path` by any process of this user while the host process lives."""
+
+    service: str
+    path: str
+    bytes_: int
+    seconds: float
+
+
+class ImageFailed(Message, frozen=True):
+    """The image could not be built, and why (one line)."""
+
+    service: str
+    reason: str
+
+
+# -------------------------------------------------------------------------------- daemon to a worker
+
+
+class Extent(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One segment's place: bytes [image_at, image_at + bytes_) of the image lie at arena_at in the arena."""
+
+    image_at: int
+    bytes_: int
+    arena_at: int
+
+
+class CopyIn(Message, frozen=True):
+    """Make a service resident: copy its image into the arena while other services keep stepping.
+
+    copy: comes back in the outcome, so that a copy that was cancelled is told from the next one.
+    """
+
+    service: str
+    directory: str
+    dtype: str
+    context: int
+    image: str
+    extents: tuple[Extent, ...]
+    copy: int = 0
+
+
+class DropWeights(Message, frozen=True):
+    """The service is no longer resident; its extents belong to others from here on."""
+
+    service: str
+
+
+class MoveBlocks(Message, frozen=True):
+    """Copy KV blocks `src[i]` -> `dst[i]` of the arena, and rename them in every block table."""
+
+    src: tuple[int, ...]
+    dst: tuple[int, ...]
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
+    """How to choose tokens; ranges as in OpenAI's API and vLLM's extras.
+
+    temperature 0 is greedy. top_k 0 is off. repetition_penalty covers prompt and output, the other two
+    penalties the output alone. seed: the same (seed, position) gives the same draw, whatever else is in the
+    batch. banned: (ids, n): these ids cannot be chosen before n tokens were generated.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    min_tokens: int = 0
+    banned: tuple[int, ...] = ()
+
+
+class Admit(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a worker must know of a request before its first row.
+
+    tokens: prompt and whatever was generated before (after a preemption). prompt: how many are prompt.
+    """
+
+    request: int
+    tokens: tuple[int, ...]
+    prompt: int
+    sampling: Sampling
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
+    """Run `count` tokens of a request from position `start`; `blocks` are appended to its table first.
+
+    sample: draw the next token after the row's last one. The worker appends it to the request's tokens, so
+    that a later row can run it before the daemon has seen it.
+    """
+
+    request: int
+    start: int
+    count: int
+    sample: bool
+    blocks: tuple[int, ...] = ()
+
+
+class Step(Message, frozen=True):
+    """One forward pass of one resident service. Rows' tokens are packed in this order."""
+
+    step: int
+    service: str
+    admit: tuple[Admit, ...]
+    rows: tuple[Row, ...]
+
+
+class Forget(Message, frozen=True):
+    """These requests are over (or preempted): drop their state. Unknown ids are ignored."""
+
+    requests: tuple[int, ...]
+
+
+class Shutdown(Message, frozen=True):
+    """End the process once everything before this message is done."""
+
+
+# -------------------------------------------------------------------------------- a worker to daemon
+
+
+class Hello(Message, frozen=True):
+    """The process is ready. device: a name for people. arena_bytes: of its arena (host process: 0)."""
+
+    pid: int
+    device: str
+    arena_bytes: int
+
+
+class CopyDone(Message, frozen=True):
+    """The service is resident. seconds: from the first byte copied to parameters bound."""
+
+    service: str
+    seconds: float
+    copy: int = 0
+
+
+class CopyFailed(Message, frozen=True):
+    """The service could not be made resident, and why; its extents are unused."""
+
+    service: str
+    reason: str
+    copy: int = 0
+
+
+class StepDone(Message, frozen=True):
+    """tokens: one per row with `sample`, in row order. seconds: from the step's start to its end."""
+
+    step: int
+    tokens: tuple[int, ...]
+    seconds: float
+
+
+class StepFailed(Message, frozen=True):
+    """The step raised; no row of it counts."""
+
+    step: int
+    reason: str
+
+
+ToHost = Probe | BuildImage | DropImage | Shutdown
+FromHost = Hello | Probed | ProbeFailed | JobProgress | ImageReady | ImageFailed
+ToWorker = CopyIn | DropWeights | DropImage | MoveBlocks | Step | Forget | Shutdown
+FromWorker = Hello | JobProgress | CopyDone | CopyFailed | StepDone | StepFailed
+
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def frame(message: Message) -> bytes:
+    """The bytes of one message on the wire."""
+    body = _ENCODER.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class Unframer:
+    """Bytes in, messages out. `kind` is one of the unions above, or a list of message types as a union."""
+
+    def __init__(self, kind: object) -> None:
+        self._decoder = msgspec.msgpack.Decoder(kind)
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Message]:
+        """Yield every message completed by `data`. Raises DecodeError or ValueError on a bad frame."""
+        self._buffer += data
+        while len(self._buffer) >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(self._buffer)
+            if size > MAX_FRAME_BYTES:
+                raise ValueError(f"frame of {size} bytes, at most {MAX_FRAME_BYTES} are allowed")
+            end = _LENGTH.size + size
+            if len(self._buffer) < end:
+                return
+            body = bytes(self._buffer[_LENGTH.size : end])
+            del self._buffer[:end]
+            yield self._decoder.decode(body)
+
+
+class WorkerSettings(msgspec.Struct, frozen=True, gc=False):
+    """What a worker or the host process is started with.
+
+    device: "cpu" or "cuda:N". arena_bytes: size of the arena, 0 = what the GPU has free, less `reserve_bytes`
+    (activations, workspaces, CUDA context). block_bytes: the arena's unit. threads: CPU threads for math.
+    cache: directory for downloaded and converted models.
+    """
+
+    name: str
+    device: str
+    arena_bytes: int = 0
+    reserve_bytes: int = 0
+    block_bytes: int = 1 << 21
+    threads: int = 1
+    cache: str = ""

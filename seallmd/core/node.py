@@ -1,0 +1,381 @@
+"""The node: the only place where decisions are made.
+
+Owns the one entry, `Node.handle(event, now) -> actions`, and the meaning of each event; `residency`,
+`batcher` and `scheduler` decide the rest on the same state. Must not read a clock, do IO or draw random
+numbers: the same (now, event) list gives the same actions, in the daemon, in the simulator and in a replay.
+"""
+
+from __future__ import annotations
+
+from seallmd.core import events as ev
+from seallmd.core import messages as msg
+from seallmd.core.arena import Arena
+from seallmd.core.batcher import Batcher
+from seallmd.core.invariants import check_node
+from seallmd.core.report import node_status
+from seallmd.core.residency import Residency
+from seallmd.core.scheduler import POLICIES
+from seallmd.core.settings import NodeSettings
+from seallmd.core.state import (
+    Device,
+    Image,
+    Life,
+    NodeState,
+    Request,
+    SentStep,
+    Service,
+    Stage,
+)
+from seallmd.core.status import NodeStatus
+
+
+class Node:
+    """All services on all devices of one machine, as far as decisions go."""
+
+    def __init__(self, settings: NodeSettings) -> None:
+        self._state = NodeState(
+            settings,
+            devices={index: Device(index) for index in range(settings.devices)},
+            services={s.name: Service(s, wanted=s.preload or s.pinned) for s in settings.services},
+        )
+        self._residency = Residency(self._state)
+        self._batcher = Batcher(self._state, self._residency)
+        self._policy = POLICIES[settings.scheduler.policy]
+
+    @property
+    def state(self) -> NodeState:
+        """What the node knows; for reports and checks, not to be changed."""
+        return self._state
+
+    def handle(self, event: ev.Event, now: float) -> list[ev.Action]:
+        """Take in what happened at `now` (seconds, never falling) and say what is to be done, in order."""
+        self._state.now = max(now, self._state.now)
+        self._state.actions = []
+        self._on(event)
+        self._residency.settle_drains()
+        self._residency.bring_in_wanted()
+        for device in self._state.devices.values():
+            self._fill(device)
+        # Forming steps preempts and evicts: what that set free may be wanted.
+        self._residency.settle_drains()
+        return self._state.actions
+
+    def next_wakeup(self) -> float | None:
+        """When the node wants a Tick although nothing happens; None: only when something does."""
+        state, patience = self._state, self._state.settings.scheduler
+        times = [r.drain_until for s in state.services.values() for r in s.replicas if r.drain_until]
+        for service in state.services.values():
+            if service.demand and not service.replicas and not service.refused:
+                times.append(service.retry_at)
+                times.extend(
+                    r.arrived + patience.patience_seconds for r in list(service.waiting.values())[:1]
+                )
+                times.extend(
+                    r.since + patience.min_residency_seconds
+                    for d in state.devices.values()
+                    for r in d.replicas.values()
+                )
+        return min((t for t in times if t > state.now), default=None)
+
+    def context_limit(self, name: str) -> int:
+        """Most tokens, prompt and output, that a request of a probed service may have."""
+        return self._residency.context_limit(self._state.services[name])
+
+    # ------------------------------------------------------------------------------------ steps
+
+    def _fill(self, device: Device) -> None:
+        """Send steps until the device holds as many as it may, or nothing can run."""
+        if device.arena is None:
+            return
+        while len(device.inflight) < self._state.settings.scheduler.pipeline_depth:
+            step = self._next_step(device)
+            if step is None:
+                return
+            self._state.send(device.index, step)
+
+    def _next_step(self, device: Device) -> msg.Step | None:
+        ready = [replica for replica in device.replicas.values() if self._batcher.has_work(replica)]
+        if not ready:
+            return None
+        for replica in self._policy(self._state, device, ready):
+            # Forming a step for one may have evicted the next.
+            if device.replicas.get(replica.service) is replica:
+                step = self._batcher.form(device, replica)
+                if step is not None:
+                    return step
+        return None
+
+    # ------------------------------------------------------------------------------------ events
+
+    def _on(self, event: ev.Event) -> None:
+        match event:
+            case ev.FromDevice(device, message):
+                self._on_device(self._state.devices[device], message)
+            case ev.Arrived():
+                self._on_arrived(event)
+            case ev.Cancelled(request):
+                if request in self._state.requests:
+                    self._state.finish(self._state.requests[request], "cancelled")
+            case ev.FromHostProcess(message):
+                self._on_host(message)
+            case ev.LoadWanted():
+                self._on_load_wanted(event)
+            case ev.EvictWanted():
+                self._on_evict_wanted(event)
+            case ev.WorkerUp():
+                self._on_worker_up(event)
+            case ev.WorkerLost():
+                self._on_worker_lost(event)
+            case ev.HostUp():
+                self._on_host_up()
+            case ev.HostLost(reason):
+                self._on_host_lost(reason)
+            case ev.DrainWanted():
+                self._state.draining = True
+            case ev.Tick():
+                pass
+
+    def _on_arrived(self, event: ev.Arrived) -> None:
+        refusal = self._refusal(event)
+        if refusal is not None:
+            self._state.actions.append(refusal)
+            return
+        state = self._state
+        assert event.request not in state.requests, f"request {event.request} arrived twice"
+        service = state.services[event.service]
+        state.orders += 1
+        request = Request(
+            id=event.request,
+            service=event.service,
+            order=state.orders,
+            arrived=state.now,
+            tokens=list(event.prompt),
+            prompt=len(event.prompt),
+            max_tokens=event.max_tokens,
+            sampling=event.sampling,
+            stop_ids=frozenset(event.stop_ids),
+            root=(event.service, event.salt),
+            leader=event.leader,
+        )
+        state.requests[request.id] = request
+        service.waiting[request.order] = request
+        service.prompt_tokens += request.prompt
+
+    def _refusal(self, event: ev.Arrived) -> ev.Finish | None:
+        """Why a request is not even queued."""
+        state = self._state
+
+        def failed(error: str, code: str, status: int, retry_after: float = 0.0) -> ev.Finish:
+            return ev.Finish(event.request, "failed", error, code, status, retry_after)
+
+        service = state.services.get(event.service)
+        if service is None:
+            return failed(f"model {event.service!r} does not exist", "model_not_found", 404)
+        if state.draining:
+            return failed("the server is shutting down", "shutting_down", 503, 5.0)
+        if service.refused:
+            error = f"model {service.name!r} cannot be served: {service.refused}"
+            return failed(error, "model_unavailable", 503)
+        if state.now < service.retry_at:
+            error = f"model {service.name!r} could not be loaded: {service.trouble}"
+            return failed(error, "model_unavailable", 503, service.retry_at - state.now)
+        if len(service.waiting) >= service.settings.max_waiting:
+            error = f"{len(service.waiting)} requests wait for model {service.name!r} already"
+            return failed(error, "overloaded", 503, 1.0)
+        if service.shape is None:
+            return failed(f"model {service.name!r} is still being examined", "model_loading", 503, 1.0)
+        limit = self._residency.context_limit(service)
+        if len(event.prompt) + event.max_tokens > limit:
+            error = (
+                f"this model's context is {limit} tokens; the request has {len(event.prompt)} "
+                f"in the prompt and wants {event.max_tokens} more"
+            )
+            return failed(error, "context_length_exceeded", 400)
+        return None
+
+    # ------------------------------------------------------------------------------------ operators
+
+    def _on_load_wanted(self, event: ev.LoadWanted) -> None:
+        service = self._state.services.get(event.service)
+        if service is None:
+            self._state.answer([event.ticket], f"no service is called {event.service!r}")
+        elif service.refused:
+            self._state.answer([event.ticket], f"{service.name} cannot be served: {service.refused}")
+        elif self._state.draining:
+            self._state.answer([event.ticket], "the daemon is shutting down")
+        elif any(replica.stage is Stage.RESIDENT for replica in service.replicas):
+            self._state.answer([event.ticket])
+        else:
+            service.retry_at = self._state.now  # an operator's word ends the pause after a failure
+            service.load_tickets.append(event.ticket)
+
+    def _on_evict_wanted(self, event: ev.EvictWanted) -> None:
+        state, service = self._state, self._state.services.get(event.service)
+        if service is None:
+            state.answer([event.ticket], f"no service is called {event.service!r}")
+            return
+        service.wanted = False
+        state.answer(service.load_tickets, f"{service.name} was evicted before it was loaded")
+        if event.now:
+            for request in [*service.running, *service.waiting.values()]:
+                error = f"model {service.name!r} was evicted by an operator"
+                state.finish(request, "failed", error, code="model_evicted", status=503, retry_after=1.0)
+        if not service.replicas:
+            state.answer([event.ticket], "" if event.now else f"{service.name} is not loaded")
+            return
+        service.evict_tickets.append(event.ticket)
+        for replica in list(service.replicas):
+            if replica.stage is Stage.COPYING:
+                self._residency.evict(replica, "asked by an operator")
+            else:
+                self._residency.drain(replica, admit_below=state.orders + 1, seconds=None)
+
+    # ------------------------------------------------------------------------------------ workers
+
+    def _on_worker_up(self, event: ev.WorkerUp) -> None:
+        device = self._state.devices[event.device]
+        assert device.arena is None, f"device {event.device} came up twice"
+        device.label, device.state, device.steps = event.label, "up", 0
+        device.arena_bytes = event.arena_bytes
+        device.arena = Arena(event.arena_bytes // self._state.settings.block_bytes)
+
+    def _on_worker_lost(self, event: ev.WorkerLost) -> None:
+        state, device = self._state, self._state.devices[event.device]
+        device.state = "lost"
+        error = "the worker process that served this request died; it is being restarted"
+        for replica in list(device.replicas.values()):
+            for request in list(replica.running.values()):
+                state.finish(request, "failed", error, code="worker_lost", status=503, retry_after=1.0)
+            service = state.services[replica.service]
+            service.replicas.remove(replica)
+            service.wanted = not service.evict_tickets
+            service.progress = None
+            state.answer(service.evict_tickets)
+        for step in device.inflight.values():
+            self._void(step)
+        for service in state.services.values():
+            service.former.pop(device.index, None)
+        state.note("", f"device {device.index} lost: {event.reason}")
+        state.devices[device.index] = Device(device.index, device.label, "lost")
+
+    def _void(self, step: SentStep) -> None:
+        """The step's rows will never come back."""
+        for row in step.rows:
+            if row.request.life is not Life.DONE:
+                row.request.inflight -= 1
+                row.request.drawn -= row.sample
+
+    def _on_device(self, device: Device, message: object) -> None:
+        match message:
+            case msg.StepDone(step, tokens, _):
+                self._on_step_done(device, device.inflight.pop(step), tokens)
+            case msg.StepFailed(step, reason):
+                self._on_step_failed(device.inflight.pop(step), reason)
+            case msg.CopyDone(name, seconds, copy):
+                if self._awaited(device, name, copy):
+                    self._residency.copied(device, name, seconds)
+            case msg.CopyFailed(name, reason, copy):
+                if self._awaited(device, name, copy):
+                    self._residency.copy_failed(device, name, reason)
+            case msg.JobProgress(name, stage, done, total):
+                self._state.services[name].progress = (stage, done, total)
+
+    def _awaited(self, device: Device, name: str, copy: int) -> bool:
+        """Whether a copy's outcome still matters: one that was evicted may end before it hears of that."""
+        replica = device.replicas.get(name)
+        return replica is not None and replica.copy == copy
+
+    def _on_step_done(self, device: Device, step: SentStep, tokens: tuple[int, ...]) -> None:
+        device.steps += 1
+        drawn = iter(tokens)
+        for row in step.rows:
+            token = next(drawn) if row.sample else None
+            request = row.request
+            if request.life is Life.DONE:
+                continue
+            request.inflight -= 1
+            if token is not None:
+                request.tokens.append(token)
+            if row.epoch == request.epoch and request.life is Life.RUNNING:
+                request.computed += row.count
+                self._index_blocks(device, request)
+            if token is not None:
+                self._on_token(request, token)
+        assert next(drawn, None) is None, f"step {step.id} drew more tokens than it was asked for"
+
+    def _index_blocks(self, device: Device, request: Request) -> None:
+        """Let others reuse the blocks whose KV is complete and whose tokens are known."""
+        assert device.arena is not None
+        if not self._state.settings.scheduler.prefix_reuse:
+            return
+        size = self._state.services[request.service].block_tokens(self._state.settings.block_bytes)
+        while (request.indexed + 1) * size <= request.computed:
+            start = request.indexed * size
+            tokens = tuple(request.tokens[start : start + size])
+            block = request.blocks[request.indexed]
+            request.parent = device.arena.prefix.insert(request.parent, tokens, block)
+            request.indexed += 1
+
+    def _on_token(self, request: Request, token: int) -> None:
+        state, service = self._state, self._state.services[request.service]
+        state.actions.append(ev.Emit(request.id, (token,), 0 if request.emitted else request.cached))
+        request.emitted = True
+        service.rate.add(1, state.now)
+        service.output_tokens += 1
+        if token in request.stop_ids:
+            state.finish(request, "stop")
+        elif len(request.tokens) - request.prompt >= request.max_tokens:
+            state.finish(request, "length")
+
+    def _on_step_failed(self, step: SentStep, reason: str) -> None:
+        self._void(step)
+        self._state.note(step.service, f"step failed: {reason}")
+        for row in step.rows:
+            if row.request.life is not Life.DONE:
+                error = "the model failed on this request"
+                self._state.finish(row.request, "failed", error, code="step_failed", status=500)
+
+    # ------------------------------------------------------------------------------------ host process
+
+    def _on_host_up(self) -> None:
+        self._state.host_up = True
+        for service in self._state.services.values():
+            if service.shape is None and not service.refused:
+                settings = service.settings
+                probe = msg.Probe(service.name, settings.model, settings.dtype, settings.context)
+                self._state.actions.append(ev.ToHostProcess(probe))
+
+    def _on_host_lost(self, reason: str) -> None:
+        self._state.host_up = False
+        self._state.note("", f"host process lost: {reason}")
+        for service in self._state.services.values():
+            was, service.image = service.image, Image.NONE
+            if was is Image.BUILDING:
+                self._residency.load_failed(service, "the loader process died while it read the weights")
+
+    def _on_host(self, message: object) -> None:
+        match message:
+            case msg.Probed(name, directory, shape):
+                service = self._state.services[name]
+                service.directory, service.shape, service.progress = directory, shape, None
+            case msg.ProbeFailed(name, reason):
+                self._residency.refuse(self._state.services[name], reason)
+            case msg.ImageReady(name, path, _, _):
+                service = self._state.services[name]
+                service.image, service.image_path, service.progress = Image.READY, path, None
+                service.image_used = self._state.now
+            case msg.ImageFailed(name, reason):
+                self._state.services[name].image = Image.NONE
+                self._residency.load_failed(self._state.services[name], reason)
+            case msg.JobProgress(name, stage, done, total):
+                self._state.services[name].progress = (stage, done, total)
+
+    # ------------------------------------------------------------------------------------ invariants
+
+    def check(self) -> None:
+        """Every invariant of the node; raises AssertionError on the first broken one."""
+        check_node(self._state)
+
+    def status(self, now: float) -> NodeStatus:
+        """The report of this moment."""
+        return node_status(self._state, self._residency, now)

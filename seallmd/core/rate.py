@@ -1,0 +1,27 @@
+"""How many per second, lately.
+
+Owns an exponentially weighted rate. Must not read a clock: `now` is given.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Rate:
+    """Events per second, weighted by exp(-age / window_seconds)."""
+
+    window_seconds: float = 5.0
+    _level: float = 0.0
+    _at: float = 0.0
+
+    def add(self, count: float, now: float) -> None:
+        """`count` things happened at `now`."""
+        self._level = self.value(now) + count / self.window_seconds
+        self._at = now
+
+    def value(self, now: float) -> float:
+        """The rate at `now`; falls towards 0 while nothing happens."""
+        return self._level * math.exp(-max(0.0, now - self._at) / self.window_seconds)

@@ -1,0 +1,411 @@
+"""Which services are in which arena: bringing in, making room, draining, evicting.
+
+Owns replicas and host images. Must not form steps, and must not know why a service is wanted beyond the
+requests and tickets it has. Rules that hold always: a pinned service leaves only when an operator says so; a
+service with work is asked to leave only after somebody has waited `patience_seconds` for its memory, and not
+before it has been resident for `min_residency_seconds`; all waiters of one model share one swap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+
+from seallmd.core.arena import Arena
+from seallmd.core.events import ToHostProcess
+from seallmd.core.messages import BuildImage, CopyIn, DropImage, DropWeights, Extent, MoveBlocks
+from seallmd.core.state import Device, Image, Life, NodeState, Replica, Request, Service, Stage
+
+MAX_RETRY_SECONDS = 60.0
+
+
+class Residency:
+    """Moves services in and out on the shared state."""
+
+    def __init__(self, state: NodeState) -> None:
+        self._state = state
+
+    # ------------------------------------------------------------------------------- what could fit
+
+    def _blocks(self, bytes_: int) -> int:
+        return -(-bytes_ // self._state.settings.block_bytes)
+
+    def _weights_blocks(self, service: Service) -> int:
+        return sum(service.segment_blocks(self._state.settings.block_bytes))
+
+    def _least_kv_blocks(self, service: Service) -> int:
+        """KV that must fit beside the weights: one request of an explicit context, or a short one."""
+        assert service.shape is not None
+        tokens = service.settings.context or min(service.shape.context, 256)
+        return -(-tokens // service.block_tokens(self._state.settings.block_bytes))
+
+    def _arenas(self) -> Iterator[tuple[Device, Arena]]:
+        for device in self._state.devices.values():
+            if device.arena is not None:
+                yield device, device.arena
+
+    def _pinned_blocks(self, device: Device, service: Service) -> int:
+        """Blocks of the device that pinned services keep for themselves."""
+        assert device.arena is not None
+        return sum(
+            device.arena.weights_of(name)
+            for name in device.replicas
+            if name != service.name and self._state.services[name].settings.pinned
+        )
+
+    def context_limit(self, service: Service) -> int:
+        """Most tokens (prompt and output) that a request of the service can ever have."""
+        assert service.shape is not None
+        weights = self._weights_blocks(service)
+        room = [arena.capacity - weights - self._pinned_blocks(d, service) for d, arena in self._arenas()]
+        if not room:
+            return service.shape.context
+        tokens = max(0, max(room)) * service.block_tokens(self._state.settings.block_bytes)
+        return min(service.shape.context, tokens)
+
+    def _misfit(self, service: Service) -> str:
+        """Why no device can ever hold the service; empty when one can, or when that is not known yet."""
+        arenas = [arena for _, arena in self._arenas()]
+        if len(arenas) < len(self._state.devices) or not arenas:
+            return ""
+        unit = self._state.settings.block_bytes
+        if service.block_tokens(unit) == 0:
+            assert service.shape is not None
+            return f"one token's KV takes {service.shape.kv_bytes_per_token} bytes, a block has {unit}"
+        need = self._weights_blocks(service) + self._least_kv_blocks(service)
+        most = max(arena.capacity for arena in arenas)
+        if need <= most:
+            return ""
+        need_mib, most_mib = need * unit >> 20, most * unit >> 20
+        return f"needs {need_mib} MiB (weights and one context), the largest device has {most_mib} MiB"
+
+    # ------------------------------------------------------------------------------- bringing in
+
+    def bring_in_wanted(self) -> None:
+        """Start what is wanted and can be started; ask for room where somebody has waited long enough."""
+        wanted = [s for s in self._state.services.values() if self._is_wanted(s)]
+        for service in sorted(wanted, key=self._order):
+            if misfit := self._misfit(service):
+                self.refuse(service, misfit)
+            elif service.image is not Image.READY:
+                self._want_image(service)
+            else:
+                self._bring_in(service)
+
+    def _is_wanted(self, service: Service) -> bool:
+        return (
+            service.demand
+            and not service.replicas
+            and not service.refused
+            and service.shape is not None
+            and self._state.now >= service.retry_at
+        )
+
+    def _order(self, service: Service) -> int:
+        """Seniority of what the service is wanted for."""
+        return next(iter(service.waiting), self._state.orders)
+
+    def _bring_in(self, service: Service) -> None:
+        need = self._weights_blocks(service) + self._least_kv_blocks(service)
+        able = [
+            (device, arena)
+            for device, arena in self._arenas()
+            if arena.capacity - self._pinned_blocks(device, service) >= need
+            and not self._state.claimed(device, self._order(service))
+        ]
+        # Where it fits as things are; where only idle services must leave, the longest unused first.
+        for device, arena in sorted(able, key=lambda d: -d[1].available):
+            if arena.available >= need and self._start(service, device):
+                return
+        if not service.waiting and not service.load_tickets:
+            return  # nobody asks for it now: it takes room, but nobody's
+        for device, _ in sorted(able, key=lambda d: self._idle_age(d[0])):
+            if self.evict_idle(device, need, keep=service.name) and self._start(service, device):
+                return
+        if self._state.now >= self._patience_ends(service):
+            self._ask_for_room(service, need, able)
+
+    def _patience_ends(self, service: Service) -> float:
+        """When busy services are asked to make room for this one."""
+        if service.load_tickets:
+            return 0.0
+        oldest = next(iter(service.waiting.values()))
+        return oldest.arrived + self._state.settings.scheduler.patience_seconds
+
+    def _idle_age(self, device: Device) -> float:
+        """When the most recently used idle service of the device was used last; inf when it has none."""
+        return max((r.used for r in self._idle(device, keep="")), default=float("inf"))
+
+    def _ask_for_room(self, service: Service, need: int, able: list[tuple[Device, Arena]]) -> None:
+        """Claim a device's memory: nobody junior is admitted there, and busy services drain."""
+        if not able:
+            if all(device.state == "up" for device in self._state.devices.values()):
+                self._cannot(service)
+            return
+
+        def movable(device: Device) -> list[Replica]:
+            replicas = [r for r in device.replicas.values() if self._may_leave(r)]
+            return sorted(replicas, key=lambda r: (r.stage is not Stage.DRAINING, r.since))
+
+        def cost(able: tuple[Device, Arena]) -> tuple[bool, int, int]:
+            claim = able[0].claim  # stay with the device that was asked before
+            mine = claim is not None and claim.service == service.name
+            return not mine, self._work_of(movable(able[0])), able[0].index
+
+        device, arena = min(able, key=cost)
+        self._state.claim(device, self._order(service), service.name)
+        coming = arena.available
+        for replica in movable(device):
+            if coming >= need:
+                return
+            if replica.stage is Stage.RESIDENT:
+                self.drain(replica, admit_below=0, seconds=self._state.settings.scheduler.patience_seconds)
+            coming += arena.weights_of(replica.service)
+            coming += len({b for request in replica.running.values() for b in request.blocks})
+        if coming >= need and not device.replicas and not arena.kv:
+            self._cannot(service)  # all is free, and yet no run is long enough between pinned weights
+
+    def _work_of(self, replicas: list[Replica]) -> int:
+        return sum(len(r.running) + len(self._state.services[r.service].waiting) for r in replicas)
+
+    def _cannot(self, service: Service) -> None:
+        self.load_failed(service, "pinned services leave no room for it on any device")
+
+    def _may_leave(self, replica: Replica) -> bool:
+        settled = self._state.now - replica.since >= self._state.settings.scheduler.min_residency_seconds
+        return (
+            replica.stage is Stage.DRAINING or (replica.stage is Stage.RESIDENT and settled)
+        ) and not self._state.services[replica.service].settings.pinned
+
+    def _start(self, service: Service, device: Device) -> bool:
+        """Take the blocks and send the weights on their way. False when no run of blocks is long enough."""
+        arena, unit = device.arena, self._state.settings.block_bytes
+        assert arena is not None
+        assert service.shape is not None
+        sizes = service.segment_blocks(unit)
+        placement = arena.place(service.name, sizes, service.former.get(device.index))
+        if placement is None:
+            return False
+        self._move_kv(device, placement.moves)
+        if device.claim is not None and device.claim.service == service.name:
+            device.claim = None
+        self._state.copies += 1
+        replica = Replica(service.name, device.index, placement.starts, self._state.copies, self._state.now)
+        device.replicas[service.name] = replica
+        service.replicas.append(replica)
+        service.image_used = self._state.now
+        image_at, extents = 0, []
+        for start, bytes_ in zip(placement.starts, service.shape.segments, strict=True):
+            extents.append(Extent(image_at, bytes_, start * unit))
+            image_at += bytes_
+        self._state.send(
+            device.index,
+            CopyIn(
+                service.name,
+                service.directory,
+                service.shape.dtype,
+                service.shape.context,
+                service.image_path,
+                tuple(extents),
+                replica.copy,
+            ),
+        )
+        self._state.note(service.name, f"copying to device {device.index}")
+        return True
+
+    def _move_kv(self, device: Device, moves: tuple[tuple[int, int], ...]) -> None:
+        if not moves:
+            return
+        renamed = dict(moves)
+        for replica in device.replicas.values():
+            for request in replica.running.values():
+                request.blocks = [renamed.get(block, block) for block in request.blocks]
+        self._state.send(device.index, MoveBlocks(tuple(renamed), tuple(renamed.values())))
+
+    # ------------------------------------------------------------------------------- host images
+
+    def _want_image(self, service: Service) -> None:
+        if service.image is Image.BUILDING or not self._state.host_up:
+            return
+        assert service.shape is not None
+        self._trim_images(service.shape.weights_bytes)
+        service.image = Image.BUILDING
+        message = BuildImage(service.name, service.directory, service.shape.dtype, service.shape.context)
+        self._state.actions.append(ToHostProcess(message))
+
+    def _trim_images(self, coming_bytes: int) -> None:
+        """Drop the images that were used longest ago until `coming_bytes` more are within the limit."""
+        held = [s for s in self._state.services.values() if s.image is not Image.NONE]
+        total = coming_bytes + sum(s.shape.weights_bytes for s in held if s.shape is not None)
+        for service in sorted(held, key=lambda s: s.image_used):
+            if total <= self._state.settings.host_bytes:
+                return
+            copying = any(r.stage is Stage.COPYING for r in service.replicas)
+            if service.image is not Image.READY or copying or service.shape is None:
+                continue
+            service.image = Image.NONE
+            total -= service.shape.weights_bytes
+            self._state.actions.append(ToHostProcess(DropImage(service.name)))
+            for device, _ in self._arenas():
+                self._state.send(device.index, DropImage(service.name))
+
+    # ------------------------------------------------------------------------------- making room
+
+    def _idle(self, device: Device, keep: str) -> list[Replica]:
+        """Replicas that may leave at once and have nothing to do; the longest unused first."""
+        idle = [
+            replica
+            for name, replica in device.replicas.items()
+            if name != keep
+            and self._may_leave(replica)
+            and not replica.running
+            and not self._state.services[name].demand
+        ]
+        return sorted(idle, key=lambda r: r.used)
+
+    def evict_idle(self, device: Device, blocks: int, keep: str) -> bool:
+        """Evict idle services until `blocks` are available; none when that would not do. True if any left."""
+        arena, idle = device.arena, self._idle(device, keep)
+        assert arena is not None
+        if arena.available + sum(arena.weights_of(r.service) for r in idle) < blocks:
+            return False
+        evicted = False
+        for replica in idle:
+            if arena.available >= blocks:
+                break
+            self.evict(replica, "idle, its memory was wanted")
+            evicted = True
+        return evicted
+
+    def make_room(self, device: Device, blocks: int, request: Request, kept: Container[int]) -> bool:
+        """Free `blocks` for a request, cheapest means first; never from its seniors nor from rows in `kept`.
+
+        1. evict idle services; 2. preempt the most junior running request of the device; 3. evict services
+        that have waiting requests only. When nothing is left to take and the request is alone, it fails.
+        """
+        arena = device.arena
+        assert arena is not None
+        self.evict_idle(device, blocks, keep=request.service)
+        while arena.available < blocks:
+            junior = self._most_junior(device, request, kept)
+            if junior is not None:
+                self._state.preempt(junior, f"request {request.id} is senior and needs memory")
+            elif not self._evict_unserved(device, keep=request.service):
+                break
+        if arena.available >= blocks:
+            return True
+        if not any(r.running.keys() - {request.id} for r in device.replicas.values()):
+            copying = any(r.stage is Stage.COPYING for r in device.replicas.values())
+            if not copying:
+                self._state.finish(
+                    request, "failed", "the device has no memory left for this request", status=503
+                )
+        return False
+
+    def _most_junior(self, device: Device, request: Request, kept: Container[int]) -> Request | None:
+        juniors = [
+            other
+            for replica in device.replicas.values()
+            for other in replica.running.values()
+            if other.order > request.order and other.id not in kept
+        ]
+        return max(juniors, key=lambda r: r.order, default=None)
+
+    def _evict_unserved(self, device: Device, keep: str) -> bool:
+        for name, replica in device.replicas.items():
+            pinned = self._state.services[name].settings.pinned
+            if name != keep and not pinned and not replica.running and replica.stage is not Stage.COPYING:
+                self.evict(replica, "a senior request needed its memory")
+                return True
+        return False
+
+    # ------------------------------------------------------------------------------- going out
+
+    def drain(self, replica: Replica, admit_below: int, seconds: float | None) -> None:
+        """Admit only seniors of `admit_below` from now on; after `seconds`, preempt what still runs."""
+        if replica.stage is Stage.RESIDENT:
+            replica.move("drain")
+        replica.admit_below = admit_below
+        replica.drain_until = None if seconds is None else self._state.now + seconds
+
+    def settle_drains(self) -> None:
+        """Evict what has drained; keep what nobody wants gone any more."""
+        for service in self._state.services.values():
+            for replica in list(service.replicas):
+                if replica.stage is Stage.DRAINING:
+                    self._settle(service, replica)
+
+    def _settle(self, service: Service, replica: Replica) -> None:
+        device = self._state.devices[replica.device]
+        if not service.evict_tickets and not self._state.claimed(device, self._state.orders + 1):
+            replica.move("keep")
+            self._state.answer(service.load_tickets)
+            return
+        if replica.drain_until is not None and self._state.now >= replica.drain_until:
+            for request in list(replica.running.values()):
+                self._state.preempt(request, "its service makes room for another")
+        seniors = any(order < replica.admit_below for order in service.waiting)
+        if not replica.running and not seniors:
+            self.evict(replica, "asked by an operator" if service.evict_tickets else "another service waits")
+
+    def evict(self, replica: Replica, why: str) -> None:
+        """Take a replica without running requests out of its arena; its memory is free at once."""
+        assert not replica.running, f"{replica.service} still runs requests"
+        service = self._remove(replica)
+        device = self._state.devices[replica.device]
+        assert device.arena is not None
+        device.arena.free_weights(service.name)
+        service.former[device.index] = replica.starts
+        self._state.send(device.index, DropWeights(service.name))
+        self._state.note(service.name, f"evicted from device {device.index}: {why}")
+        self._state.answer(service.evict_tickets)
+
+    def _remove(self, replica: Replica) -> Service:
+        service = self._state.services[replica.service]
+        service.replicas.remove(replica)
+        service.progress = None
+        del self._state.devices[replica.device].replicas[service.name]
+        return service
+
+    # ------------------------------------------------------------------------------- outcomes
+
+    def copied(self, device: Device, name: str, seconds: float) -> None:
+        """A service is resident."""
+        replica, service = device.replicas[name], self._state.services[name]
+        replica.move("copied")
+        replica.since = replica.used = self._state.now
+        service.progress, service.trouble, service.failures, service.wanted = None, "", 0, False
+        service.swaps_in += 1
+        service.last_swap_seconds = self._state.now - replica.began
+        self._state.note(name, f"resident on device {device.index}, copied in {seconds:.3f} s")
+        self._state.answer(service.load_tickets)
+
+    def copy_failed(self, device: Device, name: str, reason: str) -> None:
+        """A copy came to nothing: its blocks are free again."""
+        service = self._remove(device.replicas[name])
+        assert device.arena is not None
+        device.arena.free_weights(name)
+        self.load_failed(service, reason)
+
+    def load_failed(self, service: Service, reason: str) -> None:
+        """Tell all who wait, once; the next try is allowed after a pause that doubles."""
+        service.failures += 1
+        pause = min(MAX_RETRY_SECONDS, 2.0 ** (service.failures - 1))
+        service.trouble, service.retry_at = reason, self._state.now + pause
+        service.wanted, service.progress = False, None
+        self._give_up(service, f"model {service.name!r} could not be loaded: {reason}", pause)
+
+    def refuse(self, service: Service, reason: str) -> None:
+        """The service can never be served here."""
+        service.refused = reason
+        service.wanted = False
+        service.progress = None
+        self._give_up(service, f"model {service.name!r} cannot be served: {reason}", 0.0)
+
+    def _give_up(self, service: Service, error: str, retry_after: float) -> None:
+        self._state.note(service.name, error)
+        self._state.answer(service.load_tickets, error)
+        for request in list(service.waiting.values()):
+            assert request.life is Life.WAITING
+            self._state.finish(
+                request, "failed", error, code="model_unavailable", status=503, retry_after=retry_after
+            )

@@ -1,0 +1,64 @@
+"""What the operator chooses, as far as decisions depend on it.
+
+Owns the structs, their units and ranges. Must not know files or TOML: `seallmd.config` reads those.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
+
+
+class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One `[[service]]` table: a model and how it is to be served.
+
+    name: what clients call it. model: a directory, a GGUF file, or a Hugging Face id. dtype: of weights and
+    KV; "auto" is the checkpoint's own on a GPU and float32 on a CPU. context: limit of prompt plus output in
+    tokens; 0 is the model's own limit, lowered to what the largest device can hold. pinned: never evicted to
+    make room. preload: brought in at start. max_waiting: requests that may wait before new ones are refused.
+    """
+
+    name: Name
+    model: str
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    context: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
+    pinned: bool = False
+    preload: bool = False
+    max_waiting: Annotated[int, Meta(ge=1, le=1 << 20)] = 1024
+
+
+class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The `[scheduler]` table.
+
+    policy: which replica of a device steps next. step_tokens: tokens in one step, prefill and decode
+    together. max_rows: requests in one step. pipeline_depth: steps a device may hold, running one included.
+    prefix_reuse: share KV blocks of equal prefixes. min_residency_seconds: how long a service that was
+    brought in stays before another may push it out. patience_seconds: how long a request of an absent
+    service waits before a busy service is asked to make room.
+    """
+
+    policy: Literal["round-robin", "fcfs"] = "round-robin"
+    step_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 512
+    max_rows: Annotated[int, Meta(ge=1, le=4096)] = 64
+    pipeline_depth: Annotated[int, Meta(ge=1, le=4)] = 2
+    prefix_reuse: bool = True
+    min_residency_seconds: Annotated[float, Meta(ge=0, le=3600)] = 2.0
+    patience_seconds: Annotated[float, Meta(ge=0, le=3600)] = 5.0
+
+
+class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """All that `core.node.Node` is built from.
+
+    devices: how many there are. block_bytes: the unit of every arena. host_bytes: what host images may take
+    together before the least recently used are dropped; one image may always be built.
+    """
+
+    services: tuple[ServiceSettings, ...]
+    devices: int
+    block_bytes: int
+    host_bytes: int
+    scheduler: SchedulerSettings = SchedulerSettings()

@@ -1,0 +1,64 @@
+"""What a node tells of itself: plain structs for `status`, `/v1/models`, metrics and the pages.
+
+Owns the shape of the report. `Node.status` fills it; nobody decides anything from it.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class DeviceStatus(msgspec.Struct, frozen=True):
+    """One device. Bytes add up: capacity = weights + kv + free; `cached` (reusable prefixes) is part of free.
+
+    state: starting, up, lost. steps: steps run since the worker started.
+    """
+
+    device: int
+    label: str
+    state: str
+    capacity_bytes: int
+    weights_bytes: int
+    kv_bytes: int
+    free_bytes: int
+    cached_bytes: int
+    steps: int
+
+
+class ServiceStatus(msgspec.Struct, frozen=True):
+    """One service.
+
+    state: probing, refused, absent, reading (image), copying, resident, draining. stage: fraction done of a
+    long job (0 to 1), None when none runs. device: where it is or is going, None when nowhere.
+    reason: why it is refused, or why its last load failed. tokens_per_second: output, over the last seconds.
+    """
+
+    name: str
+    model: str
+    state: str
+    pinned: bool
+    device: int | None
+    stage: float | None
+    weights_bytes: int
+    kv_bytes: int
+    context: int
+    dtype: str
+    running: int
+    waiting: int
+    tokens_per_second: float
+    prompt_tokens: int
+    output_tokens: int
+    preemptions: int
+    swaps_in: int
+    last_swap_seconds: float
+    reason: str
+
+
+class NodeStatus(msgspec.Struct, frozen=True):
+    """The whole report. policy: the scheduler's. draining: no new requests are taken."""
+
+    policy: str
+    draining: bool
+    block_bytes: int
+    devices: tuple[DeviceStatus, ...]
+    services: tuple[ServiceStatus, ...]

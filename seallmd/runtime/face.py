@@ -1,0 +1,106 @@
+"""The runtime's public face: all that `api` may ask of the running system.
+
+Owns the interface and the stream of one request. `runtime.engine.Engine` implements it; tests of `api` use
+a stand-in. Must not know HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import msgspec
+
+from seallmd.core.events import Finish
+from seallmd.core.messages import ModelShape, Sampling
+from seallmd.core.settings import ServiceSettings
+from seallmd.core.status import NodeStatus
+
+
+class ServiceView(msgspec.Struct, frozen=True):
+    """What `api` needs of a configured service.
+
+    directory: where its tokenizer lies; shape: of the model; both None until it was probed.
+    reason: why it was refused, else empty.
+    """
+
+    settings: ServiceSettings
+    created: int
+    directory: str | None
+    shape: ModelShape | None
+    reason: str
+
+
+class Generation(msgspec.Struct, frozen=True):
+    """A request as the engine takes it. Fields as in `core.events.Arrived`."""
+
+    service: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    stop_ids: tuple[int, ...] = ()
+    salt: str = ""
+
+
+class TokenStream:
+    """Tokens of one request, from the engine (`push`, `end`) to one reader.
+
+    Bounded by the request's own max_tokens: a reader that is slow gets several tokens at once.
+    """
+
+    def __init__(self, request: int) -> None:
+        self.request = request
+        self.cached = 0
+        self.finish: Finish | None = None
+        self._tokens: list[int] = []
+        self._ready = asyncio.Event()
+
+    def push(self, tokens: tuple[int, ...]) -> None:
+        """Add tokens. Called by the engine."""
+        self._tokens += tokens
+        self._ready.set()
+
+    def end(self, finish: Finish) -> None:
+        """Nothing follows. Called by the engine, once."""
+        self.finish = finish
+        self._ready.set()
+
+    async def batches(self) -> AsyncIterator[list[int]]:
+        """Yield what has come since the last time, until `finish` is set. Lists are never empty."""
+        while True:
+            await self._ready.wait()
+            self._ready.clear()
+            tokens, self._tokens = self._tokens, []
+            if tokens:
+                yield tokens
+            if self.finish is not None and not self._tokens:
+                return
+
+
+class EngineFace(Protocol):
+    """What `api` sees of the engine. All calls are made on the event loop and return at once, unless async."""
+
+    def services(self) -> list[ServiceView]:
+        """Every configured service, in the order of the configuration."""
+
+    def service(self, name: str) -> ServiceView | None:
+        """One service by name."""
+
+    def submit(self, generations: list[Generation]) -> list[TokenStream]:
+        """Start requests that share one prompt (n choices of it; the first one's prefill serves all).
+
+        Raises RequestError (503 when draining or when too many wait) and then starts none of them.
+        """
+
+    def cancel(self, request: int) -> None:
+        """The client is gone or has enough. Unknown and finished requests are ignored."""
+
+    def status(self) -> NodeStatus:
+        """The report of this moment."""
+
+    async def load(self, service: str) -> None:
+        """Bring a service in; returns when it is resident. Raises ControlError with the reason."""
+
+    async def evict(self, service: str, now: bool) -> None:
+        """Take a service out; returns when its memory is free. Raises ControlError with the reason."""
