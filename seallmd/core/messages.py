@@ -229,7 +229,11 @@ class Row(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=F
 
 
 class Step(Message, frozen=True):
-    """One forward pass of one resident service. Rows' tokens are packed in this order."""
+    """One forward pass of one resident service. Rows' tokens are packed in this order.
+
+    A step that fails makes the worker drop its requests. Steps behind it may have rows of them: such rows
+    are skipped and draw 0, which the daemon, having failed these requests, ignores.
+    """
 
     step: int
     service: str

@@ -1,0 +1,101 @@
+"""Builders for tests of the core: small models, small arenas, and a recorder of what a node does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from seallmd.core import events as ev
+from seallmd.core.messages import LayerShape, ModelShape, Sampling
+from seallmd.core.settings import NodeSettings, SchedulerSettings, ServiceSettings
+from seallmd.sim.world import Costs, World, expected_output
+
+BLOCK = 256
+VOCAB = 50
+
+
+def shape(token_bytes: int = 64, segments: tuple[int, ...] = (512, 256, 256), context: int = 64) -> ModelShape:
+    """A model whose KV takes `token_bytes` per token (4 tokens per block by default)."""
+    layer = LayerShape(kv_heads=1, k_dim=token_bytes // 8, v_dim=token_bytes // 8)
+    return ModelShape("tiny", "float32", 4, (layer,), segments, VOCAB, context)
+
+
+@dataclass
+class Recorder:
+    """Follows every request through a world and checks the node after each event."""
+
+    world: World = field(init=False)
+    prompts: dict[int, ev.Arrived] = field(default_factory=dict)
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+    finished: dict[int, ev.Finish] = field(default_factory=dict)
+    answers: dict[int, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    cached: dict[int, int] = field(default_factory=dict)
+    check_every_event: bool = True
+
+    def observe(self, event: ev.Event, actions: list[ev.Action]) -> None:
+        for action in actions:
+            match action:
+                case ev.Emit(request, tokens, cached):
+                    assert request not in self.finished, "tokens after the end"
+                    if request not in self.outputs:
+                        self.cached[request] = cached
+                    self.outputs.setdefault(request, []).extend(tokens)
+                case ev.Finish(request):
+                    assert request not in self.finished, f"request {request} ended twice"
+                    self.finished[request] = action
+                case ev.Answer(ticket, error):
+                    assert ticket not in self.answers, f"ticket {ticket} answered twice"
+                    self.answers[ticket] = error
+                case ev.Note(_, text):
+                    self.notes.append(text)
+        if self.check_every_event:
+            self.world.node.check()
+
+    def arrive(self, request: int, service: str, prompt: tuple[int, ...], max_tokens: int, **more: object) -> None:
+        event = ev.Arrived(request, service, prompt, max_tokens, Sampling(temperature=0), **more)  # type: ignore[arg-type]
+        self.prompts[request] = event
+        self.world.happen(event)
+
+    def assert_output(self, request: int) -> None:
+        """The request ended well, with exactly the tokens that the model draws after its prompt."""
+        event, finish = self.prompts[request], self.finished[request]
+        expected = expected_output(event.service, event.prompt, event.max_tokens, VOCAB)
+        got = self.outputs[request]
+        assert finish.reason in ("stop", "length"), finish
+        if finish.reason == "stop":
+            assert got[-1] in event.stop_ids
+            assert not set(got[:-1]) & set(event.stop_ids)
+            expected = expected[: len(got)]
+        assert got == expected
+
+
+def world(
+    services: dict[str, ModelShape | str],
+    arenas: tuple[int, ...] = (40,),
+    *,
+    pinned: tuple[str, ...] = (),
+    preload: tuple[str, ...] = (),
+    check_every_event: bool = True,
+    context: int = 0,
+    **scheduler: object,
+) -> Recorder:
+    """A started world. arenas: blocks of each device."""
+    settings = NodeSettings(
+        services=tuple(
+            ServiceSettings(
+                name=name, model=name, pinned=name in pinned, preload=name in preload, context=context
+            )
+            for name in services
+        ),
+        devices=len(arenas),
+        block_bytes=BLOCK,
+        host_bytes=1 << 30,
+        scheduler=SchedulerSettings(**scheduler),  # type: ignore[arg-type]
+    )
+    recorder = Recorder(check_every_event=check_every_event)
+    recorder.world = World(
+        settings, services, tuple(n * BLOCK for n in arenas), Costs(), observe=recorder.observe
+    )
+    recorder.world.start()
+    recorder.world.run(until=10.0)
+    return recorder
