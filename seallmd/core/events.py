@@ -74,7 +74,9 @@ class Tick(_Tagged, frozen=True):
 
 
 class DrainWanted(_Tagged, frozen=True):
-    """The node is to stop: refuse new requests, finish those it has."""
+    """The node is to stop: refuse new requests and finish those it has; with `now`, fail them."""
+
+    now: bool = False
 
 
 class WorkerUp(_Tagged, frozen=True):

@@ -130,8 +130,8 @@ class Node:
                 self._on_host_up()
             case ev.HostLost(reason):
                 self._on_host_lost(reason)
-            case ev.DrainWanted():
-                self._state.draining = True
+            case ev.DrainWanted(now):
+                self._on_drain_wanted(now)
             case ev.Tick():
                 pass
 
@@ -194,6 +194,12 @@ class Node:
         return None
 
     # ------------------------------------------------------------------------------------ operators
+
+    def _on_drain_wanted(self, now: bool) -> None:
+        self._state.draining = True
+        for request in list(self._state.requests.values()) if now else ():
+            error = "the server is shutting down"
+            self._state.finish(request, "failed", error, code="shutting_down", status=503, retry_after=5.0)
 
     def _on_load_wanted(self, event: ev.LoadWanted) -> None:
         service = self._state.services.get(event.service)

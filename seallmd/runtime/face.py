@@ -79,7 +79,7 @@ class TokenStream:
 
 
 class EngineFace(Protocol):
-    """What `api` sees of the engine. All calls are made on the event loop and return at once, unless async."""
+    """What `api` sees of the engine. All calls are made on the event loop; plain ones return at once."""
 
     def services(self) -> list[ServiceView]:
         """Every configured service, in the order of the configuration."""

@@ -214,7 +214,7 @@ class SimDevice:
             block = known.table[position // size]
             slots = self._memory.get(block)
             if not isinstance(slots, list) or position % size == 0:
-                slots = self._memory[block] = [None] * size
+                slots = self._memory[block] = list[object]([None] * size)
             slots[position % size] = known.digests[position]
         for position in range(row.start + row.count):
             slots = self._memory.get(known.table[position // size])
@@ -226,6 +226,9 @@ class SimDevice:
         token = next_token(known.digests[known.done - 1], self._world.vocab)
         known.append(token)
         return token
+
+
+HostAnswer = msg.Probed | msg.ProbeFailed | msg.ImageReady | msg.ImageFailed
 
 
 class SimHost:
@@ -280,9 +283,7 @@ class SimHost:
             return msg.ImageFailed(service, "made to fail")
         return msg.ImageReady(service, f"/image/{service}", bytes_, 0.0)
 
-    def _answer(
-        self, seconds: float, make: Callable[[], msg.Probed | msg.ProbeFailed | msg.ImageReady | msg.ImageFailed]
-    ) -> None:
+    def _answer(self, seconds: float, make: Callable[[], HostAnswer]) -> None:
         self._free_at = max(self._free_at, self._world.now) + seconds
         generation = self.generation
 
@@ -322,8 +323,8 @@ class World:
 
     def start(self) -> None:
         """Start every process; they come up after `costs.start`."""
-        for process in (self.host, *self.devices):
-            self.after(self.costs.start, process.start)
+        for start in (self.host.start, *(device.start for device in self.devices)):
+            self.after(self.costs.start, start)
 
     def block_tokens(self, service: str) -> int:
         """Tokens of one block of a service."""

@@ -13,7 +13,9 @@ BLOCK = 256
 VOCAB = 50
 
 
-def shape(token_bytes: int = 64, segments: tuple[int, ...] = (512, 256, 256), context: int = 64) -> ModelShape:
+def shape(
+    token_bytes: int = 64, segments: tuple[int, ...] = (512, 256, 256), context: int = 64
+) -> ModelShape:
     """A model whose KV takes `token_bytes` per token (4 tokens per block by default)."""
     layer = LayerShape(kv_heads=1, k_dim=token_bytes // 8, v_dim=token_bytes // 8)
     return ModelShape("tiny", "float32", 4, (layer,), segments, VOCAB, context)
@@ -32,7 +34,7 @@ class Recorder:
     cached: dict[int, int] = field(default_factory=dict)
     check_every_event: bool = True
 
-    def observe(self, event: ev.Event, actions: list[ev.Action]) -> None:
+    def observe(self, _event: ev.Event, actions: list[ev.Action]) -> None:
         for action in actions:
             match action:
                 case ev.Emit(request, tokens, cached):
@@ -51,8 +53,19 @@ class Recorder:
         if self.check_every_event:
             self.world.node.check()
 
-    def arrive(self, request: int, service: str, prompt: tuple[int, ...], max_tokens: int, **more: object) -> None:
-        event = ev.Arrived(request, service, prompt, max_tokens, Sampling(temperature=0), **more)  # type: ignore[arg-type]
+    def arrive(
+        self,
+        request: int,
+        service: str,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        *,
+        stop_ids: tuple[int, ...] = (),
+        salt: str = "",
+        leader: int = 0,
+    ) -> None:
+        greedy = Sampling(temperature=0)
+        event = ev.Arrived(request, service, prompt, max_tokens, greedy, stop_ids, salt, leader)
         self.prompts[request] = event
         self.world.happen(event)
 

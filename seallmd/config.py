@@ -1,0 +1,178 @@
+"""Reads `seallmd.toml`.
+
+Owns the file's shape, its defaults, and errors that say file and line. Must not know what the settings lead
+to: the tables of `core` and `api` are their own structs. Every field refuses what it does not know.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from seallmd.api.settings import HttpSettings
+from seallmd.core.settings import SchedulerSettings, ServiceSettings
+from seallmd.errors import ConfigError
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)\s*$")
+_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_TABLE = re.compile(r"^\s*(\[\[?)\s*([A-Za-z0-9_-]+)\s*\]\]?")
+_KEY = re.compile(r"^\s*([A-Za-z0-9_-]+)\s*=")
+
+
+class Size(str):
+    """A number of bytes as people write it: "2 GiB", "512 KiB"; empty = the default."""
+
+    @property
+    def bytes_(self) -> int:
+        """The number; 0 when empty."""
+        match = _SIZE.match(self)
+        return int(float(match[1]) * _UNITS[match[2]]) if match else 0
+
+
+class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The `[control]` table.
+
+    socket: path of the control socket; empty = the user's default. group: a group whose members may use it
+    too; empty = this user and root alone.
+    """
+
+    socket: str = ""
+    group: str = ""
+
+
+class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The `[devices]` table.
+
+    kind: "cuda" = every GPU, "cpu" = worker processes with a byte budget, "auto" = GPUs if there are any.
+    cpu_workers: how many CPU devices. memory: arena of each CPU device; empty = a quarter of the machine's
+    memory shared among them, at most 4 GiB each. reserve: GPU memory kept out of the arena, for activations
+    and CUDA itself. threads: math threads of each CPU device; 0 = the cores shared among them. block: the
+    arena's unit; empty = 2 MiB on GPUs, 512 KiB on CPUs. host_memory: limit for host images of models;
+    empty = half of the machine's memory. cache: where downloaded and converted models are kept; empty =
+    ~/.cache/seallmd.
+    """
+
+    kind: Literal["auto", "cuda", "cpu"] = "auto"
+    cpu_workers: Annotated[int, Meta(ge=1, le=64)] = 2
+    memory: str = ""
+    reserve: str = "2 GiB"
+    threads: Annotated[int, Meta(ge=0, le=1024)] = 0
+    block: str = ""
+    host_memory: str = ""
+    cache: str = ""
+
+
+class JournalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The `[journal]` table: what happened, for `tools/replay.py`.
+
+    path: empty = none. limit: size of the file at which recording stops.
+    """
+
+    path: str = ""
+    limit: str = "64 MiB"
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The whole file. stop_seconds: how long requests in flight may take when the daemon is told to stop."""
+
+    http: HttpSettings = HttpSettings()
+    control: ControlSettings = ControlSettings()
+    devices: DeviceSettings = DeviceSettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
+    journal: JournalSettings = JournalSettings()
+    service: tuple[ServiceSettings, ...] = ()
+    stop_seconds: Annotated[float, Meta(ge=0, le=86400)] = 30.0
+
+
+def load(path: Path) -> Config:
+    """Read and check a configuration file. Raises ConfigError whose message begins with `file:line:`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8") from error
+    try:
+        config = msgspec.convert(tomllib.loads(text), Config)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}:{_toml_line(error)}: {error}") from error
+    except msgspec.ValidationError as error:
+        message, _, place = str(error).partition(" - at ")
+        raise ConfigError(f"{path}:{_line_of(text, place, message)}: {message} {place}".rstrip()) from error
+    _check(config, path, text)
+    services = tuple(_with_place(service, path.parent) for service in config.service)
+    return msgspec.structs.replace(config, service=services)
+
+
+def _check(config: Config, path: Path, text: str) -> None:
+    """What the types cannot say."""
+    if not config.service:
+        raise ConfigError(f"{path}: no [[service]] table: there is nothing to serve")
+    names = [service.name for service in config.service]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            line = _line_of(text, f"`$.service[{index}].name`", "")
+            raise ConfigError(f"{path}:{line}: the name {name!r} is used twice")
+    devices = config.devices
+    for key in ("memory", "reserve", "block", "host_memory"):
+        _check_size(getattr(devices, key), f"`$.devices.{key}`", path, text)
+    _check_size(config.journal.limit, "`$.journal.limit`", path, text)
+    if devices.block and not 4096 <= Size(devices.block).bytes_ <= 1 << 30:
+        line = _line_of(text, "`$.devices.block`", "")
+        raise ConfigError(f"{path}:{line}: a block has 4 KiB to 1 GiB, not {devices.block}")
+
+
+def _check_size(value: str, place: str, path: Path, text: str) -> None:
+    if value and not _SIZE.match(value):
+        line = _line_of(text, place, "")
+        raise ConfigError(f'{path}:{line}: {value!r} is no size; write for instance "2 GiB" or "512 KiB"')
+
+
+def _with_place(service: ServiceSettings, base: Path) -> ServiceSettings:
+    """Make a path absolute, relative to the configuration file; leave a Hugging Face id as it is."""
+    model = Path(service.model).expanduser()
+    here = base / model
+    is_path = model.is_absolute() or service.model.startswith((".", "~")) or service.model.endswith(".gguf")
+    # A missing directory beside others is a missing model, not something to look for on the internet.
+    if is_path or here.exists() or (len(model.parts) > 1 and here.parent.is_dir()):
+        return msgspec.structs.replace(service, model=str(here.absolute()))
+    return service
+
+
+def _toml_line(error: tomllib.TOMLDecodeError) -> str:
+    found = re.search(r"line (\d+)", str(error))
+    return found[1] if found else "end"
+
+
+def _line_of(text: str, place: str, message: str) -> int:
+    """The line of a place such as `$.service[1].dtype`; of its table when the key is not there."""
+    parts = re.findall(r"[A-Za-z0-9_-]+|\[\d+\]", place.replace("$", ""))
+    unknown = re.search(r"unknown field `([^`]+)`", message)
+    key = unknown[1] if unknown else None
+    table = parts[0] if parts else None
+    index = int(parts[1][1:-1]) if len(parts) > 1 and parts[1].startswith("[") else None
+    names = [part for part in parts[1:] if not part.startswith("[")]
+    if key is None and names:
+        key = names[0]
+    if key is None and index is None:
+        key, table = table, None
+    return _scan(text, table, index, key)
+
+
+def _scan(text: str, table: str | None, index: int | None, key: str | None) -> int:
+    current, count, best = None, -1, 1
+    for number, line in enumerate(text.splitlines(), 1):
+        if match := _TABLE.match(line):
+            current = match[2]
+            count += current == table and match[1] == "[["
+            here = current == table and (index is None or count == index)
+            if here or (table is None and current == key):
+                best = number
+        elif (match := _KEY.match(line)) and current == table and match[1] == key and index in (None, count):
+            return number
+    return best

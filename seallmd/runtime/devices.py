@@ -1,0 +1,86 @@
+"""Which devices there are, and what each worker process is started with.
+
+Owns the detection of GPUs (NVML, no CUDA context in the daemon) and the defaults of CPU devices. Must not
+start anything.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pynvml
+
+from seallmd.config import DeviceSettings, Size
+from seallmd.core.messages import WorkerSettings
+from seallmd.errors import ConfigError
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What to start: one worker per device, one host process, and the unit of every arena."""
+
+    workers: tuple[WorkerSettings, ...]
+    host: WorkerSettings
+    block_bytes: int
+    host_bytes: int
+
+
+def plan(settings: DeviceSettings) -> DevicePlan:
+    """Decide from the configuration and the machine. Raises ConfigError when GPUs are asked for in vain."""
+    gpus = [] if settings.kind == "cpu" else _gpu_names()
+    if settings.kind == "cuda" and not gpus:
+        raise ConfigError('[devices] kind = "cuda", but this machine shows no NVIDIA GPU')
+    block = Size(settings.block).bytes_ or (2 * MIB if gpus else MIB // 2)
+    memory = machine_bytes()
+    cache = settings.cache or str(Path("~/.cache/seallmd").expanduser())
+    workers = _gpu_workers(settings, gpus, block) if gpus else _cpu_workers(settings, block, memory)
+    return DevicePlan(
+        workers=workers,
+        host=WorkerSettings("host", "cuda" if gpus else "cpu", block_bytes=block, threads=1, cache=cache),
+        block_bytes=block,
+        host_bytes=Size(settings.host_memory).bytes_ or memory // 2,
+    )
+
+
+def _gpu_workers(settings: DeviceSettings, gpus: list[str], block: int) -> tuple[WorkerSettings, ...]:
+    reserve = Size(settings.reserve).bytes_
+    return tuple(
+        WorkerSettings(f"gpu{i}", f"cuda:{i}", reserve_bytes=reserve, block_bytes=block)
+        for i in range(len(gpus))
+    )
+
+
+def _cpu_workers(settings: DeviceSettings, block: int, memory: int) -> tuple[WorkerSettings, ...]:
+    count = settings.cpu_workers
+    arena = Size(settings.memory).bytes_ or min(memory // 4 // count, 4096 * MIB)
+    threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // count)
+    return tuple(
+        WorkerSettings(f"cpu{i}", "cpu", arena_bytes=arena, block_bytes=block, threads=threads)
+        for i in range(count)
+    )
+
+
+def machine_bytes() -> int:
+    """Memory of the machine, or of the control group if that has less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def _gpu_names() -> list[str]:
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []  # no driver: no GPU to speak of
+    try:
+        count = pynvml.nvmlDeviceGetCount()
+        return [str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i))) for i in range(count)]
+    finally:
+        pynvml.nvmlShutdown()

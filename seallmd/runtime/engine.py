@@ -1,0 +1,289 @@
+"""The running system: one event loop that feeds the node and carries its actions out.
+
+Owns the node, the child processes, the streams of requests and the tickets of operators. Decides nothing
+about services, requests or memory: whatever happens becomes an event, whatever is done was an action. What
+it does decide is when a dead child is started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+
+from seallmd.core import events as ev
+from seallmd.core import messages as msg
+from seallmd.core.node import Node
+from seallmd.core.settings import NodeSettings
+from seallmd.core.state import Service
+from seallmd.core.status import NodeStatus
+from seallmd.errors import ControlError, RequestError
+from seallmd.runtime.children import Child, Entry
+from seallmd.runtime.devices import DevicePlan
+from seallmd.runtime.face import Generation, ServiceView, TokenStream
+from seallmd.runtime.journal import Journal
+
+log = logging.getLogger(__name__)
+
+RESTART_SECONDS = (0.5, 30.0)  # first pause before a dead child is started again, and the longest
+SETTLED_SECONDS = 60.0  # a child that lived this long has proved itself: the next pause is the first again
+STOP_GRACE_SECONDS = 5.0
+
+
+class Engine:
+    """Implements `face.EngineFace`. Everything runs on the event loop that called `start`."""
+
+    def __init__(
+        self,
+        settings: NodeSettings,
+        plan: DevicePlan,
+        worker: Entry,
+        host: Entry,
+        journal: Journal | None = None,
+    ) -> None:
+        self.node = Node(settings)
+        self._plan = plan
+        self._journal = journal
+        self._created = int(time.time())
+        self._epoch = time.monotonic()
+        self._streams: dict[int, TokenStream] = {}
+        self._tickets: dict[int, asyncio.Future[str]] = {}
+        self._requests = 0
+        self._ticket_count = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopping = False
+        self._quiet = asyncio.Event()
+        self._workers = [
+            Supervised(
+                partial(Child, worker, settings, msg.FromWorker),
+                up=partial(self._worker_up, index),
+                lost=partial(self._worker_lost, index),
+                said=partial(self._worker_said, index),
+            )
+            for index, settings in enumerate(plan.workers)
+        ]
+        self._host = Supervised(
+            partial(Child, host, plan.host, msg.FromHost),
+            up=lambda _: self._happen(ev.HostUp()),
+            lost=lambda reason: self._happen(ev.HostLost(reason)),
+            said=lambda message: self._happen(ev.FromHostProcess(message)),  # type: ignore[arg-type]
+        )
+
+    # --------------------------------------------------------------------------------- life
+
+    async def start(self) -> None:
+        """Start every child; returns before they are ready."""
+        for child in (self._host, *self._workers):
+            await child.start()
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Refuse new requests, let those in flight end for `drain_seconds`, then end everything."""
+        self._happen(ev.DrainWanted())
+        try:
+            if self._streams:
+                log.info("waiting for %d requests", len(self._streams))
+                self._quiet.clear()
+                await asyncio.wait_for(self._quiet.wait(), drain_seconds)
+        except TimeoutError:
+            log.warning("%d requests did not end in time", len(self._streams))
+            self._happen(ev.DrainWanted(now=True))
+        self._stopping = True
+        if self._timer is not None:
+            self._timer.cancel()
+        await asyncio.gather(*(child.stop() for child in (self._host, *self._workers)))
+        if self._journal is not None:
+            self._journal.close()
+
+    # --------------------------------------------------------------------------------- the loop
+
+    def _now(self) -> float:
+        return time.monotonic() - self._epoch
+
+    def _happen(self, event: ev.Event) -> None:
+        """One turn: an event in, its actions out."""
+        if self._stopping:
+            return
+        now = self._now()
+        actions = self.node.handle(event, now)
+        if self._journal is not None:
+            self._journal.record(now, event, actions)
+        for action in actions:
+            self._carry_out(action)
+        self._schedule_tick()
+
+    def _carry_out(self, action: ev.Action) -> None:
+        match action:
+            case ev.ToDevice(device, message):
+                self._workers[device].send(message)
+            case ev.Emit(request, tokens, cached):
+                stream = self._streams[request]
+                stream.cached = cached or stream.cached
+                stream.push(tokens)
+            case ev.Finish(request):
+                self._streams.pop(request).end(action)
+                if not self._streams:
+                    self._quiet.set()
+            case ev.ToHostProcess(message):
+                self._host.send(message)
+            case ev.Answer(ticket, error):
+                self._tickets.pop(ticket).set_result(error)
+            case ev.Note(service, text):
+                log.info("%s%s", f"{service}: " if service else "", text)
+
+    def _schedule_tick(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        at = self.node.next_wakeup()
+        if at is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(0.0, at - self._now()), self._happen, ev.Tick())
+
+    # --------------------------------------------------------------------------------- children
+
+    def _worker_up(self, index: int, hello: msg.Hello) -> None:
+        self._happen(ev.WorkerUp(index, hello.device, hello.arena_bytes))
+
+    def _worker_lost(self, index: int, reason: str) -> None:
+        self._happen(ev.WorkerLost(index, reason))
+
+    def _worker_said(self, index: int, message: msg.Message) -> None:
+        self._happen(ev.FromDevice(index, message))  # type: ignore[arg-type]
+
+    # --------------------------------------------------------------------------------- the face
+
+    def services(self) -> list[ServiceView]:
+        """Every configured service, in the order of the configuration."""
+        return [self._view(service) for service in self.node.state.services.values()]
+
+    def service(self, name: str) -> ServiceView | None:
+        """One service by name."""
+        service = self.node.state.services.get(name)
+        return None if service is None else self._view(service)
+
+    def _view(self, service: Service) -> ServiceView:
+        shape = service.shape
+        if shape is not None:
+            shape = msgspec.structs.replace(shape, context=self.node.context_limit(service.name))
+        directory = service.directory or None
+        return ServiceView(service.settings, self._created, directory, shape, service.refused)
+
+    def submit(self, generations: list[Generation]) -> list[TokenStream]:
+        """Start requests that share one prompt. A refusal is the stream's end."""
+        if self._stopping:
+            raise RequestError("the server is shutting down", status=503, code="shutting_down", retry_after=5)
+        streams = []
+        leader = 0
+        for generation in generations:
+            self._requests += 1
+            stream = TokenStream(self._requests)
+            self._streams[stream.request] = stream
+            streams.append(stream)
+            self._happen(
+                ev.Arrived(
+                    stream.request,
+                    generation.service,
+                    generation.prompt,
+                    generation.max_tokens,
+                    generation.sampling,
+                    generation.stop_ids,
+                    generation.salt,
+                    leader,
+                )
+            )
+            leader = leader or stream.request
+        return streams
+
+    def cancel(self, request: int) -> None:
+        """The client is gone or has enough. Unknown and finished requests are ignored."""
+        if request in self._streams:
+            self._happen(ev.Cancelled(request))
+
+    def status(self) -> NodeStatus:
+        """The report of this moment."""
+        return self.node.status(self._now())
+
+    async def load(self, service: str) -> None:
+        """Bring a service in; returns when it is resident. Raises ControlError with the reason."""
+        await self._command(lambda ticket: ev.LoadWanted(ticket, service))
+
+    async def evict(self, service: str, now: bool) -> None:
+        """Take a service out; returns when its memory is free. Raises ControlError with the reason."""
+        await self._command(lambda ticket: ev.EvictWanted(ticket, service, now))
+
+    async def _command(self, make: Callable[[int], ev.Event]) -> None:
+        self._ticket_count += 1
+        ticket = self._ticket_count
+        answer = self._tickets[ticket] = asyncio.get_running_loop().create_future()
+        self._happen(make(ticket))
+        # Whoever waits may leave; the command goes on.
+        if error := await asyncio.shield(answer):
+            raise ControlError(error)
+
+
+class Supervised:
+    """A child that is started again when it dies, after a pause that doubles while it keeps dying.
+
+    make: builds a Child from its two callbacks. up, lost, said: what to tell the node.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Callable[[msg.Message], None], Callable[[str], None]], Child],
+        up: Callable[[msg.Hello], None],
+        lost: Callable[[str], None],
+        said: Callable[[msg.Message], None],
+    ) -> None:
+        self._make = make
+        self._up = up
+        self._lost = lost
+        self._said = said
+        self._child: Child | None = None
+        self._pause = RESTART_SECONDS[0]
+        self._started = 0.0
+        self._is_up = False
+        self._restart: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start the process."""
+        self._started = time.monotonic()
+        self._child = self._make(self._on_message, self._on_exit)
+        await self._child.start()
+
+    def send(self, message: msg.Message) -> None:
+        """Send a message, if the process is there."""
+        if self._child is not None:
+            self._child.send(message)
+
+    async def stop(self) -> None:
+        """End the process for good."""
+        if self._restart is not None:
+            self._restart.cancel()
+        if self._child is not None:
+            await self._child.stop(STOP_GRACE_SECONDS)
+
+    def _on_message(self, message: msg.Message) -> None:
+        if isinstance(message, msg.Hello):
+            self._is_up = True
+            self._up(message)
+        else:
+            self._said(message)
+
+    def _on_exit(self, reason: str) -> None:
+        self._child = None
+        if time.monotonic() - self._started > SETTLED_SECONDS:
+            self._pause = RESTART_SECONDS[0]
+        log.warning("a child process is gone (%s); starting another in %.1f s", reason, self._pause)
+        if self._is_up:
+            self._is_up = False
+            self._lost(reason)
+        self._restart = asyncio.get_running_loop().create_task(self._start_again())
+
+    async def _start_again(self) -> None:
+        await asyncio.sleep(self._pause)
+        self._pause = min(2 * self._pause, RESTART_SECONDS[1])
+        await self.start()
