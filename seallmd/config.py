@@ -100,7 +100,7 @@ def load(path: Path) -> Config:
     try:
         config = msgspec.convert(tomllib.loads(text), Config)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}:{_toml_line(error)}: {error}") from error
+        raise ConfigError(f"{path}:{_toml_line(error, text)}: {error}") from error
     except msgspec.ValidationError as error:
         message, _, place = str(error).partition(" - at ")
         raise ConfigError(f"{path}:{_line_of(text, place, message)}: {message} {place}".rstrip()) from error
@@ -144,9 +144,9 @@ def _with_place(service: ServiceSettings, base: Path) -> ServiceSettings:
     return service
 
 
-def _toml_line(error: tomllib.TOMLDecodeError) -> str:
+def _toml_line(error: tomllib.TOMLDecodeError, text: str) -> int:
     found = re.search(r"line (\d+)", str(error))
-    return found[1] if found else "end"
+    return int(found[1]) if found else len(text.splitlines())  # "at end of document"
 
 
 def _line_of(text: str, place: str, message: str) -> int:

@@ -181,5 +181,5 @@ class _StepFormer:
         state.steps += 1
         device.inflight[state.steps] = SentStep(state.steps, self._service.name, self._sent, state.now)
         device.last_served = self._service.name
-        self._replica.used = state.now
+        self._replica.used, self._replica.served = state.now, True
         return Step(state.steps, self._service.name, tuple(self._admits), tuple(self._rows.values()))

@@ -52,13 +52,19 @@ class Node:
         self._state.now = max(now, self._state.now)
         self._state.actions = []
         self._on(event)
+        while self._settle():
+            pass
+        return self._state.actions
+
+    def _settle(self) -> bool:
+        """Move services and send steps as things stand. True when memory came free: look again."""
+        evictions = self._residency.evictions
         self._residency.settle_drains()
         self._residency.bring_in_wanted()
         for device in self._state.devices.values():
             self._fill(device)
-        # Forming steps preempts and evicts: what that set free may be wanted.
         self._residency.settle_drains()
-        return self._state.actions
+        return self._residency.evictions > evictions
 
     def next_wakeup(self) -> float | None:
         """When the node wants a Tick although nothing happens; None: only when something does."""

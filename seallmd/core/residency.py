@@ -13,7 +13,7 @@ from collections.abc import Container, Iterator
 from seallmd.core.arena import Arena
 from seallmd.core.events import ToHostProcess
 from seallmd.core.messages import BuildImage, CopyIn, DropImage, DropWeights, Extent, MoveBlocks
-from seallmd.core.state import Device, Image, Life, NodeState, Replica, Request, Service, Stage
+from seallmd.core.state import Claim, Device, Image, Life, NodeState, Replica, Request, Service, Stage
 
 MAX_RETRY_SECONDS = 60.0
 
@@ -23,6 +23,7 @@ class Residency:
 
     def __init__(self, state: NodeState) -> None:
         self._state = state
+        self.evictions = 0
 
     # ------------------------------------------------------------------------------- what could fit
 
@@ -110,15 +111,15 @@ class Residency:
             (device, arena)
             for device, arena in self._arenas()
             if arena.capacity - self._pinned_blocks(device, service) >= need
-            and not self._state.claimed(device, self._order(service))
         ]
+        free = [place for place in able if not self._promised(place[0], service)]
         # Where it fits as things are; where only idle services must leave, the longest unused first.
-        for device, arena in sorted(able, key=lambda d: -d[1].available):
+        for device, arena in sorted(free, key=lambda d: -d[1].available):
             if arena.available >= need and self._start(service, device):
                 return
         if not service.waiting and not service.load_tickets:
             return  # nobody asks for it now: it takes room, but nobody's
-        for device, _ in sorted(able, key=lambda d: self._idle_age(d[0])):
+        for device, _ in sorted(free, key=lambda d: self._idle_age(d[0])):
             if self.evict_idle(device, need, keep=service.name) and self._start(service, device):
                 return
         if self._state.now >= self._patience_ends(service):
@@ -136,45 +137,78 @@ class Residency:
         return max((r.used for r in self._idle(device, keep="")), default=float("inf"))
 
     def _ask_for_room(self, service: Service, need: int, able: list[tuple[Device, Arena]]) -> None:
-        """Claim a device's memory: nobody junior is admitted there, and busy services drain."""
+        """Claim a device's memory: nobody junior is admitted there, and busy services drain.
+
+        The claim replaces that of a request of a resident service: patience has run out.
+        """
         if not able:
             if all(device.state == "up" for device in self._state.devices.values()):
                 self._cannot(service)
             return
 
-        def movable(device: Device) -> list[Replica]:
-            replicas = [r for r in device.replicas.values() if self._may_leave(r)]
-            return sorted(replicas, key=lambda r: (r.stage is not Stage.DRAINING, r.since))
+        free = [
+            device
+            for device, _ in able
+            if not self._loads_another(device, service) and self._reachable(device) >= need
+        ]
+        if free:
+            device = min(free, key=lambda d: self._asking_costs(d, service))
+            device.claim = Claim(self._order(service), service.name, load=True)
+            self._drain_enough(device, service, need)
 
-        def cost(able: tuple[Device, Arena]) -> tuple[bool, int, int]:
-            claim = able[0].claim  # stay with the device that was asked before
-            mine = claim is not None and claim.service == service.name
-            return not mine, self._work_of(movable(able[0])), able[0].index
+    def _movable(self, device: Device) -> list[Replica]:
+        """Replicas that can be made to leave, those that are leaving first, then the longest resident."""
+        replicas = [r for r in device.replicas.values() if self._may_leave(r)]
+        return sorted(replicas, key=lambda r: (r.stage is not Stage.DRAINING, r.since))
 
-        device, arena = min(able, key=cost)
-        self._state.claim(device, self._order(service), service.name)
+    def _reachable(self, device: Device) -> int:
+        """Blocks that are free once all that can leave has left and all that runs has ended."""
+        assert device.arena is not None
+        leaving = sum(device.arena.weights_of(r.service) for r in self._movable(device))
+        return device.arena.available + device.arena.kv + leaving
+
+    def _asking_costs(self, device: Device, service: Service) -> tuple[bool, int, int]:
+        """What speaks against a device: that another was asked before, and the work it disturbs."""
+        asked = device.claim is not None and device.claim.service == service.name
+        services = [self._state.services[r.service] for r in self._movable(device)]
+        work = sum(len(s.waiting) + sum(1 for _ in s.running) for s in services)
+        return not asked, work, device.index
+
+    def _drain_enough(self, device: Device, service: Service, need: int) -> None:
+        arena, movable = device.arena, self._movable(device)
+        assert arena is not None
         coming = arena.available
-        for replica in movable(device):
+        for replica in movable:
             if coming >= need:
                 return
             if replica.stage is Stage.RESIDENT:
                 self.drain(replica, admit_below=0, seconds=self._state.settings.scheduler.patience_seconds)
             coming += arena.weights_of(replica.service)
-            coming += len({b for request in replica.running.values() for b in request.blocks})
-        if coming >= need and not device.replicas and not arena.kv:
-            self._cannot(service)  # all is free, and yet no run is long enough between pinned weights
+            coming += len({block for request in replica.running.values() for block in request.blocks})
+        if not movable and not arena.kv:
+            self._cannot(service)  # all is free that ever will be, and yet no run is long enough
 
-    def _work_of(self, replicas: list[Replica]) -> int:
-        return sum(len(r.running) + len(self._state.services[r.service].waiting) for r in replicas)
+    def _promised(self, device: Device, service: Service) -> bool:
+        """Whether the device's memory is somebody else's before it can be the service's."""
+        return self._loads_another(device, service) or self._state.claimed(device, self._order(service))
+
+    def _loads_another(self, device: Device, service: Service) -> bool:
+        """Whether the device is being cleared for another service."""
+        claim = self._state.claim_on(device)
+        return claim is not None and claim.load and claim.service != service.name
 
     def _cannot(self, service: Service) -> None:
         self.load_failed(service, "pinned services leave no room for it on any device")
 
     def _may_leave(self, replica: Replica) -> bool:
-        settled = self._state.now - replica.since >= self._state.settings.scheduler.min_residency_seconds
-        return (
-            replica.stage is Stage.DRAINING or (replica.stage is Stage.RESIDENT and settled)
-        ) and not self._state.services[replica.service].settings.pinned
+        """Whether a replica can be made to leave for another service."""
+        service = self._state.services[replica.service]
+        if service.settings.pinned or replica.stage is Stage.COPYING:
+            return False
+        # Never before it did what it was brought in for: two services in demand would only copy.
+        settled = replica.served or not service.waiting
+        stayed = self._state.now - replica.since >= self._state.settings.scheduler.min_residency_seconds
+        return replica.stage is Stage.DRAINING or (settled and stayed)
 
     def _start(self, service: Service, device: Device) -> bool:
         """Take the blocks and send the weights on their way. False when no run of blocks is long enough."""
@@ -336,7 +370,8 @@ class Residency:
 
     def _settle(self, service: Service, replica: Replica) -> None:
         device = self._state.devices[replica.device]
-        if not service.evict_tickets and not self._state.claimed(device, self._state.orders + 1):
+        claim = self._state.claim_on(device)
+        if not service.evict_tickets and (claim is None or not claim.load):
             replica.move("keep")
             self._state.answer(service.load_tickets)
             return
@@ -355,6 +390,7 @@ class Residency:
         assert device.arena is not None
         device.arena.free_weights(service.name)
         service.former[device.index] = replica.starts
+        self.evictions += 1
         self._state.send(device.index, DropWeights(service.name))
         self._state.note(service.name, f"evicted from device {device.index}: {why}")
         self._state.answer(service.evict_tickets)

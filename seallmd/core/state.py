@@ -116,8 +116,9 @@ class Replica:
     """A service on a device, or on its way there.
 
     starts: first block of each segment. copy: number of the copy that brings it in. running: requests that
-    hold blocks here, by id. since: when it became resident. used: when a step of it was last sent.
-    drain_until: when running requests are preempted to let it go (None: never, they are finished).
+    hold blocks here, by id. since: when it became resident. used: when a step of it was last sent; served:
+    whether one was. drain_until: when running requests are preempted to let it go (None: never, they are
+    finished). admit_below: while draining, requests of a lower order are still admitted.
     """
 
     service: str
@@ -129,6 +130,7 @@ class Replica:
     running: dict[int, Request] = field(default_factory=dict)
     since: float = 0.0
     used: float = 0.0
+    served: bool = False
     admit_below: int = 0
     drain_until: float | None = None
 
@@ -232,10 +234,14 @@ class SentStep:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Memory of a device is promised: nobody junior to `order` is admitted there until `service` has it."""
+    """Memory of a device is promised: nobody junior to `order` is admitted there until `service` has it.
+
+    load: it is for the service's weights, and no other service is brought in there before.
+    """
 
     order: int
     service: str
+    load: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -286,21 +292,26 @@ class NodeState:
         tickets.clear()
 
     def claim(self, device: Device, order: int, service: str) -> None:
-        """Keep juniors of `order` from taking the device's memory, unless somebody more senior does so."""
-        if not self.claimed(device, order):
-            device.claim = Claim(order, service)
+        """Keep juniors of a request from taking the device's memory; a claim that goes before stays."""
+        standing = self.claim_on(device)
+        if standing is None or (not standing.load and standing.order > order):
+            device.claim = Claim(order, service, load=False)
 
     def claimed(self, device: Device, order: int) -> bool:
-        """Whether somebody senior to `order` waits for memory of this device. Drops a claim that is moot."""
+        """Whether somebody senior to `order` waits for memory of this device."""
+        claim = self.claim_on(device)
+        return claim is not None and claim.order < order
+
+    def claim_on(self, device: Device) -> Claim | None:
+        """The device's claim; one that is moot is dropped."""
         claim = device.claim
-        if claim is None:
-            return False
-        service = self.services[claim.service]
-        waits = claim.order in service.waiting or service.load_tickets
-        if not waits or (service.replicas and claim.service not in device.replicas):
-            device.claim = None
-            return False
-        return claim.order < order
+        if claim is not None:
+            service = self.services[claim.service]
+            waits = claim.order in service.waiting or (claim.load and service.load_tickets)
+            in_place = not service.replicas if claim.load else claim.service in device.replicas
+            if not waits or not in_place:
+                device.claim = None
+        return device.claim
 
     def leave_device(self, request: Request) -> None:
         """Give back all that a running request holds: the worker forgets it, its blocks are free."""

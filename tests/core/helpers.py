@@ -64,7 +64,7 @@ class Recorder:
         salt: str = "",
         leader: int = 0,
     ) -> None:
-        greedy = Sampling(temperature=0)
+        greedy = Sampling(temperature=0.0)
         event = ev.Arrived(request, service, prompt, max_tokens, greedy, stop_ids, salt, leader)
         self.prompts[request] = event
         self.world.happen(event)
@@ -90,6 +90,7 @@ def world(
     preload: tuple[str, ...] = (),
     check_every_event: bool = True,
     context: int = 0,
+    host_bytes: int = 1 << 30,
     **scheduler: object,
 ) -> Recorder:
     """A started world. arenas: blocks of each device."""
@@ -102,7 +103,7 @@ def world(
         ),
         devices=len(arenas),
         block_bytes=BLOCK,
-        host_bytes=1 << 30,
+        host_bytes=host_bytes,
         scheduler=SchedulerSettings(**scheduler),  # type: ignore[arg-type]
     )
     recorder = Recorder(check_every_event=check_every_event)

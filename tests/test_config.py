@@ -1,0 +1,76 @@
+"""seallmd.toml: what is right is read, what is wrong is told with file and line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from seallmd.config import Size, load
+from seallmd.errors import ConfigError
+
+SERVICE = '[[service]]\nname = "m"\nmodel = "models/m"\n'
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "seallmd.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_small_file_has_defaults(tmp_path: Path) -> None:
+    """Name and model are all that must be said."""
+    (tmp_path / "models").mkdir()
+    config = load(write(tmp_path, SERVICE))
+    (service,) = config.service
+    assert service.model == str(tmp_path / "models" / "m")
+    assert (service.dtype, service.pinned, service.preload) == ("auto", False, False)
+    assert (config.http.host, config.http.port) == ("127.0.0.1", 8000)
+
+
+def test_a_hugging_face_id_stays_one(tmp_path: Path) -> None:
+    """Only what lies beside the file is a path."""
+    config = load(write(tmp_path, '[[service]]\nname = "m"\nmodel = "org/model"\n'))
+    assert config.service[0].model == "org/model"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("", None, "nothing to serve"),
+        ("x = [", "1", "Invalid"),
+        (SERVICE + "colour = 1\n", "4", "colour"),
+        (SERVICE + 'dtype = "int3"\n', "4", "int3"),
+        (SERVICE + "\n" + SERVICE, "6", "used twice"),
+        ("[http]\nhost = 'x'\nport = 99999\n" + SERVICE, "3", "65535"),
+        ("[htp]\nport = 1\n" + SERVICE, "1", "htp"),
+        ("[devices]\nmemory = 'much'\n" + SERVICE, "2", "no size"),
+        ("[devices]\n\nblock = '1 B'\n" + SERVICE, "3", "4 KiB"),
+        (SERVICE + "[scheduler]\npolicy = 'magic'\n", "5", "magic"),
+        ('[[service]]\nname = "a/../b"\nmodel = "x"\n', "2", "regex"),
+        (SERVICE + '[[service]]\nname = "n"\n', "4", "model"),
+        (SERVICE + '[[service]]\nname = "n"\nmodel = "y"\n# pinned\npinned = 3\n', "8", "bool"),
+    ],
+)
+def test_errors_say_where(tmp_path: Path, text: str, line: str | None, words: str) -> None:
+    """File, line, and what is wrong, in one line."""
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:{line}:" if line else f"{path}:"), message
+    assert words in message
+    assert "\n" not in message
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    """No traceback for a wrong path."""
+    with pytest.raises(ConfigError, match="No such file"):
+        load(tmp_path / "none.toml")
+
+
+def test_sizes() -> None:
+    """Bytes as people write them."""
+    assert Size("2 GiB").bytes_ == 2 << 30
+    assert Size("1.5 MiB").bytes_ == 3 << 19
+    assert Size("").bytes_ == 0
