@@ -15,10 +15,11 @@ from pathlib import Path
 
 import msgspec
 import uvloop
+from aiohttp import web
 
 from seallmd import __version__
 from seallmd.api.control import ControlServer
-from seallmd.api.server import HttpServer
+from seallmd.api.server import start_http
 from seallmd.config import Config, Size, load
 from seallmd.core.settings import NodeSettings
 from seallmd.errors import SeallmdError
@@ -97,25 +98,31 @@ def _build_engine(config: Config) -> Engine:
 async def _serve(config: Config) -> None:
     stop = _stop_event()
     engine = _build_engine(config)
-    control = ControlServer(
-        engine, Path(config.control.socket or default_control_socket()), config.control.group
-    )
-    http = HttpServer(engine, config.http)
+    path = Path(config.control.socket or default_control_socket())
+    control = ControlServer(engine, path, group=config.control.group)
     # The control socket first: it tells whether another daemon of this user is running.
     await control.start()
     try:
-        await http.start()
+        http = await start_http(engine, config.http)
         try:
             await engine.start()
-            log.info("serving %d services on %s", len(config.service), ", ".join(http.addresses))
+            log.info("serving %d services on %s", len(config.service), _addresses(http))
             await stop.wait()
             log.info("stopping")
         finally:
             await engine.stop(config.stop_seconds)
+            await http.cleanup()
     finally:
-        await http.stop()
-        await control.stop()
+        await control.close()
     log.info("stopped")
+
+
+def _addresses(http: web.AppRunner) -> str:
+    """Where HTTP is served, for people."""
+    return ", ".join(
+        address if isinstance(address, str) else f"http://{address[0]}:{address[1]}"
+        for address in http.addresses
+    )
 
 
 def _stop_event() -> asyncio.Event:
