@@ -85,6 +85,7 @@ class WorkerUp(_Tagged, frozen=True):
     device: int
     label: str
     arena_bytes: int
+    pid: int = 0
 
 
 class WorkerLost(_Tagged, frozen=True):

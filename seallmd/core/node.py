@@ -247,9 +247,10 @@ class Node:
     def _on_worker_up(self, event: ev.WorkerUp) -> None:
         device = self._state.devices[event.device]
         assert device.arena is None, f"device {event.device} came up twice"
-        device.label, device.state, device.steps = event.label, "up", 0
+        device.label, device.pid, device.state, device.steps = event.label, event.pid, "up", 0
         device.arena_bytes = event.arena_bytes
         device.arena = Arena(event.arena_bytes // self._state.settings.block_bytes)
+        self._residency.refuse_misfits()
 
     def _on_worker_lost(self, event: ev.WorkerLost) -> None:
         state, device = self._state, self._state.devices[event.device]
@@ -370,6 +371,7 @@ class Node:
             case msg.Probed(name, directory, shape):
                 service = self._state.services[name]
                 service.directory, service.shape, service.progress = directory, shape, None
+                self._residency.refuse_misfits()
             case msg.ProbeFailed(name, reason):
                 self._residency.refuse(self._state.services[name], reason)
             case msg.ImageReady(name, path, _, _):

@@ -26,6 +26,7 @@ def _device(state: NodeState, device: Device) -> DeviceStatus:
     return DeviceStatus(
         device=device.index,
         label=device.label,
+        pid=device.pid,
         state=device.state,
         capacity_bytes=arena.capacity * unit if arena else 0,
         weights_bytes=arena.weights * unit if arena else 0,

@@ -79,15 +79,19 @@ class Residency:
         need_mib, most_mib = need * unit >> 20, most * unit >> 20
         return f"needs {need_mib} MiB (weights and one context), the largest device has {most_mib} MiB"
 
+    def refuse_misfits(self) -> None:
+        """Refuse what no device can ever hold; to be called when a device or a model became known."""
+        for service in self._state.services.values():
+            if service.shape is not None and not service.refused and (misfit := self._misfit(service)):
+                self.refuse(service, misfit)
+
     # ------------------------------------------------------------------------------- bringing in
 
     def bring_in_wanted(self) -> None:
         """Start what is wanted and can be started; ask for room where somebody has waited long enough."""
         wanted = [s for s in self._state.services.values() if self._is_wanted(s)]
         for service in sorted(wanted, key=self._order):
-            if misfit := self._misfit(service):
-                self.refuse(service, misfit)
-            elif service.image is not Image.READY:
+            if service.image is not Image.READY:
                 self._want_image(service)
             else:
                 self._bring_in(service)

@@ -250,6 +250,7 @@ class Device:
 
     index: int
     label: str = ""
+    pid: int = 0
     state: str = "starting"
     arena: Arena | None = None
     arena_bytes: int = 0

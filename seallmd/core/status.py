@@ -11,11 +11,12 @@ import msgspec
 class DeviceStatus(msgspec.Struct, frozen=True):
     """One device. Bytes add up: capacity = weights + kv + free; `cached` (reusable prefixes) is part of free.
 
-    state: starting, up, lost. steps: steps run since the worker started.
+    state: starting, up, lost. pid: of its worker, 0 while there is none. steps: steps run since it started.
     """
 
     device: int
     label: str
+    pid: int
     state: str
     capacity_bytes: int
     weights_bytes: int

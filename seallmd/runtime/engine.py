@@ -146,7 +146,7 @@ class Engine:
     # --------------------------------------------------------------------------------- children
 
     def _worker_up(self, index: int, hello: msg.Hello) -> None:
-        self._happen(ev.WorkerUp(index, hello.device, hello.arena_bytes))
+        self._happen(ev.WorkerUp(index, hello.device, hello.arena_bytes, hello.pid))
 
     def _worker_lost(self, index: int, reason: str) -> None:
         self._happen(ev.WorkerLost(index, reason))

@@ -1,0 +1,79 @@
+"""Daemons that several tests share, and what transformers itself says (the reference)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.e2e.daemon import GEMMA, MODELS, SMOL, Daemon, service
+
+NEW_TOKENS = 16
+WORDS = [
+    *("The", "history", "of", "the", "river", "begins", "in", "mountains", "where", "rain", "collects"),
+    *("into", "small", "streams", "and", "then", "flows", "past", "old", "towns", "whose", "people"),
+    *("built", "mills", "bridges", "gardens", "along", "both", "banks", "for", "many", "years"),
+]
+
+
+def prompts() -> list[str]:
+    """Twenty prompts: shared beginnings, very short ones, one much longer than a prefill chunk."""
+    rng = random.Random(7)
+    shared = "Answer the following question as briefly as you can. "
+    questions = ["What is the capital of France?", "Why is the sky blue?", "Who wrote Hamlet?", "2 + 2 ="]
+    text = [shared + question for question in questions]
+    text += ["Once upon a time", "def fibonacci(n):", "日本の首都は", "Ein Haus am", "1, 2, 3, 4,", "A"]
+    text += [" ".join(rng.choices(WORDS, k=rng.randint(5, 90))) for _ in range(9)]
+    return [*text, " ".join(rng.choices(WORDS, k=1100))]
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict[str, list[list[int]]]:
+    """Greedy continuations by `generate`, float32, one prompt at a time; by model."""
+    torch.set_num_threads(2)
+    return {name: _generate(name) for name in (SMOL, GEMMA)}
+
+
+def _generate(name: str) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / name)
+    model = AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32).eval()
+    found = []
+    with torch.inference_mode():
+        for prompt in prompts():
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
+            )
+            found.append(out[0, ids.shape[1] :].tolist())
+    return found
+
+
+@pytest.fixture(scope="session")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """Two CPU devices, both models and a third service, room for all but one."""
+    config = '[devices]\nkind = "cpu"\ncpu_workers = 2\nmemory = "1536 MiB"\n[scheduler]\nstep_tokens = 256\n'
+    config += service(SMOL, SMOL, dtype="float32", preload=True)
+    config += service(GEMMA, GEMMA, dtype="float32")
+    config += service("smol-b", SMOL, dtype="float32", context=1024)
+    config += service("broken", "no-such-model")
+    yield from _run(Daemon(tmp_path_factory.mktemp("daemon"), config))
+
+
+@pytest.fixture(scope="session")
+def small_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One device with little room for KV: requests preempt each other."""
+    config = '[devices]\nkind = "cpu"\ncpu_workers = 1\nmemory = "600 MiB"\n[scheduler]\nstep_tokens = 256\n'
+    config += service(SMOL, SMOL, dtype="float32", preload=True)
+    yield from _run(Daemon(tmp_path_factory.mktemp("small"), config))
+
+
+def _run(daemon: Daemon) -> Iterator[Daemon]:
+    try:
+        daemon.wait_healthy()
+        yield daemon
+        assert daemon.stop() == 0, daemon.log.read_text()
+    finally:
+        daemon.kill()
