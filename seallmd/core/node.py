@@ -269,7 +269,7 @@ class Node:
         for service in state.services.values():
             service.former.pop(device.index, None)
         state.note("", f"device {device.index} lost: {event.reason}")
-        state.devices[device.index] = Device(device.index, device.label, "lost")
+        state.devices[device.index] = Device(device.index, device.label, state="lost")
 
     def _void(self, step: SentStep) -> None:
         """The step's rows will never come back."""

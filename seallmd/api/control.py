@@ -1,0 +1,254 @@
+"""The control socket: operators' commands over a Unix socket, one JSON object per line.
+
+Owns the protocol and who may speak it. Must not know how commands are carried out (`EngineFace` does that).
+
+    {"op": "status"}                            -> {"kind": "status", "status": {...}}
+    {"op": "load", "service": "a"}              -> {"kind": "progress", ...}* then ok or error
+    {"op": "evict", "service": "a", "now": true} -> ok or error
+    ok is {"kind": "ok"}, error is {"kind": "error", "message": "..."}
+
+A connection may carry several commands, one after the other. What a command has begun goes on when its client
+hangs up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import grp
+import logging
+import os
+import pwd
+import socket
+import struct
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from seallmd.api.sockets import claim_socket_path
+from seallmd.core.status import NodeStatus
+from seallmd.errors import ControlError
+from seallmd.paths import make_socket_directory
+from seallmd.runtime.face import EngineFace
+
+_log = logging.getLogger(__name__)
+
+MAX_LINE_BYTES = 1 << 16
+PROGRESS_SECONDS = 0.25
+LINGER_SECONDS = 1.0
+_CREDENTIALS = struct.Struct("3i")
+
+
+class _Request(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower, forbid_unknown_fields=True):
+    pass
+
+
+class Status(_Request, frozen=True):
+    """The report of this moment."""
+
+
+class Load(_Request, frozen=True):
+    """Bring a service in."""
+
+    service: str
+
+
+class Evict(_Request, frozen=True):
+    """Take a service out: once its work is done, or `now`."""
+
+    service: str
+    now: bool = False
+
+
+class _Reply(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
+    pass
+
+
+class Ok(_Reply, frozen=True, tag="ok"):
+    """The command succeeded."""
+
+
+class Failed(_Reply, frozen=True, tag="error"):
+    """The command cannot be carried out, and why (one line)."""
+
+    message: str
+
+
+class Progress(_Reply, frozen=True, tag="progress"):
+    """How far a load is; fields as in `ServiceStatus`."""
+
+    service: str
+    state: str
+    stage: float | None
+    device: int | None
+
+
+class Report(_Reply, frozen=True, tag="status"):
+    """The answer to `Status`."""
+
+    status: NodeStatus
+
+
+class ControlServer:
+    """Serves the control socket from `start` to `close`."""
+
+    def __init__(self, engine: EngineFace, path: Path, *, group: str = "") -> None:
+        """group: its members may speak too, beside this user and root. Empty: nobody else."""
+        self._engine = engine
+        self._path = path
+        self._group = group
+        self._gid: int | None = None
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[Ok | Failed]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    async def start(self) -> None:
+        """Take the path and listen. Raises ControlError."""
+        self._gid = _group_id(self._group) if self._group else None
+        make_socket_directory(self._path.parent)
+        claim_socket_path(self._path)
+        try:
+            listener = self._bind()
+        except OSError as error:
+            raise ControlError(f"{self._path} cannot be used: {error.strerror or error}") from error
+        self._server = await asyncio.start_unix_server(self._serve, sock=listener, limit=MAX_LINE_BYTES)
+
+    async def close(self) -> None:
+        """Hang up, stop waiting for commands and remove the socket."""
+        if self._server is None:
+            return
+        self._server.close()
+        for writer in self._writers:
+            writer.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._path.unlink(missing_ok=True)
+
+    def _bind(self) -> socket.socket:
+        """The rights are set before anyone can connect, without touching the process's umask."""
+        listener = socket.socket(socket.AF_UNIX)
+        try:
+            listener.bind(str(self._path))
+            if self._gid is not None:
+                os.chown(self._path, -1, self._gid)
+            self._path.chmod(0o600 if self._gid is None else 0o660)
+        except OSError:
+            listener.close()
+            raise
+        return listener  # not listening yet: start_unix_server does that
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            if self._may_speak(writer):
+                await self._converse(reader, writer)
+            else:
+                await _say(writer, Failed("permission denied: this is for the daemon's user and root"))
+            await _linger(reader, writer)
+        except ConnectionError:
+            pass  # the client hung up
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+    def _may_speak(self, writer: asyncio.StreamWriter) -> bool:
+        """The file's mode keeps others out already; this holds where a mode was changed."""
+        peer = writer.get_extra_info("socket")
+        packed = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        _pid, uid, gid = _CREDENTIALS.unpack(packed)
+        return may_speak(uid, gid, self._gid)
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        decoder = msgspec.json.Decoder(Status | Load | Evict)
+        while True:
+            try:
+                line = await reader.readline()
+            except ValueError:  # the line is longer than the reader's limit
+                await _say(writer, Failed(f"a command may have {MAX_LINE_BYTES} bytes"))
+                return
+            if not line:
+                return
+            try:
+                request = decoder.decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                await _say(writer, Failed(f"this command is not understood: {error}"[:200]))
+                continue
+            await self._carry_out(request, writer)
+
+    async def _carry_out(self, request: Status | Load | Evict, writer: asyncio.StreamWriter) -> None:
+        match request:
+            case Status():
+                await _say(writer, Report(self._engine.status()))
+            case Load(service):
+                await self._follow(self._engine.load(service), service, writer)
+            case Evict(service, now):
+                await self._follow(self._engine.evict(service, now), service, writer)
+
+    async def _follow(
+        self, command: Coroutine[Any, Any, None], service: str, writer: asyncio.StreamWriter
+    ) -> None:
+        """Wait for a command, telling how far it is. When the client hangs up, the command goes on."""
+        task = asyncio.create_task(_outcome(command))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        told: Progress | None = None
+        while not task.done():
+            progress = self._progress(service)
+            if progress is not None and progress != told:
+                await _say(writer, progress)
+                told = progress
+            await asyncio.wait((task,), timeout=PROGRESS_SECONDS)
+        await _say(writer, task.result())
+
+    def _progress(self, service: str) -> Progress | None:
+        for entry in self._engine.status().services:
+            if entry.name == service:
+                return Progress(service, entry.state, entry.stage, entry.device)
+        return None
+
+
+async def _outcome(command: Coroutine[Any, Any, None]) -> Ok | Failed:
+    """What a command came to. What is not expected is logged here: its client may be gone."""
+    try:
+        await command
+    except ControlError as error:
+        return Failed(str(error))
+    except Exception:  # noqa: BLE001 - the edge of the process: the operator gets an answer, the log why
+        _log.exception("a command failed")
+        return Failed("the daemon failed on this command; its log says why")
+    return Ok()
+
+
+def _group_id(name: str) -> int:
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise ControlError(f"there is no group {name!r}") from None
+
+
+def may_speak(uid: int, gid: int, group: int | None) -> bool:
+    """Whether a peer with these credentials may command. group: gid whose members may, None = nobody's."""
+    if uid in (0, os.getuid()):
+        return True
+    if group is None:
+        return False
+    with contextlib.suppress(KeyError):
+        return group in os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
+    return gid == group
+
+
+async def _linger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Read what the client still sends: closing with it unread resets the connection and loses our answer."""
+    writer.write_eof()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while await reader.read(MAX_LINE_BYTES):
+                pass
+
+
+async def _say(writer: asyncio.StreamWriter, reply: _Reply) -> None:
+    writer.write(msgspec.json.encode(reply) + b"\n")
+    await writer.drain()

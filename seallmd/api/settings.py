@@ -1,0 +1,26 @@
+"""What the operator chooses of the HTTP side: the `[http]` table.
+
+Owns the struct, its units and ranges. Must not know files or aiohttp.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+
+class HttpSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where and how HTTP is served.
+
+    host: address to listen on; empty = no TCP. port: 0 = any free one. socket: path of a Unix socket that
+    serves the same; empty = none. max_body_bytes: larger requests are refused with 413.
+    keep_alive_seconds: how long an idle connection stays open.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+    socket: str = ""
+    max_body_bytes: Annotated[int, Meta(ge=1024, le=1 << 30)] = 16 << 20
+    keep_alive_seconds: Annotated[float, Meta(ge=0, le=86400)] = 75.0

@@ -1,0 +1,110 @@
+"""Text of the served models: tokenizers and chat templates, loaded when first needed.
+
+Owns reading them and all work with text that is too slow for the event loop. Must not know HTTP. Only
+`tokenizers` is used: transformers would bring torch into the daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from seallmd.api.detokenize import Detokenizer, special_ids
+from seallmd.api.templates import RENDER_SECONDS, ChatTemplate, TemplateRenderer, read_chat_template
+from seallmd.errors import RequestError
+
+_log = logging.getLogger(__name__)
+_THREADS = 2
+
+
+class TextModel:
+    """The text side of one model: a tokenizer and, for chat models, a template."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self._special = special_ids(tokenizer)
+
+    @classmethod
+    def read(cls, directory: Path) -> TextModel:
+        """Read a model's directory. Raises RequestError when the files are missing or broken."""
+        try:
+            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            template = read_chat_template(directory)
+        except Exception as error:
+            # `tokenizers` raises plain Exception; whatever it is, only this model cannot be used.
+            _log.exception("the tokenizer in %s cannot be read", directory)
+            message = "this model's tokenizer cannot be read"
+            raise RequestError(message, status=503, code="model_unavailable") from error
+        # Some checkpoints were saved with the limits of their training script.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(tokenizer, template)
+
+    def detokenizer(self, prompt: Sequence[int], *, skip_special: bool) -> Detokenizer:
+        """A detokenizer for what follows `prompt` (empty: the text starts afresh, as an assistant's turn)."""
+        return Detokenizer(self.tokenizer, prompt, skip=self._special if skip_special else frozenset())
+
+
+class TextModels:
+    """All models' text sides, by directory, and the threads and the process that do the work."""
+
+    def __init__(self, render_seconds: float = RENDER_SECONDS) -> None:
+        """render_seconds: limit of rendering one chat template."""
+        self._models: dict[str, asyncio.Task[TextModel]] = {}
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="text")
+        self._renderer = TemplateRenderer(render_seconds)
+
+    async def get(self, directory: str) -> TextModel:
+        """A model's text side. Raises RequestError when it cannot be read; the next call tries again."""
+        task = self._models.get(directory)
+        if task is None:
+            task = self._models[directory] = asyncio.create_task(self._read(directory))
+        # Others may wait for the same files: who leaves must not stop the reading.
+        return await asyncio.shield(task)
+
+    async def encode(self, model: TextModel, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text."""
+
+        def work() -> list[int]:
+            return list(model.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def encode_chat(
+        self, model: TextModel, messages: list[dict[str, Any]], variables: dict[str, Any]
+    ) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's turn begins.
+
+        messages: role and content (a string) each. variables: further names for the template. Raises
+        RequestError without a template or when it refuses the messages.
+        """
+        template = model.template
+        if template is None:
+            raise RequestError("this model has no chat template; use /v1/completions", param="messages")
+        if not template.knows_developer:
+            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        chat = {**variables, "messages": messages, "add_generation_prompt": True}
+        text = await self._renderer.render(template, chat)
+        return await self.encode(model, text, add_special_tokens=False)
+
+    async def close(self) -> None:
+        """End the threads and the template process."""
+        for task in self._models.values():
+            task.cancel()
+        await self._renderer.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _read(self, directory: str) -> TextModel:
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, TextModel.read, Path(directory))
+        except BaseException:
+            del self._models[directory]
+            raise

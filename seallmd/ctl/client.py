@@ -1,0 +1,75 @@
+"""Talking to the daemon over its control socket.
+
+Owns the connection and the JSON lines on it. Must not know terminals, nor import anything of the daemon:
+the protocol (described in `seallmd/api/control.py`) is all that the two share.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from seallmd.errors import ControlError, Unreachable
+
+ANSWER_SECONDS = 10.0
+
+Reply = dict[str, Any]
+
+
+def status(path: Path) -> Reply:
+    """The daemon's report. Raises Unreachable or ControlError."""
+    report = _ask(path, {"op": "status"}, _ignore, ANSWER_SECONDS)["status"]
+    assert isinstance(report, dict)
+    return report
+
+
+def load(path: Path, service: str, told: Callable[[Reply], None]) -> None:
+    """Bring a service in and wait; `told` gets each progress line. Raises Unreachable or ControlError."""
+    _ask(path, {"op": "load", "service": service}, told, None)
+
+
+def evict(path: Path, service: str, now: bool, told: Callable[[Reply], None]) -> None:
+    """Take a service out and wait; `told` gets each progress line. Raises Unreachable or ControlError."""
+    _ask(path, {"op": "evict", "service": service, "now": now}, told, None)
+
+
+def _ignore(_reply: Reply) -> None:
+    pass
+
+
+def _ask(path: Path, request: Reply, told: Callable[[Reply], None], seconds: float | None) -> Reply:
+    """Send a request and return the reply that ends it. seconds: longest wait for a line, None = for ever."""
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(ANSWER_SECONDS)
+            connection.connect(str(path))
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            connection.settimeout(seconds)
+            with connection.makefile("rb") as lines:
+                return _last_reply(lines, told)
+    except TimeoutError:
+        raise Unreachable(f"the daemon on {path} does not answer") from None
+    except PermissionError:
+        raise Unreachable(f"permission denied on {path}") from None
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise Unreachable(f"no daemon answers on {path} (is seallmd running?)") from None
+    except OSError as error:
+        raise Unreachable(f"no daemon answers on {path}: {error.strerror or error}") from None
+
+
+def _last_reply(lines: Any, told: Callable[[Reply], None]) -> Reply:
+    for line in lines:
+        try:
+            reply = json.loads(line)
+            kind = reply["kind"]
+        except (ValueError, KeyError, TypeError):
+            raise Unreachable("what answers on this socket is not seallmd") from None
+        if kind == "error":
+            raise ControlError(reply["message"])
+        if kind != "progress":
+            return dict(reply)
+        told(reply)
+    raise Unreachable("the daemon hung up before the command ended")

@@ -1,0 +1,179 @@
+"""A stand-in for the engine, and the small models that it pretends to serve.
+
+`FakeEngine` says the same text to every prompt, one token at a time, as fast as the loop turns. `pause()`
+holds all tokens back: a request is then queued, or stops where it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import msgspec
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from seallmd.core.events import Finish
+from seallmd.core.messages import LayerShape, ModelShape
+from seallmd.core.settings import ServiceSettings
+from seallmd.core.status import DeviceStatus, NodeStatus
+from seallmd.runtime.face import Generation, ServiceView, TokenStream
+
+SPOKEN = "Hello wörld, 日本語 and 👩‍👩‍👧 at last."
+CORPUS = ["hello world, the quick brown fox jumps over the lazy dog", "wörld ünïcode 日本"] * 3
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def byte_level_tokenizer() -> Tokenizer:
+    """Byte-level BPE as GPT-2, Llama 3 and Qwen have it; ids 0 and 1 are <s> and </s>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=[AddedToken("<s>", special=True), AddedToken("</s>", special=True)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+def write_model(directory: Path, template: str | None = TEMPLATE) -> Tokenizer:
+    """The text files of a model, as they lie in a checkpoint's directory."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"bos_token": {"content": "<s>"}, "eos_token": "</s>", "chat_template": template}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return tokenizer
+
+
+def view(
+    name: str, directory: Path | None, *, vocab: int = 320, context: int = 200, reason: str = ""
+) -> ServiceView:
+    """A service; without a directory it is not examined yet."""
+    shape = ModelShape("Fake", "float32", 4, (LayerShape(1, 8, 8),), (64,), vocab, context, eos=(1,))
+    return ServiceView(
+        settings=ServiceSettings(name=name, model="fake"),
+        created=1_700_000_000,
+        directory=None if directory is None else str(directory),
+        shape=None if directory is None else shape,
+        reason=reason,
+    )
+
+
+class FakeEngine:
+    """`EngineFace` without a model. `failing`: how requests end after `fail_after` tokens. `answers`: other
+    texts than `answer`, by prompt."""
+
+    def __init__(self, views: list[ServiceView], answer: list[int]) -> None:
+        self.views = {view.settings.name: view for view in views}
+        self.answer = answer
+        self.answers: dict[tuple[int, ...], list[int]] = {}
+        self.submitted: list[Generation] = []
+        self.cancelled: list[int] = []
+        self.failing: Finish | None = None
+        self.fail_after = 0
+        self.refusal: Exception | None = None
+        self.device_state = "up"
+        self.live: set[int] = set()
+        self.idle = asyncio.Event()
+        self.arrived = asyncio.Event()
+        self._go = asyncio.Event()
+        self._go.set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def pause(self) -> None:
+        """Hold back all tokens."""
+        self._go.clear()
+
+    def resume(self) -> None:
+        """Let them flow."""
+        self._go.set()
+
+    def services(self) -> list[ServiceView]:
+        return list(self.views.values())
+
+    def service(self, name: str) -> ServiceView | None:
+        return self.views.get(name)
+
+    def submit(self, generations: list[Generation]) -> list[TokenStream]:
+        if self.refusal is not None:
+            raise self.refusal
+        return [self._start(generation) for generation in generations]
+
+    def cancel(self, request: int) -> None:
+        if request in self.live:
+            self.cancelled.append(request)
+            self._over(request)
+
+    def status(self) -> NodeStatus:
+        device = DeviceStatus(
+            device=0,
+            label="fake",
+            pid=1,
+            state=self.device_state,
+            capacity_bytes=1 << 20,
+            weights_bytes=0,
+            kv_bytes=0,
+            free_bytes=1 << 20,
+            cached_bytes=0,
+            steps=0,
+        )
+        return NodeStatus("round-robin", False, 1 << 12, (device,), ())
+
+    async def load(self, service: str) -> None:
+        raise NotImplementedError
+
+    async def evict(self, service: str, now: bool) -> None:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _start(self, generation: Generation) -> TokenStream:
+        self.submitted.append(generation)
+        stream = TokenStream(len(self.submitted))
+        self.live.add(stream.request)
+        self.idle.clear()
+        self.arrived.set()
+        task = asyncio.create_task(self._speak(generation, stream))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return stream
+
+    async def _speak(self, generation: Generation, stream: TokenStream) -> None:
+        finish = Finish(stream.request, "length")
+        for count, token in enumerate(self._tokens(generation)):
+            await self._go.wait()
+            await asyncio.sleep(0)
+            if stream.request not in self.live:
+                return
+            if self.failing is not None and count == self.fail_after:
+                finish = msgspec.structs.replace(self.failing, request=stream.request)
+                break
+            if not count:
+                stream.cached = 2
+            stream.push((token,))
+            if token in generation.stop_ids:
+                finish = Finish(stream.request, "stop")
+                break
+        self._over(stream.request)
+        stream.end(finish)
+
+    def _tokens(self, generation: Generation) -> list[int]:
+        """The answer, over and over, up to the limit."""
+        answer = self.answers.get(generation.prompt, self.answer)
+        endless = answer * (generation.max_tokens // len(answer) + 1)
+        return endless[: generation.max_tokens]
+
+    def _over(self, request: int) -> None:
+        self.live.discard(request)
+        if not self.live:
+            self.idle.set()
