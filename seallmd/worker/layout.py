@@ -1,0 +1,115 @@
+"""Where every weight lies in the host image.
+
+Owns the order and alignment of weights, and binding: making parameters views of the arena. It follows from
+the module tree alone, so host and workers agree without talking. Must not know files or devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from seallmd.core.messages import Extent
+
+ALIGN_BYTES = 256
+# Remaining tensors from here on are a segment each, so that no run of blocks need be longer than one layer.
+_OWN_SEGMENT_BYTES = 8 << 20
+
+
+class Place(NamedTuple):
+    """One tensor. names: every name it has in the model (several when tied). at: its byte in the image."""
+
+    names: tuple[str, ...]
+    at: int
+    bytes_: int
+    shape: torch.Size
+    dtype: torch.dtype
+    segment: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """places: in image order. segments: bytes of each; segment i starts where i - 1 ends."""
+
+    places: tuple[Place, ...]
+    segments: tuple[int, ...]
+
+    @property
+    def bytes_(self) -> int:
+        """Size of the image."""
+        return sum(self.segments)
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """Parameters and persistent buffers of `model`, tied ones once, every one at a multiple of 256 bytes.
+
+    Segments: one per decoder layer, one for each large tensor outside, one for all small ones.
+    """
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+        tensors[id(tensor)] = tensor
+    layers = _layers_prefix(model)
+    groups: dict[str, list[int]] = {}
+    for key, tensor in tensors.items():
+        groups.setdefault(_segment_of(names[key][0], _bytes(tensor), layers), []).append(key)
+
+    places, segments, at = [], [], 0
+    for index, keys in enumerate(groups.values()):
+        start = at
+        for key in keys:
+            tensor = tensors[key]
+            size = _bytes(tensor)
+            places.append(Place(tuple(names[key]), at, size, tensor.shape, tensor.dtype, index))
+            at += -(-size // ALIGN_BYTES) * ALIGN_BYTES
+        segments.append(at - start)
+    return Layout(tuple(places), tuple(segments))
+
+
+def bind(model: nn.Module, layout: Layout, extents: tuple[Extent, ...], arena: torch.Tensor) -> None:
+    """Make every weight of `model` a view of `arena`, where `extents` put its segment."""
+    for place in layout.places:
+        extent = extents[place.segment]
+        at = extent.arena_at + place.at - extent.image_at
+        _put(model, place, arena[at : at + place.bytes_].view(place.dtype).view(place.shape))
+
+
+def unbind(model: nn.Module, layout: Layout) -> None:
+    """Put every weight back on meta: a step that must not run fails instead of reading others' bytes."""
+    for place in layout.places:
+        _put(model, place, torch.empty(place.shape, dtype=place.dtype, device="meta"))
+
+
+def _put(model: nn.Module, place: Place, tensor: torch.Tensor) -> None:
+    parameter = nn.Parameter(tensor, requires_grad=False)
+    for name in place.names:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf in module._parameters:
+            module._parameters[leaf] = parameter
+        else:
+            module._buffers[leaf] = tensor
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return int(tensor.numel() * tensor.element_size())
+
+
+def _layers_prefix(model: nn.Module) -> str:
+    """Name of the decoder layers' module list: the one with most weights, the outermost on a tie."""
+    sizes = {
+        f"{name}.": sum(_bytes(p) for p in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    }
+    return max(sizes, key=lambda name: (sizes[name], -len(name)), default="")
+
+
+def _segment_of(name: str, bytes_: int, layers: str) -> str:
+    if layers and name.startswith(layers):
+        return layers + name[len(layers) :].partition(".")[0]
+    return name if bytes_ >= _OWN_SEGMENT_BYTES else "small tensors"

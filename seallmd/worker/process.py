@@ -1,0 +1,59 @@
+"""What every child process of the daemon does first, and what it may ask of the machine.
+
+Owns the bond to the parent (a child never outlives it) and the view on free memory. Must not know models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PATH = re.compile(r"(?<![\w/:])/(?:[^\s'\"/]+/)*([^\s'\"/]+)")
+
+
+def bind_to_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when the thread that started it ends; Linux only.
+
+    parent: pid of the process that started this one; if it is gone already, this process ends at once (the
+    kernel reports only deaths that come later). Ignores SIGINT: a Ctrl-C in the terminal reaches the whole
+    group, and it is the daemon that decides how its children end.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if parent is not None and os.getppid() != parent:
+        raise SystemExit(1)
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and advice of the model libraries off the daemon's stderr."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging
+
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def require_memory(bytes_: int, purpose: str) -> None:
+    """Raise MemoryError where the machine cannot give `bytes_` more: better than being killed half-way."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) << 10
+            if bytes_ > available:
+                raise MemoryError(
+                    f"{purpose} needs {bytes_ >> 20} MiB of memory, {available >> 20} MiB are available"
+                )
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one short line for people; of paths only the last part, since clients may read it too."""
+    text = _PATH.sub(r"\1", " ".join(str(error).split()))
+    if not text or isinstance(error, LookupError):  # whose text is a bare key or index
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= 300 else text[:299] + "…"

@@ -1,0 +1,143 @@
+"""What a worker knows of the requests whose rows it runs.
+
+Owns tokens, block tables and positions per request, and checks that rows continue where the last one ended.
+Must not know tensors or the arena's contents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from seallmd.core.messages import Admit, Row, Sampling
+from seallmd.worker.paged import Span
+from seallmd.worker.sampler import Draw
+
+
+@dataclass(slots=True)
+class Request:
+    """tokens: prompt and output. run: tokens whose KV is in the arena, None before the first row."""
+
+    service: str
+    tokens: list[int]
+    prompt: int
+    sampling: Sampling
+    run: int | None = None
+    table: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Packed:
+    """The rows of one step, packed. last: packed index of each sampling row's last token.
+
+    rows: those that are run, the same in number as `spans`.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    fresh: list[int] = field(default_factory=list)  # blocks that hold no KV yet
+    sampling: list[Request] = field(default_factory=list)
+    last: list[int] = field(default_factory=list)
+
+    def draws(self) -> list[Draw]:
+        """The sampler's view of the sampling rows."""
+        return [Draw(request.sampling, request.tokens, request.prompt) for request in self.sampling]
+
+
+class Requests:
+    """All requests of a worker, by id. Methods raise RuntimeError where a message contradicts what is known.
+
+    A request whose step failed is dropped; until it is forgotten or admitted anew its rows are skipped,
+    since the daemon may have sent some before it knew.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, Request] = {}
+        self._failed: set[int] = set()
+
+    def admit(self, service: str, admits: Iterable[Admit], vocabulary: int) -> None:
+        """Start requests, or start them over. vocabulary: ids from there on have no embedding."""
+        for admit in admits:
+            if max(admit.tokens, default=0) >= vocabulary or min(admit.tokens, default=0) < 0:
+                raise RuntimeError(f"request {admit.request} has token ids outside the vocabulary")
+            self._failed.discard(admit.request)
+            self._known[admit.request] = Request(service, list(admit.tokens), admit.prompt, admit.sampling)
+
+    def forget(self, requests: Iterable[int]) -> None:
+        """Drop requests; unknown ones are ignored."""
+        for request in requests:
+            self._known.pop(request, None)
+            self._failed.discard(request)
+
+    def fail(self, requests: Iterable[int]) -> None:
+        """A step with these requests failed."""
+        for request in requests:
+            self._known.pop(request, None)
+            self._failed.add(request)
+
+    def rename(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """Blocks were moved, one after the other in this order."""
+        final: dict[int, int] = {}
+        for old, new in zip(reversed(src), reversed(dst), strict=True):
+            final[old] = final.get(new, new)  # a later move of the same block counts too
+        for request in self._known.values():
+            request.table = [final.get(block, block) for block in request.table]
+
+    def pack(self, service: str, rows: Sequence[Row], tokens_per_block: int) -> Packed:
+        """Append the rows' blocks to their tables and lay the rows side by side, less those to be skipped.
+
+        After an error the step's requests are to be failed: their tables may have grown.
+        """
+        packed, seen = Packed(), set()
+        for row in rows:
+            if row.request in self._failed:
+                continue
+            request = self._known.get(row.request)
+            if request is None or request.service != service or row.request in seen:
+                raise RuntimeError(f"request {row.request} is not known to {service}, or has two rows")
+            seen.add(row.request)
+            request.table += row.blocks
+            self._append(packed, request, row, tokens_per_block)
+        return packed
+
+    def commit(self, rows: Iterable[Row], packed: Packed, drawn: Iterable[int]) -> tuple[int, ...]:
+        """The packed rows ran and drew `drawn`. Returns one token per sampling row, 0 for a skipped one."""
+        tokens = iter(drawn)
+        answer = []
+        ran = {row.request for row in packed.rows}
+        for row in rows:
+            if row.request not in ran:
+                answer += [0] * row.sample
+                continue
+            request = self._known[row.request]
+            request.run = row.start + row.count
+            if row.sample:
+                request.tokens.append(next(tokens))
+                answer.append(request.tokens[-1])
+        return tuple(answer)
+
+    @staticmethod
+    def _append(packed: Packed, request: Request, row: Row, tokens_per_block: int) -> None:
+        end = row.start + row.count
+        if row.count < 1 or row.start < 0 or (request.run is not None and row.start != request.run):
+            raise RuntimeError(
+                f"request {row.request}: row of {row.count} at {row.start}, but {request.run} tokens were run"
+            )
+        if end > len(request.tokens):
+            raise RuntimeError(f"request {row.request}: row ends at {end} of {len(request.tokens)} tokens")
+        if row.sample and end != len(request.tokens):
+            raise RuntimeError(f"request {row.request}: sampling at {end} of {len(request.tokens)} tokens")
+        if len(request.table) * tokens_per_block < end:
+            raise RuntimeError(f"request {row.request}: {len(request.table)} blocks cannot hold {end} tokens")
+        # Appended blocks that begin before the row hold KV computed by another request with this prefix.
+        first_fresh = max(-(-row.start // tokens_per_block), len(request.table) - len(row.blocks))
+        packed.fresh += request.table[first_fresh:]
+        packed.rows.append(row)
+        packed.spans.append(Span(len(packed.ids), row.count, end, request.table))
+        packed.ids += request.tokens[row.start : end]
+        packed.positions += range(row.start, end)
+        if row.sample:
+            packed.sampling.append(request)
+            packed.last.append(len(packed.ids) - 1)

@@ -1,0 +1,234 @@
+"""A device's worker: carries out the daemon's messages one by one.
+
+Owns which services are resident, their module trees and the copies under way. Must not know sockets,
+processes or why it is asked for anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from seallmd.core.messages import (
+    CopyDone,
+    CopyFailed,
+    CopyIn,
+    DropImage,
+    DropWeights,
+    Forget,
+    JobProgress,
+    LayerShape,
+    Message,
+    MoveBlocks,
+    Step,
+    StepDone,
+    StepFailed,
+)
+from seallmd.worker.attention import answered_by, run_recorded
+from seallmd.worker.device import Copy, Device
+from seallmd.worker.kv import KvView
+from seallmd.worker.layout import Layout, bind, layout_of, unbind
+from seallmd.worker.paged import PagedBatch
+from seallmd.worker.process import one_line
+from seallmd.worker.requests import Packed, Requests
+from seallmd.worker.sampler import sample
+from seallmd.worker.skeleton import DTYPES, build_skeleton, fix_rope, load_config
+
+
+@dataclass
+class _Model:
+    """A service's module tree; kept while its weights are away, since it is small and takes time to build.
+
+    kv: None until the first forward pass has shown what its layers store.
+    """
+
+    origin: tuple[str, str, int]  # directory, dtype, context
+    model: PreTrainedModel
+    layout: Layout
+    kv: KvView | None = None
+
+
+@dataclass
+class _Arrival:
+    """A service being copied in."""
+
+    wanted: CopyIn
+    copy: Copy
+    config: Future[PreTrainedConfig] | None  # None when its module tree is at hand
+    started: float | None = None
+    done_bytes: int = 0
+    copied: bool = False
+
+
+class Worker:
+    """Everything a worker process does, without the process. send: takes answers in order."""
+
+    def __init__(self, device: Device, block_bytes: int, send: Callable[[Message], None]) -> None:
+        self._device = device
+        self._block_bytes = block_bytes
+        self._send = send
+        self._requests = Requests()
+        self._models: dict[str, _Model] = {}
+        self._resident: dict[str, _Model] = {}
+        self._arriving: deque[_Arrival] = deque()
+        # Importing a model's module takes up to a second: beside the copy, not after it.
+        self._importer = ThreadPoolExecutor(1, thread_name_prefix="importer")
+
+    @property
+    def copying(self) -> bool:
+        """Whether `advance` has something to do."""
+        return bool(self._arriving)
+
+    def handle(self, message: Message) -> None:
+        """Carry out one message. Raises on what only a defect of the daemon or of the device can cause."""
+        match message:
+            case Step():
+                self._step(message)
+            case CopyIn():
+                self._copy_in(message)
+            case DropWeights():
+                self._drop(message.service)
+            case DropImage():
+                self._device.drop_image(message.service)
+            case MoveBlocks():
+                self._move(message)
+            case Forget():
+                self._requests.forget(message.requests)
+            case _:
+                raise RuntimeError(f"no worker message: {type(message).__name__}")
+
+    # -------------------------------------------------------------------------------------------- steps
+
+    def _step(self, step: Step) -> None:
+        started = time.perf_counter()
+        try:
+            tokens = self._run(step)
+        except torch.AcceleratorError:
+            raise  # the CUDA context is lost with everything in it: only a new process helps
+        except Exception as error:  # noqa: BLE001 - a failed step is reported, the other services go on
+            self._requests.fail([admit.request for admit in step.admit] + [row.request for row in step.rows])
+            self._send(StepFailed(step.step, one_line(error)))
+        else:
+            self._send(StepDone(step.step, tokens, time.perf_counter() - started))
+
+    def _run(self, step: Step) -> tuple[int, ...]:
+        resident = self._resident.get(step.service)
+        if resident is None or resident.kv is None:
+            raise RuntimeError(f"{step.service} is not resident")
+        self._requests.admit(step.service, step.admit, resident.model.get_input_embeddings().weight.shape[0])
+        packed = self._requests.pack(step.service, step.rows, resident.kv.tokens_per_block)
+        drawn = self._forward(resident.model, resident.kv, packed) if packed.rows else []
+        return self._requests.commit(step.rows, packed, drawn)
+
+    def _forward(self, model: PreTrainedModel, kv: KvView, packed: Packed) -> list[int]:
+        device = self._device.torch_device
+        with torch.inference_mode(), answered_by(PagedBatch(kv, packed.spans, device)):
+            kv.clear(packed.fresh)
+            last = torch.tensor(packed.last, dtype=torch.long, device=device)
+            logits: torch.Tensor = model(
+                input_ids=torch.tensor([packed.ids], device=device),
+                position_ids=torch.tensor([packed.positions], device=device),
+                use_cache=False,
+                logits_to_keep=last,
+            ).logits[0]
+            if not packed.sampling:
+                return []
+            if logits.shape[0] != len(packed.last):  # a family that computes all logits
+                logits = logits[last]
+            tokens: list[int] = sample(logits, packed.draws()).tolist()
+            return tokens
+
+    def _move(self, message: MoveBlocks) -> None:
+        blocks = self._device.arena.view(-1, self._block_bytes)
+        for src, dst in zip(message.src, message.dst, strict=True):
+            blocks[dst].copy_(blocks[src])
+        self._requests.rename(message.src, message.dst)
+
+    # ----------------------------------------------------------------------------------------- residency
+
+    def _copy_in(self, wanted: CopyIn) -> None:
+        service = wanted.service
+        try:
+            if service in self._resident or any(a.wanted.service == service for a in self._arriving):
+                raise RuntimeError("it is here already")
+            copy = self._device.copy_in(service, wanted.image, wanted.extents)
+        except torch.AcceleratorError:
+            raise
+        except (RuntimeError, OSError) as error:
+            self._send(CopyFailed(service, one_line(error), wanted.copy))
+            return
+        known = self._models.get(service)
+        config = None
+        if known is None or known.origin != _origin(wanted):
+            config = self._importer.submit(load_config, Path(wanted.directory))
+        self._arriving.append(_Arrival(wanted, copy, config))
+
+    def advance(self) -> bool:
+        """Do a piece of the oldest copy; False when there is nothing to do but wait for its import."""
+        arrival = self._arriving[0]
+        if arrival.started is None:
+            arrival.started = time.perf_counter()
+        if not arrival.copied:
+            piece = arrival.copy.advance()
+            arrival.done_bytes += piece
+            arrival.copied = piece == 0
+            if piece:
+                total = sum(extent.bytes_ for extent in arrival.wanted.extents)
+                self._send(JobProgress(arrival.wanted.service, "copy", arrival.done_bytes, total))
+            return True
+        if arrival.config is not None and not arrival.config.done():
+            return False
+        self._arriving.popleft()
+        service = arrival.wanted.service
+        try:
+            self._resident[service] = self._bound(arrival)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a model that cannot be bound must not end its neighbours
+            self._models.pop(service, None)
+            self._send(CopyFailed(service, one_line(error), arrival.wanted.copy))
+        else:
+            seconds = time.perf_counter() - arrival.started
+            self._send(CopyDone(service, seconds, arrival.wanted.copy))
+        return True
+
+    def _bound(self, arrival: _Arrival) -> _Model:
+        wanted = arrival.wanted
+        if arrival.config is not None:
+            self._models[wanted.service] = self._build(wanted, arrival.config.result())
+        known = self._models[wanted.service]
+        sizes = tuple(extent.bytes_ for extent in wanted.extents)
+        if sizes != known.layout.segments:
+            raise RuntimeError("the extents do not fit the model")
+        bind(known.model, known.layout, wanted.extents, self._device.arena)
+        if known.kv is None:
+            # One token through the real weights: shows each layer's KV shape, and that the binding runs.
+            calls, _ = run_recorded(known.model, tokens=1)
+            shapes = [LayerShape(call.kv_heads, call.k_dim, call.v_dim) for call in calls]
+            known.kv = KvView(self._device.arena, self._block_bytes, shapes, DTYPES[wanted.dtype])
+        return known
+
+    def _build(self, wanted: CopyIn, config: PreTrainedConfig) -> _Model:
+        model = build_skeleton(config, DTYPES[wanted.dtype], self._device.torch_device)
+        fix_rope(model, wanted.context)
+        return _Model(_origin(wanted), model, layout_of(model))
+
+    def _drop(self, service: str) -> None:
+        for arrival in list(self._arriving):
+            if arrival.wanted.service == service:
+                arrival.copy.stop()
+                self._arriving.remove(arrival)
+        resident = self._resident.pop(service, None)
+        if resident is not None:
+            unbind(resident.model, resident.layout)
+
+
+def _origin(wanted: CopyIn) -> tuple[str, str, int]:
+    return (wanted.directory, wanted.dtype, wanted.context)
