@@ -7,7 +7,6 @@ devices or requests.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import queue
 import socket
@@ -17,9 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import msgspec
-import torch
 
 from seallmd.core.messages import (
     BuildImage,
@@ -41,7 +37,7 @@ from seallmd.worker.channel import Channel, Closed
 from seallmd.worker.image import Image
 from seallmd.worker.probe import Probed as Model
 from seallmd.worker.probe import probe
-from seallmd.worker.process import bind_to_parent, one_line, quiet_libraries
+from seallmd.worker.process import begin, one_line
 from seallmd.worker.resolve import fetch, local_directory, with_tokenizer
 
 _PROGRESS_SECONDS = 0.2
@@ -172,11 +168,7 @@ def _same(model: Model, wanted: BuildImage) -> bool:
 
 def run(settings_json: bytes, sock: socket.socket) -> None:
     """Serve until Shutdown or the end of the socket. Entry of a spawned process, called like `main.run`."""
-    parent = multiprocessing.parent_process()
-    bind_to_parent(parent.pid if parent is not None else None)
-    settings = msgspec.json.decode(settings_json, type=WorkerSettings)
-    torch.set_num_threads(settings.threads)
-    quiet_libraries()
+    settings = begin(settings_json)
     channel = Channel(sock, ToHost)
     host = Host(settings, channel.send, channel.post)
     try:

@@ -6,17 +6,13 @@ messages do.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 
-import msgspec
-import torch
-
-from seallmd.core.messages import Hello, Shutdown, ToWorker, WorkerSettings
+from seallmd.core.messages import Hello, Shutdown, ToWorker
 from seallmd.worker.channel import Channel, Closed
 from seallmd.worker.device import open_device
-from seallmd.worker.process import bind_to_parent, quiet_libraries
+from seallmd.worker.process import begin
 from seallmd.worker.worker import Worker
 
 _IMPORT_POLL_SECONDS = 0.005
@@ -28,12 +24,7 @@ def run(settings_json: bytes, sock: socket.socket) -> None:
     settings_json: WorkerSettings. sock: this end of a blocking stream socket pair. A message that cannot be
     decoded, and a lost CUDA context, end the process with a traceback.
     """
-    parent = multiprocessing.parent_process()
-    bind_to_parent(parent.pid if parent is not None else None)
-    settings = msgspec.json.decode(settings_json, type=WorkerSettings)
-    torch.set_num_threads(settings.threads)
-    torch.set_num_interop_threads(1)
-    quiet_libraries()
+    settings = begin(settings_json)
     device = open_device(settings)
     channel = Channel(sock, ToWorker)
     try:

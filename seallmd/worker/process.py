@@ -6,12 +6,19 @@ Owns the bond to the parent (a child never outlives it) and the view on free mem
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import re
 import signal
 from pathlib import Path
 
+import msgspec
+import torch
+
+from seallmd.core.messages import WorkerSettings
+
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 _PATH = re.compile(r"(?<![\w/:])/(?:[^\s'\"/]+/)*([^\s'\"/]+)")
 
 
@@ -28,6 +35,23 @@ def bind_to_parent(parent: int | None = None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if parent is not None and os.getppid() != parent:
         raise SystemExit(1)
+
+
+def name_process(name: str) -> None:
+    """What `ps -o comm` and `top` call this process; the kernel keeps 15 bytes."""
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, f"seallmd-{name}".encode()[:15], 0, 0, 0)
+
+
+def begin(settings_json: bytes) -> WorkerSettings:
+    """What a child of the daemon does before anything else; returns what it was started with."""
+    parent = multiprocessing.parent_process()
+    bind_to_parent(parent.pid if parent is not None else None)
+    settings = msgspec.json.decode(settings_json, type=WorkerSettings)
+    name_process(settings.name)
+    torch.set_num_threads(settings.threads)
+    torch.set_num_interop_threads(1)
+    quiet_libraries()
+    return settings
 
 
 def quiet_libraries() -> None:
