@@ -211,10 +211,14 @@ class Node:
         service = self._state.services.get(event.service)
         if service is None:
             self._state.answer([event.ticket], f"no service is called {event.service!r}")
-        elif service.refused:
-            self._state.answer([event.ticket], f"{service.name} cannot be served: {service.refused}")
         elif self._state.draining:
             self._state.answer([event.ticket], "the daemon is shutting down")
+        elif service.refused and (service.shape is not None or not self._state.host_up):
+            self._state.answer([event.ticket], f"{service.name} cannot be served: {service.refused}")
+        elif service.refused:  # what was wrong with the files or the network may have been mended
+            service.refused = ""
+            service.load_tickets.append(event.ticket)
+            self._probe(service)
         elif any(replica.stage is Stage.RESIDENT for replica in service.replicas):
             self._state.answer([event.ticket])
         else:
@@ -354,9 +358,12 @@ class Node:
         self._state.host_up = True
         for service in self._state.services.values():
             if service.shape is None and not service.refused:
-                settings = service.settings
-                probe = msg.Probe(service.name, settings.model, settings.dtype, settings.context)
-                self._state.actions.append(ev.ToHostProcess(probe))
+                self._probe(service)
+
+    def _probe(self, service: Service) -> None:
+        settings = service.settings
+        probe = msg.Probe(service.name, settings.model, settings.dtype, settings.context)
+        self._state.actions.append(ev.ToHostProcess(probe))
 
     def _on_host_lost(self, reason: str) -> None:
         self._state.host_up = False
