@@ -3,14 +3,12 @@
 Owns the prediction of step times, and its error. Must not know requests or policy. The simulator times its
 devices with the same rooflines; the daemon learns from every `StepDone` (DESIGN section 4).
 
-A step is described by three numbers: tokens (all rows together), rows, and context (tokens of KV that all rows
-read together). Seconds are taken to be linear in them: fixed cost (weights read once, launches), per token
-(matrix products), per token of context (KV read).
+A step is described by two numbers: tokens (all rows together) and context (tokens of KV that all rows read
+together). Seconds are taken to be linear in them: fixed cost (weights read once, launches), per token (matrix
+products), per token of context (KV read).
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
 
 import msgspec
 
