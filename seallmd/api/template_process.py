@@ -12,6 +12,7 @@ import datetime
 import functools
 import json
 import resource
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ import msgspec
 MAX_RENDERED_CHARACTERS = 1 << 25
 _MAX_MEMORY_BYTES = 1 << 30
 _MAX_ERROR_CHARACTERS = 300
+_MAX_JOB_SECONDS = 30  # the daemon gives up sooner; this is for when it died meanwhile
 _KEPT_TEMPLATES = 64
 
 
@@ -111,8 +113,10 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold prompts
     decoder = msgspec.json.Decoder(Job)
     for line in sys.stdin.buffer:
+        signal.alarm(_MAX_JOB_SECONDS)  # nobody handles it: it ends the process
         sys.stdout.buffer.write(msgspec.json.encode(render(decoder.decode(line))) + b"\n")
         sys.stdout.buffer.flush()
+        signal.alarm(0)
 
 
 if __name__ == "__main__":

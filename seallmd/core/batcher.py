@@ -179,7 +179,9 @@ class _StepFormer:
             return None
         state, device = self._state, self._device
         state.steps += 1
-        device.inflight[state.steps] = SentStep(state.steps, self._service.name, self._sent, state.now)
+        rows = self._rows.values()
+        tokens, context = sum(row.count for row in rows), sum(row.start + row.count for row in rows)
+        device.inflight[state.steps] = SentStep(state.steps, self._service.name, self._sent, tokens, context)
         device.last_served = self._service.name
         self._replica.used, self._replica.served = state.now, True
         return Step(state.steps, self._service.name, tuple(self._admits), tuple(self._rows.values()))

@@ -7,14 +7,18 @@ numbers: the same (now, event) list gives the same actions, in the daemon, in th
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.arena import Arena
 from seallmd.core.batcher import Batcher
+from seallmd.core.cost import StepCosts
 from seallmd.core.invariants import check_node
+from seallmd.core.profile import ServiceProfile
 from seallmd.core.report import node_status
 from seallmd.core.residency import Residency
-from seallmd.core.scheduler import POLICIES
+from seallmd.core.scheduler import POLICIES, charge
 from seallmd.core.settings import NodeSettings
 from seallmd.core.state import (
     Device,
@@ -82,6 +86,11 @@ class Node:
                     for r in d.replicas.values()
                 )
         return min((t for t in times if t > state.now), default=None)
+
+    def profiles(self) -> dict[str, ServiceProfile]:
+        """What was learnt of each service, for a later run's `NodeSettings.profiles`."""
+        services = self._state.services.values()
+        return {service.name: service.profile for service in services if service.profile is not None}
 
     def context_limit(self, name: str) -> int:
         """Most tokens, prompt and output, that a request of a probed service may have."""
@@ -163,6 +172,9 @@ class Node:
             root=(event.service, event.salt),
             leader=event.leader,
         )
+        assert service.profile is not None
+        request.budget = service.profile.request_seconds(request.prompt)
+        service.arrivals.add(1, state.now)
         state.requests[request.id] = request
         service.waiting[request.order] = request
         service.prompt_tokens += request.prompt
@@ -284,8 +296,8 @@ class Node:
 
     def _on_device(self, device: Device, message: object) -> None:
         match message:
-            case msg.StepDone(step, tokens, _):
-                self._on_step_done(device, device.inflight.pop(step), tokens)
+            case msg.StepDone(step, tokens, seconds):
+                self._on_step_done(device, device.inflight.pop(step), tokens, seconds)
             case msg.StepFailed(step, reason):
                 self._on_step_failed(device.inflight.pop(step), reason)
             case msg.CopyDone(name, seconds, copy):
@@ -302,8 +314,11 @@ class Node:
         replica = device.replicas.get(name)
         return replica is not None and replica.copy == copy
 
-    def _on_step_done(self, device: Device, step: SentStep, tokens: tuple[int, ...]) -> None:
+    def _on_step_done(self, device: Device, step: SentStep, tokens: tuple[int, ...], seconds: float) -> None:
         device.steps += 1
+        profile = self._state.services[step.service].profile
+        assert profile is not None
+        profile.stepped(step.tokens, len(step.rows), step.context, seconds)
         drawn = iter(tokens)
         for row in step.rows:
             token = next(drawn) if row.sample else None
@@ -337,12 +352,15 @@ class Node:
         state, service = self._state, self._state.services[request.service]
         state.actions.append(ev.Emit(request.id, (token,), 0 if request.emitted else request.cached))
         request.emitted = True
+        charge(request, service)
         service.rate.add(1, state.now)
         service.output_tokens += 1
-        if token in request.stop_ids:
-            state.finish(request, "stop")
-        elif len(request.tokens) - request.prompt >= request.max_tokens:
-            state.finish(request, "length")
+        output = len(request.tokens) - request.prompt
+        if token not in request.stop_ids and output < request.max_tokens:
+            return
+        assert service.profile is not None
+        service.profile.ended(request.prompt, output)
+        state.finish(request, "stop" if token in request.stop_ids else "length")
 
     def _on_step_failed(self, step: SentStep, reason: str) -> None:
         self._void(step)
@@ -378,6 +396,9 @@ class Node:
             case msg.Probed(name, directory, shape):
                 service = self._state.services[name]
                 service.directory, service.shape, service.progress = directory, shape, None
+                costs = StepCosts.guess(self._state.settings.roofline, shape)
+                known = self._state.settings.profiles.get(name)
+                service.profile = deepcopy(known) if known is not None else ServiceProfile(costs)
                 self._residency.refuse_misfits()
             case msg.ProbeFailed(name, reason):
                 self._residency.refuse(self._state.services[name], reason)

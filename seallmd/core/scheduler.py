@@ -1,14 +1,15 @@
 """Which replica of a device steps next.
 
-Owns the policies; each is a pure choice among replicas that have work. Must not form steps (`batcher`) nor
-move models (`residency`). The policy is chosen in `[scheduler] policy`.
+Owns the policies, each a pure choice among replicas that have work, and the doubling budget. Must not form
+steps (`batcher`) nor move models (`residency`). The policy is chosen in `[scheduler] policy`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain, islice
 
-from seallmd.core.state import Device, NodeState, Replica
+from seallmd.core.state import Device, NodeState, Replica, Request, Service
 
 Policy = Callable[[NodeState, Device, Sequence[Replica]], list[Replica]]
 
@@ -32,4 +33,60 @@ def fcfs(state: NodeState, _device: Device, ready: Sequence[Replica]) -> list[Re
     return sorted(ready, key=seniority)
 
 
-POLICIES: dict[str, Policy] = {"round-robin": round_robin, "fcfs": fcfs}
+def budget(state: NodeState, _device: Device, ready: Sequence[Replica]) -> list[Replica]:
+    """The service whose next step is worth most for the time it takes (SeaLLM, by batch density).
+
+    Each row is worth the share of its request's budget that the step gets done, more the longer the request
+    has waited. A service that has had work for `max_gap_seconds` without a step goes first, the longest
+    waiting of them, so that nobody waits without limit: at most that gap and one step of each other service.
+    The literal rule, the service of the one best request, throws batching away (docs/log.md).
+    """
+    gap = state.settings.scheduler.max_gap_seconds
+
+    def rank(replica: Replica) -> tuple[float, float]:
+        waits = state.now - _unserved_since(state, replica)
+        return (-waits if waits > gap else 0.0, -_density(state, replica))
+
+    return sorted(ready, key=rank) if len(ready) > 1 else list(ready)
+
+
+def _unserved_since(state: NodeState, replica: Replica) -> float:
+    """Since when the replica has had work without a step."""
+    waiting = state.services[replica.service].waiting.values()
+    requests = [*replica.running.values(), *islice(waiting, 1)]
+    return max(replica.used, min(request.arrived for request in requests))
+
+
+def _density(state: NodeState, replica: Replica) -> float:
+    """Worth of the step that the replica would run next, per second."""
+    service, limits = state.services[replica.service], state.settings.scheduler
+    profile = service.profile
+    assert profile is not None
+    token, left = profile.token_seconds(), limits.step_tokens
+    worth, tokens, context = 0.0, 0, 0
+    for request in islice(chain(replica.running.values(), service.waiting.values()), limits.max_rows):
+        pending = request.pending
+        count = min(pending, left)
+        if count <= 0 or not request.runnable:
+            continue
+        gained = token if pending == 1 else count * profile.prefill_seconds(pending) / pending
+        weight = 1 + (state.now - request.arrived) / (limits.ageing * request.budget)
+        worth += weight * gained / request.budget
+        left, tokens, context = left - count, tokens + count, context + request.scheduled + count
+    return worth / profile.costs.predict(tokens, context)
+
+
+def charge(request: Request, service: Service) -> None:
+    """A token was generated: charge it. Who has used up its budget falls in rank, by one twice as large.
+
+    With p the execution time that a request really needs and b the first budget: at most ceil(log2(p / b))
+    doublings, and the last budget is below 2 * max(b, p).
+    """
+    assert service.profile is not None
+    request.attained += service.profile.token_seconds()
+    if request.attained >= request.budget:
+        request.budget *= 2
+        request.doublings += 1
+
+
+POLICIES: dict[str, Policy] = {"budget": budget, "round-robin": round_robin, "fcfs": fcfs}

@@ -10,6 +10,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from seallmd.core.cost import ROOFLINES, Roofline
+from seallmd.core.profile import ServiceProfile
+
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
 
 
@@ -34,14 +37,18 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The `[scheduler]` table.
 
-    policy: which replica of a device steps next. step_tokens: tokens in one step, prefill and decode
+    policy: which replica of a device steps next (`core.scheduler`). max_gap_seconds: `budget` lets no service
+    that has work wait longer than this for a step. ageing: `budget` doubles a request's weight when it has
+    waited so many times its budget. step_tokens: tokens in one step, prefill and decode
     together. max_rows: requests in one step. pipeline_depth: steps a device may hold, running one included.
     prefix_reuse: share KV blocks of equal prefixes. min_residency_seconds: how long a service that was
     brought in stays before another may push it out. patience_seconds: how long a request of an absent
     service waits before a busy service is asked to make room.
     """
 
-    policy: Literal["round-robin", "fcfs"] = "round-robin"
+    policy: Literal["budget", "round-robin", "fcfs"] = "budget"
+    max_gap_seconds: Annotated[float, Meta(gt=0, le=3600)] = 2.0
+    ageing: Annotated[float, Meta(gt=0, le=1e6)] = 4.0
     step_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 512
     max_rows: Annotated[int, Meta(ge=1, le=4096)] = 64
     pipeline_depth: Annotated[int, Meta(ge=1, le=4)] = 2
@@ -53,12 +60,15 @@ class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
 class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     """All that `core.node.Node` is built from.
 
-    devices: how many there are. block_bytes: the unit of every arena. host_bytes: what host images may take
-    together before the least recently used are dropped; one image may always be built.
+    devices: how many there are; roofline: of what kind, for predictions before anything was measured.
+    profiles: what earlier runs learnt of services, by name. block_bytes: the unit of every arena. host_bytes:
+    what host images may take together before the least recently used are dropped; one may always be built.
     """
 
     services: tuple[ServiceSettings, ...]
     devices: int
     block_bytes: int
     host_bytes: int
+    roofline: Roofline = ROOFLINES["cpu"]
+    profiles: dict[str, ServiceProfile] = {}
     scheduler: SchedulerSettings = SchedulerSettings()

@@ -13,6 +13,7 @@ from enum import Enum
 from seallmd.core.arena import Arena
 from seallmd.core.events import Action, Answer, Finish, Note, ToDevice
 from seallmd.core.messages import Forget, ModelShape, Sampling, ToWorker
+from seallmd.core.profile import ServiceProfile
 from seallmd.core.rate import Rate
 from seallmd.core.settings import NodeSettings, ServiceSettings
 
@@ -47,7 +48,8 @@ class Request:
     order: arrival order, the seniority by which memory is given. tokens: prompt and every generated token
     that was seen. scheduled, computed: tokens whose KV steps on their way, or done, have written. drawn:
     generated tokens, those still on their way included. inflight: rows in steps on their way. epoch: counts
-    preemptions, so that rows of an earlier life are told apart.
+    preemptions, so that rows of an earlier life are told apart. budget, attained: seconds of execution it
+    may take before its rank falls, and that it has taken (SeaLLM's doubling budget).
     """
 
     id: int
@@ -74,6 +76,9 @@ class Request:
     parent: Hashable = None
     announced: bool = False
     emitted: bool = False
+    budget: float = 0.0
+    attained: float = 0.0
+    doublings: int = 0
 
     def move(self, event: str) -> None:
         """Take one step of the life cycle. Raises IllegalTransition."""
@@ -154,8 +159,8 @@ class Image(Enum):
 class Service:
     """One configured service.
 
-    shape: None until probed. refused: why it can never be served. trouble: why its last load failed, and
-    retry_at when the next may be tried. wanted: bring it in without being asked (preload, or it was resident
+    shape, profile: None until probed. refused: why it can never be served. trouble: why its last load failed,
+    and retry_at when the next may be tried. wanted: bring it in unasked (preload, or it was resident
     when its worker died). former: where its weights lay last, by device. tickets: operators that wait for it.
     """
 
@@ -177,6 +182,8 @@ class Service:
     evict_tickets: list[int] = field(default_factory=list)
     progress: tuple[str, int, int] | None = None
     rate: Rate = field(default_factory=Rate)
+    arrivals: Rate = field(default_factory=lambda: Rate(60.0))
+    profile: ServiceProfile | None = None
     prompt_tokens: int = 0
     output_tokens: int = 0
     preemptions: int = 0
@@ -229,7 +236,8 @@ class SentStep:
     id: int
     service: str
     rows: list[SentRow]
-    sent: float
+    tokens: int
+    context: int
 
 
 @dataclass(frozen=True, slots=True)

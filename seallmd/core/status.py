@@ -31,7 +31,8 @@ class ServiceStatus(msgspec.Struct, frozen=True):
 
     state: probing, refused, absent, reading (image), copying, resident, draining. stage: fraction done of a
     long job (0 to 1), None when none runs. device: where it is or is going, None when nowhere.
-    reason: why it is refused, or why its last load failed. tokens_per_second: output, over the last seconds.
+    reason: why it is refused, or why its last load failed. cost_error: how far predicted step times are off,
+    as a share. tokens_per_second: output, over the last seconds.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ServiceStatus(msgspec.Struct, frozen=True):
     swaps_in: int
     last_swap_seconds: float
     reason: str
+    cost_error: float = 0.0
 
 
 class NodeStatus(msgspec.Struct, frozen=True):

@@ -103,13 +103,14 @@ class Child:
             on_exit(reason)
 
     async def stop(self, grace_seconds: float) -> None:
-        """Ask the process to end; kill it when it does not."""
+        """Ask the process to end; kill it when it does not within the grace (0: at once)."""
         self._on_exit = None
         self.send(Shutdown())
         try:
             await asyncio.wait_for(self._gone.wait(), grace_seconds)
         except TimeoutError:
-            log.warning("%s did not stop within %.0f s: killed", self._settings.name, grace_seconds)
+            if grace_seconds:
+                log.warning("%s did not stop within %.0f s: killed", self._settings.name, grace_seconds)
             self._process.kill()
             await self._gone.wait()
 

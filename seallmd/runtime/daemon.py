@@ -24,9 +24,9 @@ from seallmd.config import Config, Size, load
 from seallmd.core.settings import NodeSettings
 from seallmd.errors import SeallmdError
 from seallmd.paths import default_control_socket
-from seallmd.runtime import devices
+from seallmd.runtime import devices, profiles
 from seallmd.runtime.children import run_host, run_worker
-from seallmd.runtime.engine import Engine
+from seallmd.runtime.engine import PROFILES, Engine
 from seallmd.runtime.journal import Journal
 
 log = logging.getLogger("seallmd")
@@ -88,6 +88,8 @@ def _build_engine(config: Config) -> Engine:
         block_bytes=plan.block_bytes,
         host_bytes=plan.host_bytes,
         scheduler=config.scheduler,
+        roofline=plan.roofline,
+        profiles=profiles.load(plan.cache / PROFILES, config.service, plan.roofline.name),
     )
     journal = None
     if config.journal.path:

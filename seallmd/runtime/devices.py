@@ -13,6 +13,7 @@ from pathlib import Path
 import pynvml
 
 from seallmd.config import DeviceSettings, Size
+from seallmd.core.cost import ROOFLINES, Roofline
 from seallmd.core.messages import WorkerSettings
 from seallmd.errors import ConfigError
 
@@ -21,12 +22,17 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """What to start: one worker per device, one host process, and the unit of every arena."""
+    """What to start: one worker per device, one host process; the unit of every arena; the kind of device.
+
+    cache: directory for what may be lost: converted models, profiles of services.
+    """
 
     workers: tuple[WorkerSettings, ...]
     host: WorkerSettings
     block_bytes: int
     host_bytes: int
+    cache: Path
+    roofline: Roofline
 
 
 def plan(settings: DeviceSettings) -> DevicePlan:
@@ -43,7 +49,15 @@ def plan(settings: DeviceSettings) -> DevicePlan:
         host=WorkerSettings("host", "cuda" if gpus else "cpu", block_bytes=block, threads=1, cache=cache),
         block_bytes=block,
         host_bytes=Size(settings.host_memory).bytes_ or memory // 2,
+        cache=Path(cache),
+        roofline=_roofline(gpus[0]) if gpus else ROOFLINES["cpu"],
     )
+
+
+def _roofline(gpu: str) -> Roofline:
+    """The one whose name the GPU's contains; of unknown ones nothing is known, and the A100's is a start."""
+    name = gpu.lower()
+    return next((r for r in ROOFLINES.values() if r.name.split("-")[0] in name), ROOFLINES["a100-80g"])
 
 
 def _gpu_workers(settings: DeviceSettings, gpus: list[str], block: int) -> tuple[WorkerSettings, ...]:

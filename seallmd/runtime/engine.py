@@ -22,6 +22,7 @@ from seallmd.core.settings import NodeSettings
 from seallmd.core.state import Service
 from seallmd.core.status import NodeStatus
 from seallmd.errors import ControlError, RequestError
+from seallmd.runtime import profiles
 from seallmd.runtime.children import Child, Entry
 from seallmd.runtime.devices import DevicePlan
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 RESTART_SECONDS = (0.5, 30.0)  # first pause before a dead child is started again, and the longest
 SETTLED_SECONDS = 60.0  # a child that lived this long has proved itself: the next pause is the first again
 STOP_GRACE_SECONDS = 5.0
+PROFILES = "profiles.json"  # in the cache directory
 
 
 class Engine:
@@ -46,6 +48,7 @@ class Engine:
         journal: Journal | None = None,
     ) -> None:
         self.node = Node(settings)
+        self._settings = settings
         self._plan = plan
         self._journal = journal
         self._created = int(time.time())
@@ -97,6 +100,8 @@ class Engine:
         await asyncio.gather(*(child.stop() for child in (self._host, *self._workers)))
         if self._journal is not None:
             self._journal.close()
+        path = self._plan.cache / PROFILES
+        profiles.save(path, self._settings.services, self._plan.roofline.name, self.node.profiles())
 
     # --------------------------------------------------------------------------------- the loop
 
@@ -264,7 +269,8 @@ class Supervised:
         if self._restart is not None:
             self._restart.cancel()
         if self._child is not None:
-            await self._child.stop(STOP_GRACE_SECONDS)
+            # One that is still starting holds nothing, and would not hear until it is up.
+            await self._child.stop(STOP_GRACE_SECONDS if self._is_up else 0.0)
 
     def _on_message(self, message: msg.Message) -> None:
         if isinstance(message, msg.Hello):

@@ -117,7 +117,7 @@ ACTIONS = (
 )
 
 
-@pytest.mark.parametrize("policy", ["round-robin", "fcfs"])
+@pytest.mark.parametrize("policy", ["budget", "round-robin", "fcfs"])
 @pytest.mark.parametrize("seed", range(6))
 def test_long_history_with_faults(seed: int, policy: str) -> None:
     """Thousands of events with every kind of fault."""

@@ -1,0 +1,188 @@
+// Attention of a step's packed tokens over the K and V blocks of the arena, read where they lie.
+//
+// One work item is a few query tokens of one request with all query heads that share a KV head. Softmax is
+// computed online over segments of keys (Milakov and Gimelshein 2018; FlashAttention). Segments begin at
+// fixed tokens of a block, so a token's result depends neither on the batch nor on how a prompt was chunked.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "linear.h"
+#include "types.h"
+
+constexpr int SEGMENT = 64;     // keys
+constexpr int ITEM_QUERIES = 24;  // query tokens times heads of one work item, if there is a choice
+
+// out[b] += sum over t of p[b][t] v[t], for NV vectors of the value dimension.
+template <class T, int B, int NV>
+inline void mix_tile(const float* p, int keys, const T* v, ptrdiff_t vs, float* out, ptrdiff_t os) {
+    V acc[B][NV];
+    for (int b = 0; b < B; b++)
+        for (int j = 0; j < NV; j++) acc[b][j] = load(out + b * os + j * W);
+    for (int t = 0; t < keys; t++) {
+        V value[NV];
+        for (int j = 0; j < NV; j++) value[j] = load(v + t * vs + j * W);
+        for (int b = 0; b < B; b++) {
+            V weight = splat(p[b * SEGMENT + t]);
+            for (int j = 0; j < NV; j++) acc[b][j] += weight * value[j];
+        }
+    }
+    for (int b = 0; b < B; b++)
+        for (int j = 0; j < NV; j++) store(out + b * os + j * W, acc[b][j]);
+}
+
+// The end of a row that is no whole vector; `out` is padded.
+template <class T>
+inline void mix_tail(const float* p, int m, int keys, const T* v, ptrdiff_t vs, int n, float* out, ptrdiff_t os) {
+    for (int b = 0; b < m; b++) {
+        V acc = load(out + b * os);
+        for (int t = 0; t < keys; t++) acc += splat(p[b * SEGMENT + t]) * load_part(v + t * vs, n);
+        store(out + b * os, acc);
+    }
+}
+
+template <class T>
+inline void mix(const float* p, int m, int keys, const T* v, ptrdiff_t vs, int dim, float* out, ptrdiff_t os) {
+    constexpr int B = W == 16 ? 6 : 2;
+    int whole = dim / W;
+    for (int b = 0; b < m;) {
+        int n = std::min(B, m - b);
+        const float* pb = p + b * SEGMENT;
+        float* ob = out + b * os;
+        int j = 0;
+        for (; j + 4 <= whole; j += 4) {
+            if (n == B) mix_tile<T, B, 4>(pb, keys, v + j * W, vs, ob + j * W, os);
+            else for (int i = 0; i < n; i++)
+                mix_tile<T, 1, 4>(pb + i * SEGMENT, keys, v + j * W, vs, ob + i * os + j * W, os);
+        }
+        for (; j < whole; j++)
+            for (int i = 0; i < n; i++)
+                mix_tile<T, 1, 1>(pb + i * SEGMENT, keys, v + j * W, vs, ob + i * os + j * W, os);
+        if (dim % W) mix_tail(pb, n, keys, v + j * W, vs, dim % W, ob + j * W, os);
+        b += n;
+    }
+}
+
+// Turn a row of scores into weights; returns their sum. Keys outside [from, to) weigh 0.
+// most: the largest score so far, updated; shrink: what earlier sums have to be multiplied by.
+inline float soften(float* s, int keys, int from, int to, float scale, float softcap, float& most, float& shrink) {
+    for (int t = 0; t < keys; t += W) {
+        V v = load(s + t) * scale;
+        if (softcap > 0) v = softcap * (1.0f - 2.0f / (exp(v * (2.0f / softcap)) + 1.0f));
+        store(s + t, v);
+    }
+    for (int t = 0; t < from; t++) s[t] = -INFINITY;
+    for (int t = to; t < (keys + W - 1) / W * W; t++) s[t] = -INFINITY;
+    V largest = splat(most);
+    for (int t = 0; t < keys; t += W) largest = max(largest, load(s + t));
+    float now = most;
+    for (int i = 0; i < W; i++) now = std::max(now, largest[i]);
+    shrink = std::exp(most - now);
+    most = now;
+    V total = {};
+    for (int t = 0; t < keys; t += W) {
+        V score = load(s + t), weight = exp(score - now);
+        weight = score < -3e38f ? V{} : weight;
+        store(s + t, weight);
+        total += weight;
+    }
+    return sum(total);
+}
+
+struct Item {
+    int span, kv_head, first, tokens;  // query tokens, counted from the span's first
+};
+
+struct Scratch {
+    std::vector<float> query, score, out, most, total;
+};
+
+template <class T>
+void attend_item(const Attention& a, const Step& step, const Item& item, const float* q, float* out, Scratch& at) {
+    const Cache& c = a.cache;
+    const Span& span = step.spans[item.span];
+    const int32_t* table = step.tables + span.table;
+    const int group = a.heads / c.kv_heads, m = item.tokens * group;
+    const int start = span.context - span.tokens + item.first;  // position of the first query
+    const int os = (c.v_dim + W - 1) / W * W;
+    at.query.resize(m * c.k_dim);
+    at.score.resize(m * SEGMENT);
+    at.out.assign(m * os, 0.0f);
+    at.most.assign(m, -INFINITY);
+    at.total.assign(m, 0.0f);
+    for (int t = 0; t < item.tokens; t++) {
+        int64_t row = static_cast<int64_t>(span.first + item.first + t) * a.heads + item.kv_head * group;
+        std::memcpy(&at.query[t * group * c.k_dim], q + row * c.k_dim, group * c.k_dim * sizeof(float));
+    }
+    const int end = start + item.tokens;
+    int position = a.window ? std::max(0, start - a.window + 1) : 0;
+    const int offset = position % c.tokens_per_block;
+    position -= offset % SEGMENT;  // segments begin at multiples of their length in a block
+    const ptrdiff_t ks = static_cast<ptrdiff_t>(c.kv_heads) * c.k_dim, vs = static_cast<ptrdiff_t>(c.kv_heads) * c.v_dim;
+    while (position < end) {
+        const int in_block = position % c.tokens_per_block;
+        const int keys = std::min({SEGMENT, c.tokens_per_block - in_block, end - position});
+        const int64_t block = table[position / c.tokens_per_block] * c.block_stride;
+        const T* k = static_cast<const T*>(c.key) + block + in_block * ks + item.kv_head * c.k_dim;
+        const T* v = static_cast<const T*>(c.value) + block + in_block * vs + item.kv_head * c.v_dim;
+        dot_block(k, ks, keys, at.query.data(), c.k_dim, m, c.k_dim, at.score.data(), SEGMENT);
+        for (int i = 0; i < m; i++) {
+            const int own = start + i / group - position;  // its own key, seen from this segment
+            const int from = a.window ? std::max(0, own - a.window + 1) : 0, to = std::min(keys, own + 1);
+            float* s = &at.score[i * SEGMENT];
+            if (to <= from) {
+                std::fill(s, s + keys, 0.0f);
+                continue;
+            }
+            float shrink;
+            const float added = soften(s, keys, from, to, a.scale, a.softcap, at.most[i], shrink);
+            at.total[i] = at.total[i] * shrink + added;
+            if (shrink != 1.0f)
+                for (int j = 0; j < os; j += W) store(&at.out[i * os + j], load(&at.out[i * os + j]) * shrink);
+        }
+        mix(at.score.data(), m, keys, v, vs, c.v_dim, at.out.data(), os);
+        position += keys;
+    }
+    for (int i = 0; i < m; i++) {
+        const int head = item.kv_head * group + i % group;
+        float scale = 1.0f / at.total[i];
+        if (a.sinks) {  // a logit without a value
+            const float most = std::max(at.most[i], a.sinks[head]), shrink = std::exp(at.most[i] - most);
+            scale = shrink / (at.total[i] * shrink + std::exp(a.sinks[head] - most));
+        }
+        const int64_t row = static_cast<int64_t>(span.first + item.first + i / group) * a.heads + head;
+        for (int j = 0; j < c.v_dim; j++) out[row * c.v_dim + j] = at.out[i * os + j] * scale;
+    }
+}
+
+// Store K and V [tokens][kv_heads][dim] in their slots.
+template <class T> void write(const Cache& c, const Step& step, const float* key, const float* value) {
+    for (int t = 0; t < step.tokens; t++) {
+        const int64_t block = step.slots[t] * c.block_stride, offset = step.slots[step.tokens + t];
+        const int k = c.kv_heads * c.k_dim, v = c.kv_heads * c.v_dim;
+        T* keys = static_cast<T*>(c.key) + block + offset * k;
+        T* values = static_cast<T*>(c.value) + block + offset * v;
+        for (int i = 0; i < k; i++) narrow(key[static_cast<int64_t>(t) * k + i], keys + i);
+        for (int i = 0; i < v; i++) narrow(value[static_cast<int64_t>(t) * v + i], values + i);
+    }
+}
+
+// q [tokens][heads][k_dim] -> out [tokens][heads][v_dim]; K and V of these tokens are written first.
+template <class T>
+void attend(const Attention& a, const Step& step, const float* q, const float* k, const float* v, float* out) {
+    write<T>(a.cache, step, k, v);
+    const int group = a.heads / a.cache.kv_heads, most = std::max(1, ITEM_QUERIES / group);
+    std::vector<Item> items;
+    for (int s = 0; s < step.n_spans; s++)
+        for (int first = 0; first < step.spans[s].tokens; first += most)
+            for (int head = 0; head < a.cache.kv_heads; head++)
+                items.push_back({s, head, first, std::min(most, step.spans[s].tokens - first)});
+    const int n = static_cast<int>(items.size());
+#pragma omp parallel
+    {
+        static thread_local Scratch scratch;
+#pragma omp for schedule(dynamic, 1)
+        for (int i = n - 1; i >= 0; i--) attend_item<T>(a, step, items[i], q, out, scratch);  // longest first
+    }
+}

@@ -1,0 +1,168 @@
+// The operations that the worker calls, and a whole decoder layer made of them.
+//
+// Activations are float32 and contiguous; weights and KV are what their dtype says. Nothing here allocates
+// what it does not reuse, and nothing throws but for lack of memory.
+#include "attention.h"
+
+namespace {
+
+constexpr int64_t WORTH_SHARING = 16 << 10;  // elements; below, waking the other threads costs more
+
+template <class F> auto with_dtype(int32_t dtype, F f) {
+    if (dtype == FLOAT16) return f(f16{});
+    if (dtype == BFLOAT16) return f(bf16{});
+    return f(float{});
+}
+
+const float* widened(const void* p, int n, int32_t dtype, std::vector<float>& room) {
+    if (dtype == FLOAT32) return static_cast<const float*>(p);
+    room.resize(n);
+    with_dtype(dtype, [&](auto kind) {
+        for (int i = 0; i < n; i++) room[i] = widen(static_cast<const decltype(kind)*>(p) + i);
+    });
+    return room.data();
+}
+
+// y = x W^T + bias, plus `residual` (which may be y itself: then `room` holds the product).
+void linear(const Linear& l, const float* x, int m, float* y) {
+    with_dtype(l.dtype, [&](auto kind) {
+        matmul(x, l.k, m, static_cast<const decltype(kind)*>(l.weight), l.k, l.n, l.k, y, l.n);
+    });
+    if (l.bias) {
+        static thread_local std::vector<float> room;
+        const float* bias = widened(l.bias, l.n, l.dtype, room);
+        for (int i = 0; i < m; i++)
+            for (int j = 0; j < l.n; j++) y[static_cast<int64_t>(i) * l.n + j] += bias[j];
+    }
+}
+
+// Rows of n.n elements: y = x / rms(x) * (offset + weight); y may be x.
+void norm(const Norm& l, const float* x, int64_t rows, float* y) {
+    static thread_local std::vector<float> room;
+    const float* weight = widened(l.weight, l.n, l.dtype, room);
+    const int n = l.n;
+#pragma omp parallel for if (rows * n > WORTH_SHARING)
+    for (int64_t row = 0; row < rows; row++) {
+        const float* from = x + row * n;
+        float* to = y + row * n;
+        V squares = {};
+        int i = 0;
+        for (; i + W <= n; i += W) squares += load(from + i) * load(from + i);
+        if (i < n) squares += load_part(from + i, n - i) * load_part(from + i, n - i);
+        const float scale = 1.0f / std::sqrt(sum(squares) / n + l.eps);
+        for (i = 0; i + W <= n; i += W) store(to + i, load(from + i) * scale * (load(weight + i) + l.offset));
+        for (; i < n; i++) to[i] = from[i] * scale * (weight[i] + l.offset);
+    }
+}
+
+V activated(V x, int32_t kind) {
+    // gelu's tanh form is x * sigmoid(2u), since (1 + tanh u) / 2 = sigmoid(2u)
+    V u = kind == SILU ? x : 1.5957691216057308f * (x + 0.044715f * x * x * x);
+    return x / (1.0f + exp(-u));
+}
+
+// gate = activation(gate) * up
+void gated(float* gate, const float* up, int64_t n, int32_t kind) {
+#pragma omp parallel for if (n > WORTH_SHARING)
+    for (int64_t i = 0; i < n; i += W) {
+        const int part = static_cast<int>(std::min<int64_t>(W, n - i));
+        if (part == W) store(gate + i, activated(load(gate + i), kind) * load(up + i));
+        else store_part(gate + i, activated(load_part(gate + i, part), kind) * load_part(up + i, part), part);
+    }
+}
+
+// Rotate the first `width` elements of each head in halves (x0, x1 -> x0 c - x1 s, x1 c + x0 s), in place.
+// x [tokens][heads][dim], cos and sin [tokens][width].
+void rotate(float* x, int tokens, int heads, int dim, const float* cos, const float* sin, int width) {
+    const int half = width / 2;
+#pragma omp parallel for if (static_cast<int64_t>(tokens) * heads * dim > WORTH_SHARING)
+    for (int t = 0; t < tokens; t++) {
+        const float *c = cos + static_cast<int64_t>(t) * width, *s = sin + static_cast<int64_t>(t) * width;
+        for (int h = 0; h < heads; h++) {
+            float *low = x + (static_cast<int64_t>(t) * heads + h) * dim, *high = low + half;
+            for (int i = 0; i < half; i++) {
+                const float a = low[i], b = high[i];
+                low[i] = a * c[i] - b * s[i];
+                high[i] = b * c[i + half] + a * s[i + half];
+            }
+        }
+    }
+}
+
+void add(const float* x, const float* y, float* out, int64_t n) {
+#pragma omp parallel for if (n > WORTH_SHARING)
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] + y[i];
+}
+
+void attention(const Attention& a, const Step& step, const float* q, const float* k, const float* v, float* out) {
+    with_dtype(a.cache.dtype, [&](auto kind) { attend<decltype(kind)>(a, step, q, k, v, out); });
+}
+
+}  // namespace
+
+extern "C" {
+
+// Of every structure, so that Python can tell whether it means the same.
+void seallmd_sizes(int32_t* out) {
+    const size_t sizes[] = {sizeof(Linear), sizeof(Norm), sizeof(Cache), sizeof(Attention), sizeof(Span), sizeof(Step),
+                            sizeof(Layer)};
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(*sizes); i++) out[i] = static_cast<int32_t>(sizes[i]);
+}
+
+int32_t seallmd_vector_floats() { return W; }
+
+void seallmd_linear(const Linear* l, const float* x, int32_t m, float* y) { linear(*l, x, m, y); }
+
+void seallmd_norm(const Norm* l, const float* x, int64_t rows, float* y) { norm(*l, x, rows, y); }
+
+void seallmd_gated(float* gate, const float* up, int64_t n, int32_t kind) { gated(gate, up, n, kind); }
+
+void seallmd_rotate(float* x, int32_t tokens, int32_t heads, int32_t dim, const float* cos, const float* sin,
+                    int32_t width) {
+    rotate(x, tokens, heads, dim, cos, sin, width);
+}
+
+void seallmd_attention(const Attention* a, const Step* step, const float* q, const float* k, const float* v,
+                       float* out) {
+    attention(*a, *step, q, k, v, out);
+}
+
+// x [tokens][hidden] -> out, another buffer. cos and sin [tokens][width].
+void seallmd_layer(const Layer* layer, const Step* step, const float* cos, const float* sin, int32_t width,
+                   const float* x, float* out) {
+    const Layer& l = *layer;
+    const Attention& a = l.attention;
+    const int m = step->tokens, hidden = l.q.k, inner = l.gate.n;
+    const int64_t all = static_cast<int64_t>(m) * hidden;
+    static thread_local std::vector<float> h, q, k, v, mixed, gate, up;
+    h.resize(all);
+    q.resize(static_cast<int64_t>(m) * l.q.n);
+    k.resize(static_cast<int64_t>(m) * l.k.n);
+    v.resize(static_cast<int64_t>(m) * l.v.n);
+    mixed.resize(static_cast<int64_t>(m) * l.o.k);
+    gate.resize(static_cast<int64_t>(m) * inner);
+    up.resize(static_cast<int64_t>(m) * inner);
+
+    norm(l.before_attention, x, m, h.data());
+    linear(l.q, h.data(), m, q.data());
+    linear(l.k, h.data(), m, k.data());
+    linear(l.v, h.data(), m, v.data());
+    if (l.q_norm.weight) norm(l.q_norm, q.data(), static_cast<int64_t>(m) * a.heads, q.data());
+    if (l.k_norm.weight) norm(l.k_norm, k.data(), static_cast<int64_t>(m) * a.cache.kv_heads, k.data());
+    rotate(q.data(), m, a.heads, a.cache.k_dim, cos, sin, width);
+    rotate(k.data(), m, a.cache.kv_heads, a.cache.k_dim, cos, sin, width);
+    attention(a, *step, q.data(), k.data(), v.data(), mixed.data());
+    linear(l.o, mixed.data(), m, h.data());
+    if (l.after_attention.weight) norm(l.after_attention, h.data(), m, h.data());
+    add(x, h.data(), out, all);
+
+    norm(l.before_mlp, out, m, h.data());
+    linear(l.gate, h.data(), m, gate.data());
+    linear(l.up, h.data(), m, up.data());
+    gated(gate.data(), up.data(), static_cast<int64_t>(m) * inner, l.activation);
+    linear(l.down, gate.data(), m, h.data());
+    if (l.after_mlp.weight) norm(l.after_mlp, h.data(), m, h.data());
+    add(out, h.data(), out, all);
+}
+
+}  // extern "C"

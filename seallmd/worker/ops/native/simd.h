@@ -1,0 +1,131 @@
+// Vectors of floats, and weights of three dtypes read as floats.
+//
+// GCC's vector extensions rather than intrinsics: one source for AVX-512, AVX2 and whatever else the compiler
+// is told to build for (-march=native). Every sum below runs in an order that depends on the length alone.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int W = 16;  // floats in a vector
+#else
+constexpr int W = 8;
+#endif
+constexpr int QUERIES = W == 16 ? 6 : 3;  // rows of activations in one tile of registers, beside 4 of weights
+
+typedef float V __attribute__((vector_size(W * 4)));
+typedef float VU __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint32_t I __attribute__((vector_size(W * 4)));
+typedef int32_t S __attribute__((vector_size(W * 4)));
+typedef uint16_t HU __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+inline V splat(float x) { return V{} + x; }
+inline V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
+inline void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
+
+inline V load(const bf16* p) {
+    I wide = __builtin_convertvector(*reinterpret_cast<const HU*>(p), I) << 16;
+    return reinterpret_cast<V>(wide);
+}
+
+inline V load(const f16* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<V>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+    return reinterpret_cast<V>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    V v;
+    for (int i = 0; i < W; i++) {
+        _Float16 h;
+        std::memcpy(&h, p + i, 2);
+        v[i] = static_cast<float>(h);
+    }
+    return v;
+#endif
+}
+
+// The first n of a vector, zeros behind them; reads no further.
+template <class T> inline V load_part(const T* p, int n) {
+    T part[W] = {};
+    std::memcpy(part, p, n * sizeof(T));
+    return load(part);
+}
+
+inline void store_part(float* p, V v, int n) {
+    float part[W];
+    store(part, v);
+    std::memcpy(p, part, n * sizeof(float));
+}
+
+inline float widen(const float* p) { return *p; }
+template <class T> inline float widen(const T* p) { return load_part(p, 1)[0]; }
+
+inline void narrow(float x, float* p) { *p = x; }
+inline void narrow(float x, bf16* p) {  // to nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    p->bits = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+inline void narrow(float x, f16* p) {
+    _Float16 h = static_cast<_Float16>(x);
+    std::memcpy(p, &h, 2);
+}
+
+inline float sum(V v) {
+    float half[W];
+    store(half, v);
+    for (int n = W / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) half[i] += half[i + n];
+    return half[0];
+}
+
+typedef float V4 __attribute__((vector_size(16)));
+typedef float V8 __attribute__((vector_size(32)));
+
+inline V8 fold(V8 v) { return v; }
+#if defined(__AVX512F__)
+inline V8 fold(V v) {
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+           __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+#endif
+inline V4 halve(V v) {
+    V8 e = fold(v);
+    return __builtin_shufflevector(e, e, 0, 1, 2, 3) + __builtin_shufflevector(e, e, 4, 5, 6, 7);
+}
+
+// The sums of four vectors, in the order in which `sum` adds.
+inline V4 sum4(V a, V b, V c, V d) {
+    V4 p = halve(a), q = halve(b), r = halve(c), s = halve(d);
+    V4 pq = __builtin_shufflevector(p, q, 0, 1, 4, 5) + __builtin_shufflevector(p, q, 2, 3, 6, 7);
+    V4 rs = __builtin_shufflevector(r, s, 0, 1, 4, 5) + __builtin_shufflevector(r, s, 2, 3, 6, 7);
+    return __builtin_shufflevector(pq, rs, 0, 2, 4, 6) + __builtin_shufflevector(pq, rs, 1, 3, 5, 7);
+}
+
+inline V min(V a, V b) { return a < b ? a : b; }
+inline V max(V a, V b) { return a > b ? a : b; }
+
+// e^x within 2 units in the last place; arguments below -87 give the smallest normal number.
+// Cephes' expf: x = n ln 2 + r, a polynomial in r, 2^n by the exponent's bits.
+inline V exp(V x) {
+    x = min(max(x, splat(-87.33f)), splat(88.37f));
+    const V magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    V n = (x * 1.44269504088896341f + magic) - magic;
+    V r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    V p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    S power = (__builtin_convertvector(n, S) + 127) << 23;
+    return p * reinterpret_cast<V>(power);
+}

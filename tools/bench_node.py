@@ -1,0 +1,103 @@
+"""The cost of deciding: how long `Node.handle` takes, without workers, sockets or models.
+
+    python -m tools.bench_node [--services N] [--requests N] [--policy NAME]
+
+One device holds N services with the given number of requests; every step is answered at once. Prints the
+median and tail of `handle` over all StepDone events, also for half and twice the requests, so that growth
+shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+
+from seallmd.core import events as ev
+from seallmd.core import messages as msg
+from seallmd.core.node import Node
+from seallmd.core.settings import NodeSettings, SchedulerSettings, ServiceSettings
+
+BLOCK = 1 << 16
+LAYER = msg.LayerShape(kv_heads=2, k_dim=64, v_dim=64)
+SHAPE = msg.ModelShape("bench", "bfloat16", 2, (LAYER,) * 8, (BLOCK * 4,) * 8, 1000, 4096)
+
+
+class Bench:
+    """A node whose only device answers at once. seconds: of every `handle` of a StepDone."""
+
+    def __init__(self, services: int, policy: str) -> None:
+        names = [f"service-{i}" for i in range(services)]
+        scheduler = SchedulerSettings(policy=policy, pipeline_depth=2)  # type: ignore[arg-type]
+        settings = NodeSettings(
+            services=tuple(ServiceSettings(name=n, model=n, preload=True, max_waiting=1 << 20) for n in names),
+            devices=1,
+            block_bytes=BLOCK,
+            host_bytes=1 << 40,
+            scheduler=scheduler,
+        )
+        self.names = names
+        self.node = Node(settings)
+        self.seconds: list[float] = []
+        self.now = 0.0
+        self._steps: list[msg.Step] = []
+        self.happen(ev.HostUp())
+        self.happen(ev.WorkerUp(0, "bench", BLOCK * 200_000))
+        for name in names:
+            self.happen(ev.FromHostProcess(msg.Probed(name, "/", SHAPE)))
+            self.happen(ev.FromHostProcess(msg.ImageReady(name, "/", 0, 0.0)))
+
+    def happen(self, event: ev.Event) -> None:
+        """One event, and what the device says to the actions."""
+        before = time.perf_counter()
+        actions = self.node.handle(event, self.now)
+        if isinstance(event, ev.FromDevice):
+            self.seconds.append(time.perf_counter() - before)
+        for action in actions:
+            if isinstance(action, ev.ToDevice):
+                if isinstance(action.message, msg.CopyIn):
+                    done = msg.CopyDone(action.message.service, 0.1, action.message.copy)
+                    self.happen(ev.FromDevice(0, done))
+                elif isinstance(action.message, msg.Step):
+                    self._steps.append(action.message)
+
+    def fill(self, requests: int, rng: random.Random) -> None:
+        """Requests of all services, long enough to outlast the measurement."""
+        for request in range(1, requests + 1):
+            prompt = tuple(rng.choices(range(1000), k=rng.randint(10, 400)))
+            service = self.names[request % len(self.names)]
+            self.happen(ev.Arrived(request, service, prompt, 3000, msg.Sampling()))
+
+    def run(self, steps: int) -> None:
+        """Answer steps in order."""
+        self.seconds.clear()
+        for _ in range(steps):
+            step = self._steps.pop(0)
+            self.now += 0.02
+            tokens = tuple(1 for row in step.rows if row.sample)
+            self.happen(ev.FromDevice(0, msg.StepDone(step.step, tokens, 0.02)))
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="How long Node.handle takes.")
+    parser.add_argument("--services", type=int, default=40)
+    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--policy", default="budget")
+    parser.add_argument("--steps", type=int, default=2000)
+    options = parser.parse_args()
+    for requests in (options.requests // 2, options.requests, options.requests * 2):
+        bench = Bench(options.services, options.policy)
+        bench.fill(requests, random.Random(0))
+        bench.run(options.steps)
+        bench.node.check()
+        times = sorted(bench.seconds)
+        median, tail = times[len(times) // 2], times[len(times) * 99 // 100]
+        print(
+            f"{options.services} services, {requests:5d} requests, {options.policy}: "
+            f"median {median * 1e3:.3f} ms, P99 {tail * 1e3:.3f} ms"
+        )
+
+
+if __name__ == "__main__":
+    main()
