@@ -29,7 +29,7 @@ class Batcher:
         """Whether a step could be formed, memory permitting."""
         if replica.stage not in (Stage.RESIDENT, Stage.DRAINING):
             return False
-        if any(request.runnable for request in replica.running.values()):
+        if any(request.drawn < request.max_tokens for request in replica.running.values()):
             return True
         return next(self._admissible(replica), None) is not None
 

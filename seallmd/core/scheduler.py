@@ -52,27 +52,35 @@ def budget(state: NodeState, _device: Device, ready: Sequence[Replica]) -> list[
 
 def _unserved_since(state: NodeState, replica: Replica) -> float:
     """Since when the replica has had work without a step."""
-    waiting = state.services[replica.service].waiting.values()
-    requests = [*replica.running.values(), *islice(waiting, 1)]
-    return max(replica.used, min(request.arrived for request in requests))
+    # The first of each is the longest here, but for one that was preempted: that was served before.
+    firsts = (replica.running.values(), state.services[replica.service].waiting.values())
+    oldest = min(request.arrived for requests in firsts for request in islice(requests, 1))
+    return max(replica.used, oldest)
 
 
 def _density(state: NodeState, replica: Replica) -> float:
     """Worth of the step that the replica would run next, per second."""
     service, limits = state.services[replica.service], state.settings.scheduler
-    profile = service.profile
+    profile, now, ageing = service.profile, state.now, limits.ageing
     assert profile is not None
     token, left = profile.token_seconds(), limits.step_tokens
     worth, tokens, context = 0.0, 0, 0
+    # The node's innermost loop, over every request of every service (tools/bench_node.py).
     for request in islice(chain(replica.running.values(), service.waiting.values()), limits.max_rows):
-        pending = request.pending
-        count = min(pending, left)
-        if count <= 0 or not request.runnable:
+        drawn, scheduled = request.drawn, request.scheduled
+        if drawn >= request.max_tokens or not left:
             continue
-        gained = token if pending == 1 else count * profile.prefill_seconds(pending) / pending
-        weight = 1 + (state.now - request.arrived) / (limits.ageing * request.budget)
-        worth += weight * gained / request.budget
-        left, tokens, context = left - count, tokens + count, context + request.scheduled + count
+        pending = request.prompt + drawn - scheduled
+        if pending == 1:
+            gained, count = token, 1
+        else:
+            count = min(pending, left)
+            gained = profile.prefill_seconds(pending) * count / pending
+        share = gained / request.budget
+        worth += share + share * (now - request.arrived) / (ageing * request.budget)
+        left -= count
+        tokens += count
+        context += scheduled + count
     return worth / profile.costs.predict(tokens, context)
 
 

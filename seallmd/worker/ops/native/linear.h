@@ -15,6 +15,7 @@ inline void dot_tile(const T* w, ptrdiff_t ws, const float* x, ptrdiff_t xs, int
     for (; i + W <= k; i += W) {
         V rows[R];
         for (int r = 0; r < R; r++) rows[r] = load(w + r * ws + i);
+        for (int r = 0; r < R; r++) __builtin_prefetch(w + (r + R) * ws + i);
         for (int b = 0; b < B; b++) {
             V row = load(x + b * xs + i);
             for (int r = 0; r < R; r++) acc[b][r] += rows[r] * row;

@@ -1,0 +1,269 @@
+"""The compiled operations as Python functions.
+
+Owns the C structures (`native/types.h`, field for field) and the calls. Tensors come in checked: a pointer
+carries neither shape nor dtype. Must not know modules or requests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from seallmd.worker.ops import reference
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+ACTIVATION_CODES = {"silu": 0, "gelu_tanh": 1}
+
+
+class Linear(Structure):
+    """A weight matrix [n][k] of contiguous rows, with or without a bias of the same dtype."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("n", c_int32),
+        ("k", c_int32),
+        ("dtype", c_int32),
+        ("pad", c_int32),
+    )
+
+
+class Norm(Structure):
+    """RMSNorm: x / rms(x) * (offset + weight); all zeros where there is none."""
+
+    _fields_ = (
+        ("weight", c_void_p),
+        ("n", c_int32),
+        ("dtype", c_int32),
+        ("eps", c_float),
+        ("offset", c_float),
+    )
+
+
+class Cache(Structure):
+    """K and V of one layer in the arena."""
+
+    _fields_ = (
+        ("key", c_void_p),
+        ("value", c_void_p),
+        ("block_stride", c_int64),
+        ("kv_heads", c_int32),
+        ("k_dim", c_int32),
+        ("v_dim", c_int32),
+        ("tokens_per_block", c_int32),
+        ("dtype", c_int32),
+        ("pad", c_int32),
+    )
+
+
+class Attention(Structure):
+    """Attention of one layer. window and softcap: 0 for none."""
+
+    _fields_ = (
+        ("cache", Cache),
+        ("sinks", c_void_p),
+        ("heads", c_int32),
+        ("window", c_int32),
+        ("scale", c_float),
+        ("softcap", c_float),
+    )
+
+
+class _Span(Structure):
+    _fields_ = (("first", c_int32), ("tokens", c_int32), ("context", c_int32), ("table", c_int32))
+
+
+class _Step(Structure):
+    _fields_ = (
+        ("spans", c_void_p),
+        ("tables", c_void_p),
+        ("slots", c_void_p),
+        ("n_spans", c_int32),
+        ("tokens", c_int32),
+    )
+
+
+class Layer(Structure):
+    """A decoder layer: norm, attention, norm, gated MLP, each with its residual (see `layers`)."""
+
+    _fields_ = (
+        ("before_attention", Norm),
+        ("q_norm", Norm),
+        ("k_norm", Norm),
+        ("after_attention", Norm),
+        ("before_mlp", Norm),
+        ("after_mlp", Norm),
+        ("q", Linear),
+        ("k", Linear),
+        ("v", Linear),
+        ("o", Linear),
+        ("gate", Linear),
+        ("up", Linear),
+        ("down", Linear),
+        ("attention", Attention),
+        ("activation", c_int32),
+        ("pad", c_int32),
+    )
+
+
+_CHECKED = (Linear, Norm, Cache, Attention, _Span, _Step, Layer)
+
+
+class SpanLike(Protocol):
+    """As `paged.Span`."""
+
+    @property
+    def first(self) -> int: ...  # noqa: D102
+    @property
+    def tokens(self) -> int: ...  # noqa: D102
+    @property
+    def context(self) -> int: ...  # noqa: D102
+    @property
+    def table(self) -> Sequence[int]: ...  # noqa: D102
+
+
+class Step:
+    """Where the packed tokens of one step belong; shared by all layers. slots: int32 [2, tokens]."""
+
+    def __init__(self, spans: Sequence[SpanLike], slots: torch.Tensor) -> None:
+        ours, tables = (_Span * len(spans))(), []
+        for at, span in enumerate(spans):
+            ours[at] = (span.first, span.tokens, span.context, len(tables))
+            tables += span.table
+        # Everything pointed to must live as long as the pointers.
+        self._kept = (ours, (c_int32 * len(tables))(*tables), slots)
+        self.tokens = slots.shape[1]
+        self.struct = _Step(
+            ctypes.addressof(self._kept[0]),
+            ctypes.addressof(self._kept[1]),
+            slots.data_ptr(),
+            len(spans),
+            self.tokens,
+        )
+
+
+def linear_struct(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """weight [n, k], contiguous rows; bias [n] of the same dtype."""
+    n, k = weight.shape
+    if not weight.is_contiguous() or (bias is not None and bias.dtype != weight.dtype):
+        raise ValueError("weights must be contiguous and of one dtype")
+    pointer = None if bias is None else bias.data_ptr()
+    return Linear(weight.data_ptr(), pointer, n, k, DTYPE_CODES[weight.dtype])
+
+
+def norm_struct(weight: torch.Tensor, eps: float, offset: float) -> Norm:
+    """weight [n]."""
+    return Norm(weight.data_ptr(), weight.numel(), DTYPE_CODES[weight.dtype], eps, offset)
+
+
+def cache_struct(key: torch.Tensor, value: torch.Tensor) -> Cache:
+    """key and value: strided views [block, token, head, dim] of the arena, merged within a block."""
+    _, tokens, heads, k_dim = key.shape
+    return Cache(
+        key.data_ptr(),
+        value.data_ptr(),
+        key.stride(0),
+        heads,
+        k_dim,
+        value.shape[-1],
+        tokens,
+        DTYPE_CODES[key.dtype],
+    )
+
+
+class Native:
+    """The loaded library. Activations are float32, contiguous, on the CPU. Raises OSError if it is unusable.
+
+    vector_floats: width of its vectors.
+    """
+
+    def __init__(self, library: Path) -> None:
+        lib = ctypes.CDLL(str(library))
+        pointer, size = c_void_p, c_int32
+        self._linear = _declare(lib.seallmd_linear, POINTER(Linear), pointer, size, pointer)
+        self._norm = _declare(lib.seallmd_norm, POINTER(Norm), pointer, c_int64, pointer)
+        self._gated = _declare(lib.seallmd_gated, pointer, pointer, c_int64, size)
+        self._rotate = _declare(lib.seallmd_rotate, pointer, size, size, size, pointer, pointer, size)
+        self._attention = _declare(
+            lib.seallmd_attention, POINTER(Attention), POINTER(_Step), pointer, pointer, pointer, pointer
+        )
+        self._layer = _declare(
+            lib.seallmd_layer, POINTER(Layer), POINTER(_Step), pointer, pointer, size, pointer, pointer
+        )
+        sizes = (c_int32 * len(_CHECKED))()
+        lib.seallmd_sizes(sizes)
+        if list(sizes) != [ctypes.sizeof(kind) for kind in _CHECKED]:
+            raise OSError("the compiled operations have another layout of their structures")
+        self.vector_floats = int(lib.seallmd_vector_floats())
+        self._examine()
+
+    def _examine(self) -> None:
+        """A compiler or emulator that gets vectors wrong must not get to serve anyone."""
+        x, weight = torch.linspace(-1, 1, 3 * 37).view(3, 37), torch.linspace(-2, 1, 9 * 37).view(9, 37)
+        ours = self.linear(x, linear_struct(weight, None))
+        if not torch.allclose(ours, reference.linear(x, weight, None), atol=1e-4):
+            raise OSError("the compiled operations compute something else")
+
+    def linear(self, x: torch.Tensor, weights: Linear) -> torch.Tensor:
+        """x [..., k] -> [..., n]."""
+        out = x.new_empty(*x.shape[:-1], weights.n)
+        self._linear(byref(weights), x.data_ptr(), x.numel() // weights.k, out.data_ptr())
+        return out
+
+    def norm(self, x: torch.Tensor, weights: Norm) -> torch.Tensor:
+        """x [..., n]."""
+        out = torch.empty_like(x)
+        self._norm(byref(weights), x.data_ptr(), x.numel() // weights.n, out.data_ptr())
+        return out
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+        """activation(gate) * up."""
+        out = gate.clone()
+        self._gated(out.data_ptr(), up.data_ptr(), out.numel(), ACTIVATION_CODES[activation])
+        return out
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """x [tokens, heads, dim]; cos and sin [tokens, width], width at most dim."""
+        out = x.clone()
+        self._rotate(out.data_ptr(), *x.shape, cos.data_ptr(), sin.data_ptr(), cos.shape[-1])
+        return out
+
+    def attention(
+        self, what: Attention, step: Step, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """query [tokens, heads, k_dim], key and value [tokens, kv_heads, dim] -> [tokens, heads, v_dim].
+
+        Writes key and value to the arena first.
+        """
+        out = query.new_empty(*query.shape[:2], what.cache.v_dim)
+        self._attention(
+            byref(what), byref(step.struct), query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()
+        )
+        return out
+
+    def layer(
+        self, layer: Layer, step: Step, cos: torch.Tensor, sin: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
+        """x [..., hidden] of the step's tokens; cos and sin [..., tokens, width]."""
+        out = torch.empty_like(x)
+        self._layer(
+            layer,
+            step.struct,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cos.shape[-1],
+            x.data_ptr(),
+            out.data_ptr(),
+        )
+        return out
+
+
+def _declare(function: Any, *arguments: Any) -> Any:
+    function.argtypes = arguments
+    function.restype = None
+    return function
