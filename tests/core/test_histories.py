@@ -22,6 +22,7 @@ SERVICES: dict[str, ModelShape | str] = {
     "b": shape(32, segments=(1024, 256, 512)),
     "c": shape(128, segments=(256, 2048)),
     "d": shape(64, segments=(768, 768)),
+    "e": shape(32, segments=(4096,)),  # one long run: KV has to move out of its way
     "bad": "this model is refused",
 }
 
