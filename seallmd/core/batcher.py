@@ -12,16 +12,16 @@ from collections.abc import Iterator
 
 from seallmd.core.arena import Arena
 from seallmd.core.messages import Admit, Row, Step
-from seallmd.core.residency import Residency
+from seallmd.core.room import Room
 from seallmd.core.state import Device, Life, NodeState, Replica, Request, SentRow, SentStep, Service, Stage
 
 
 class Batcher:
-    """Forms steps on the shared state. `residency` is asked to give way when blocks run out."""
+    """Forms steps on the shared state. `room` is asked to make some when blocks run out."""
 
-    def __init__(self, state: NodeState, residency: Residency) -> None:
+    def __init__(self, state: NodeState, room: Room) -> None:
         self._state = state
-        self._residency = residency
+        self._room = room
 
     # ------------------------------------------------------------------------------- what could run
 
@@ -53,7 +53,7 @@ class Batcher:
     def form(self, device: Device, replica: Replica) -> Step | None:
         """The replica's next step, with all its memory taken; None when nothing can run now."""
         service = self._state.services[replica.service]
-        former = _StepFormer(self._state, self._residency, device, replica, service)
+        former = _StepFormer(self._state, self._room, device, replica, service)
         for request in sorted(replica.running.values(), key=lambda r: r.order):
             former.add(request)
         for request in list(self._admissible(replica)):
@@ -66,11 +66,11 @@ class _StepFormer:
     """One step in the making."""
 
     def __init__(
-        self, state: NodeState, residency: Residency, device: Device, replica: Replica, service: Service
+        self, state: NodeState, room: Room, device: Device, replica: Replica, service: Service
     ) -> None:
         assert device.arena is not None
         self._state = state
-        self._residency = residency
+        self._room = room
         self._device = device
         self._replica = replica
         self._service = service
@@ -108,7 +108,7 @@ class _StepFormer:
         count = min(len(request.tokens) - done, self._prefill_left)
         fresh = self._blocks_for(done + count) - len(shared)
         margin = len(self._replica.running)  # the next tokens of those that run already
-        if not self._room(fresh, request, margin):
+        if not self._has_room(fresh, request, margin):
             self._arena.release(shared)
             self._state.claim(device, request.order, request.service)
             return False
@@ -122,14 +122,14 @@ class _StepFormer:
         # The last token is always computed: its logits are wanted.
         return self._arena.prefix.match(request.root, request.tokens[:-1], self._block_tokens)
 
-    def _room(self, blocks: int, request: Request, margin: int) -> bool:
+    def _has_room(self, blocks: int, request: Request, margin: int) -> bool:
         """Room for an admission, without pushing out anything that runs; alone, it may take all there is."""
         if self._arena.available >= blocks + margin:
             return True
-        self._residency.evict_idle(self._device, blocks + margin, keep=request.service)
+        self._room.evict_idle(self._device, blocks + margin, keep=request.service)
         if self._arena.available >= blocks + margin:
             return True
-        return self._alone() and self._residency.make_room(self._device, blocks, request, kept=self._rows)
+        return self._alone() and self._room.make_room(self._device, blocks, request, kept=self._rows)
 
     def _alone(self) -> bool:
         return not any(replica.running for replica in self._device.replicas.values())
@@ -150,7 +150,7 @@ class _StepFormer:
 
     def _had(self, blocks: int, request: Request) -> bool:
         """Whether a running request can have blocks now, from its juniors if need be."""
-        return blocks <= self._arena.available or self._residency.make_room(
+        return blocks <= self._arena.available or self._room.make_room(
             self._device, blocks, request, kept=self._rows
         )
 

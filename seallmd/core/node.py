@@ -18,6 +18,7 @@ from seallmd.core.invariants import check_node
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.report import node_status
 from seallmd.core.residency import Residency
+from seallmd.core.room import Room
 from seallmd.core.scheduler import POLICIES, charge
 from seallmd.core.settings import NodeSettings
 from seallmd.core.state import (
@@ -42,8 +43,9 @@ class Node:
             devices={index: Device(index) for index in range(settings.devices)},
             services={s.name: Service(s, wanted=s.preload or s.pinned) for s in settings.services},
         )
-        self._residency = Residency(self._state)
-        self._batcher = Batcher(self._state, self._residency)
+        self._room = Room(self._state)
+        self._residency = Residency(self._state, self._room)
+        self._batcher = Batcher(self._state, self._room)
         self._policy = POLICIES[settings.scheduler.policy]
 
     @property
@@ -62,13 +64,13 @@ class Node:
 
     def _settle(self) -> bool:
         """Move services and send steps as things stand. True when memory came free: look again."""
-        evictions = self._residency.evictions
-        self._residency.settle_drains()
+        evictions = self._room.evictions
+        self._room.settle_drains()
         self._residency.bring_in_wanted()
         for device in self._state.devices.values():
             self._fill(device)
-        self._residency.settle_drains()
-        return self._residency.evictions > evictions
+        self._room.settle_drains()
+        return self._room.evictions > evictions
 
     def next_wakeup(self) -> float | None:
         """When the node wants a Tick although nothing happens; None: only when something does."""
@@ -254,9 +256,9 @@ class Node:
         service.evict_tickets.append(event.ticket)
         for replica in list(service.replicas):
             if replica.stage is Stage.COPYING:
-                self._residency.evict(replica, "asked by an operator")
+                self._room.evict(replica, "asked by an operator")
             else:
-                self._residency.drain(replica, admit_below=state.orders + 1, seconds=None)
+                self._room.drain(replica, admit_below=state.orders + 1, seconds=None)
 
     # ------------------------------------------------------------------------------------ workers
 

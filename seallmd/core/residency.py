@@ -1,19 +1,19 @@
-"""Which services are in which arena: bringing in, making room, draining, evicting.
+"""Which services come into which arena.
 
-Owns replicas and host images. Must not form steps, and must not know why a service is wanted beyond the
-requests and tickets it has. Rules that hold always: a pinned service leaves only when an operator says so; a
-service with work is asked to leave only after somebody has waited `patience_seconds` for its memory, and not
-before it has been resident for `min_residency_seconds`; all waiters of one model share one swap.
+Owns placing, host images, and the outcome of copies. Must not form steps, nor know how room is made (`room`)
+or why a service is wanted beyond the requests and tickets it has. All waiters of one model share one swap; a
+busy service is asked to make room only after somebody has waited `patience_seconds` for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 
 from seallmd.core.arena import Arena
 from seallmd.core.events import ToHostProcess
-from seallmd.core.messages import BuildImage, CopyIn, DropImage, DropWeights, Extent, MoveBlocks
-from seallmd.core.state import Claim, Device, Image, Life, NodeState, Replica, Request, Service, Stage
+from seallmd.core.messages import BuildImage, CopyIn, DropImage, Extent, MoveBlocks
+from seallmd.core.room import Room
+from seallmd.core.state import Claim, Device, Image, Life, NodeState, Replica, Service, Stage
 
 MAX_RETRY_SECONDS = 60.0
 
@@ -21,9 +21,9 @@ MAX_RETRY_SECONDS = 60.0
 class Residency:
     """Moves services in and out on the shared state."""
 
-    def __init__(self, state: NodeState) -> None:
+    def __init__(self, state: NodeState, room: Room) -> None:
         self._state = state
-        self.evictions = 0
+        self._room = room
 
     # ------------------------------------------------------------------------------- what could fit
 
@@ -124,7 +124,7 @@ class Residency:
         if not service.waiting and not service.load_tickets:
             return  # nobody asks for it now: it takes room, but nobody's
         for device, _ in sorted(free, key=lambda d: self._idle_age(d[0])):
-            if self.evict_idle(device, need, keep=service.name) and self._start(service, device):
+            if self._room.evict_idle(device, need, keep=service.name) and self._start(service, device):
                 return
         if self._state.now >= self._patience_ends(service):
             self._ask_for_room(service, need, able)
@@ -138,7 +138,7 @@ class Residency:
 
     def _idle_age(self, device: Device) -> float:
         """When the most recently used idle service of the device was used last; inf when it has none."""
-        return max((r.used for r in self._idle(device, keep="")), default=float("inf"))
+        return max((r.used for r in self._room.idle(device, keep="")), default=float("inf"))
 
     def _ask_for_room(self, service: Service, need: int, able: list[tuple[Device, Arena]]) -> None:
         """Claim a device's memory: nobody junior is admitted there, and busy services drain.
@@ -162,7 +162,7 @@ class Residency:
 
     def _movable(self, device: Device) -> list[Replica]:
         """Replicas that can be made to leave, those that are leaving first, then the longest resident."""
-        replicas = [r for r in device.replicas.values() if self._may_leave(r)]
+        replicas = [r for r in device.replicas.values() if self._room.may_leave(r)]
         return sorted(replicas, key=lambda r: (r.stage is not Stage.DRAINING, r.since))
 
     def _reachable(self, device: Device) -> int:
@@ -186,7 +186,9 @@ class Residency:
             if coming >= need:
                 return
             if replica.stage is Stage.RESIDENT:
-                self.drain(replica, admit_below=0, seconds=self._state.settings.scheduler.patience_seconds)
+                self._room.drain(
+                    replica, admit_below=0, seconds=self._state.settings.scheduler.patience_seconds
+                )
             coming += arena.weights_of(replica.service)
             coming += len({block for request in replica.running.values() for block in request.blocks})
         if not movable and not arena.kv:
@@ -203,16 +205,6 @@ class Residency:
 
     def _cannot(self, service: Service) -> None:
         self.load_failed(service, "pinned services leave no room for it on any device")
-
-    def _may_leave(self, replica: Replica) -> bool:
-        """Whether a replica can be made to leave for another service."""
-        service = self._state.services[replica.service]
-        if service.settings.pinned or replica.stage is Stage.COPYING:
-            return False
-        # Never before it did what it was brought in for: two services in demand would only copy.
-        settled = replica.served or not service.waiting
-        stayed = self._state.now - replica.since >= self._state.settings.scheduler.min_residency_seconds
-        return replica.stage is Stage.DRAINING or (settled and stayed)
 
     def _start(self, service: Service, device: Device) -> bool:
         """Take the blocks and send the weights on their way. False when no run of blocks is long enough."""
@@ -286,126 +278,6 @@ class Residency:
             for device, _ in self._arenas():
                 self._state.send(device.index, DropImage(service.name))
 
-    # ------------------------------------------------------------------------------- making room
-
-    def _idle(self, device: Device, keep: str) -> list[Replica]:
-        """Replicas that may leave at once and have nothing to do; the longest unused first."""
-        idle = [
-            replica
-            for name, replica in device.replicas.items()
-            if name != keep
-            and self._may_leave(replica)
-            and not replica.running
-            and not self._state.services[name].demand
-        ]
-        return sorted(idle, key=lambda r: r.used)
-
-    def evict_idle(self, device: Device, blocks: int, keep: str) -> bool:
-        """Evict idle services until `blocks` are available; none when that would not do. True if any left."""
-        arena, idle = device.arena, self._idle(device, keep)
-        assert arena is not None
-        if arena.available + sum(arena.weights_of(r.service) for r in idle) < blocks:
-            return False
-        evicted = False
-        for replica in idle:
-            if arena.available >= blocks:
-                break
-            self.evict(replica, "idle, its memory was wanted")
-            evicted = True
-        return evicted
-
-    def make_room(self, device: Device, blocks: int, request: Request, kept: Container[int]) -> bool:
-        """Free `blocks` for a request, cheapest means first; never from its seniors nor from rows in `kept`.
-
-        1. evict idle services; 2. preempt the most junior running request of the device; 3. evict services
-        that have waiting requests only. When nothing is left to take and the request is alone, it fails.
-        """
-        arena = device.arena
-        assert arena is not None
-        self.evict_idle(device, blocks, keep=request.service)
-        while arena.available < blocks:
-            junior = self._most_junior(device, request, kept)
-            if junior is not None:
-                self._state.preempt(junior, f"request {request.id} is senior and needs memory")
-            elif not self._evict_unserved(device, keep=request.service):
-                break
-        if arena.available >= blocks:
-            return True
-        if not any(r.running.keys() - {request.id} for r in device.replicas.values()):
-            copying = any(r.stage is Stage.COPYING for r in device.replicas.values())
-            if not copying:
-                self._state.finish(
-                    request, "failed", "the device has no memory left for this request", status=503
-                )
-        return False
-
-    def _most_junior(self, device: Device, request: Request, kept: Container[int]) -> Request | None:
-        juniors = [
-            other
-            for replica in device.replicas.values()
-            for other in replica.running.values()
-            if other.order > request.order and other.id not in kept
-        ]
-        return max(juniors, key=lambda r: r.order, default=None)
-
-    def _evict_unserved(self, device: Device, keep: str) -> bool:
-        for name, replica in device.replicas.items():
-            pinned = self._state.services[name].settings.pinned
-            if name != keep and not pinned and not replica.running and replica.stage is not Stage.COPYING:
-                self.evict(replica, "a senior request needed its memory")
-                return True
-        return False
-
-    # ------------------------------------------------------------------------------- going out
-
-    def drain(self, replica: Replica, admit_below: int, seconds: float | None) -> None:
-        """Admit only seniors of `admit_below` from now on; after `seconds`, preempt what still runs."""
-        if replica.stage is Stage.RESIDENT:
-            replica.move("drain")
-        replica.admit_below = admit_below
-        replica.drain_until = None if seconds is None else self._state.now + seconds
-
-    def settle_drains(self) -> None:
-        """Evict what has drained; keep what nobody wants gone any more."""
-        for service in self._state.services.values():
-            for replica in list(service.replicas):
-                if replica.stage is Stage.DRAINING:
-                    self._settle(service, replica)
-
-    def _settle(self, service: Service, replica: Replica) -> None:
-        device = self._state.devices[replica.device]
-        claim = self._state.claim_on(device)
-        if not service.evict_tickets and (claim is None or not claim.load):
-            replica.move("keep")
-            self._state.answer(service.load_tickets)
-            return
-        if replica.drain_until is not None and self._state.now >= replica.drain_until:
-            for request in list(replica.running.values()):
-                self._state.preempt(request, "its service makes room for another")
-        seniors = any(order < replica.admit_below for order in service.waiting)
-        if not replica.running and not seniors:
-            self.evict(replica, "asked by an operator" if service.evict_tickets else "another service waits")
-
-    def evict(self, replica: Replica, why: str) -> None:
-        """Take a replica without running requests out of its arena; its memory is free at once."""
-        assert not replica.running, f"{replica.service} still runs requests"
-        service = self._remove(replica)
-        device = self._state.devices[replica.device]
-        assert device.arena is not None
-        device.arena.free_weights(service.name)
-        service.former[device.index] = replica.starts
-        self.evictions += 1
-        self._state.send(device.index, DropWeights(service.name))
-        self._state.note(service.name, f"evicted from device {device.index}: {why}")
-        self._state.answer(service.evict_tickets)
-
-    def _remove(self, replica: Replica) -> Service:
-        service = self._state.services[replica.service]
-        service.replicas.remove(replica)
-        service.progress = None
-        del self._state.devices[replica.device].replicas[service.name]
-        return service
-
     # ------------------------------------------------------------------------------- outcomes
 
     def copied(self, device: Device, name: str, seconds: float) -> None:
@@ -421,7 +293,7 @@ class Residency:
 
     def copy_failed(self, device: Device, name: str, reason: str) -> None:
         """A copy came to nothing: its blocks are free again."""
-        service = self._remove(device.replicas[name])
+        service = self._room.remove(device.replicas[name])
         assert device.arena is not None
         device.arena.free_weights(name)
         self.load_failed(service, reason)
