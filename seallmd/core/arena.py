@@ -19,6 +19,7 @@ from seallmd.core.prefix import PrefixIndex
 
 FREE, CACHED, KV, WEIGHTS = range(4)
 _CACHED_IS_FREE = bytes([FREE, FREE, KV, WEIGHTS]) + bytes(range(4, 256))
+_KV_IS_FREE = bytes([FREE, FREE, FREE, WEIGHTS]) + bytes(range(4, 256))
 
 
 class Placement(NamedTuple):
@@ -150,6 +151,17 @@ class Arena:
         self._commit(owner, tuple(zip(starts, sizes, strict=True)), plan.moves)
         return Placement(tuple(starts), tuple(plan.moves))
 
+    def fits(self, sizes: Sequence[int], without: Iterable[Hashable], kv_stays: bool) -> bool:
+        """Whether `place` could succeed once those in `without` have left (and all KV, unless it stays)."""
+        state = self._state.translate(_CACHED_IS_FREE if kv_stays else _KV_IS_FREE)
+        for owner in without:
+            for start, blocks in self._weights[owner]:
+                state[start : start + blocks] = bytes(blocks)
+        if sum(sizes) > state.count(FREE):
+            return False
+        plan = _PlacementPlan(state)
+        return all(plan.segment(blocks, None) is not None for blocks in sorted(sizes, reverse=True))
+
     def _commit(
         self, owner: Hashable, runs: tuple[tuple[int, int], ...], moves: list[tuple[int, int]]
     ) -> None:
@@ -204,6 +216,8 @@ class _PlacementPlan:
     def segment(self, blocks: int, wish: int | None) -> int | None:
         start = self._free_run(blocks, wish)
         if start is None:
+            if self.state.translate(_KV_IS_FREE).find(bytes(blocks)) < 0:
+                return None  # weights are in the way everywhere: spares the search below
             start = self._window(blocks)
             if start is None or not self._clear(start, blocks):
                 return None

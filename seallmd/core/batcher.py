@@ -98,6 +98,10 @@ class _StepFormer:
         """Take a waiting request in. False: none behind it is to be tried either."""
         if not self._rows_left or not self._prefill_left:
             return False
+        if len(self._replica.running) >= self._service.share(self._replica):
+            return False  # the other replicas' part
+        if self._belongs_elsewhere(request):
+            return True
         device = self._device
         if self._state.claimed(device, request.order):
             return False  # somebody senior waits for the memory that this one would take
@@ -115,6 +119,13 @@ class _StepFormer:
         self._enter(request, shared)
         self._append(request, count, [*shared, *self._take(request, fresh)])
         return True
+
+    def _belongs_elsewhere(self, request: Request) -> bool:
+        """Whether a request could outgrow this device (pinned services keep their part) but not another's."""
+        blocks = self._blocks_for(request.prompt + request.max_tokens)
+        state, service = self._state, self._service
+        rooms = {r.device: state.most_kv_blocks(state.devices[r.device], service) for r in service.replicas}
+        return rooms[self._device.index] < blocks <= max(rooms.values())
 
     def _shared_prefix(self, request: Request) -> list[int]:
         if not self._state.settings.scheduler.prefix_reuse:

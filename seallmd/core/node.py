@@ -77,6 +77,8 @@ class Node:
         state, patience = self._state, self._state.settings.scheduler
         times = [r.drain_until for s in state.services.values() for r in s.replicas if r.drain_until]
         for service in state.services.values():
+            if service.pressed_since is not None:
+                times.append(service.pressed_since + patience.replicate_seconds)
             if service.demand and not service.replicas and not service.refused:
                 times.append(service.retry_at)
                 times.extend(
@@ -279,9 +281,10 @@ class Node:
                 state.finish(request, "failed", error, code="worker_lost", status=503, retry_after=1.0)
             service = state.services[replica.service]
             service.replicas.remove(replica)
-            service.wanted = not service.evict_tickets
             service.progress = None
-            state.answer(service.evict_tickets)
+            if not service.replicas:
+                service.wanted = not service.evict_tickets
+                state.answer(service.evict_tickets)
         for step in device.inflight.values():
             self._void(step)
         for service in state.services.values():

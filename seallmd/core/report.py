@@ -65,6 +65,7 @@ def _service(state: NodeState, residency: Residency, service: Service, now: floa
         swaps_in=service.swaps_in,
         last_swap_seconds=service.last_swap_seconds,
         reason=service.refused or service.trouble,
+        devices=tuple(r.device for r in service.replicas),
         cost_error=service.profile.costs.error if service.profile else 0.0,
     )
 

@@ -13,6 +13,7 @@ from seallmd.core.arena import Arena
 from seallmd.core.events import ToHostProcess
 from seallmd.core.messages import BuildImage, CopyIn, DropImage, Extent, MoveBlocks
 from seallmd.core.room import Room
+from seallmd.core.scaling import is_idle, wants_replica, watch_pressure
 from seallmd.core.state import Claim, Device, Image, Life, NodeState, Replica, Service, Stage
 
 MAX_RETRY_SECONDS = 60.0
@@ -27,12 +28,6 @@ class Residency:
 
     # ------------------------------------------------------------------------------- what could fit
 
-    def _blocks(self, bytes_: int) -> int:
-        return -(-bytes_ // self._state.settings.block_bytes)
-
-    def _weights_blocks(self, service: Service) -> int:
-        return sum(service.segment_blocks(self._state.settings.block_bytes))
-
     def _least_kv_blocks(self, service: Service) -> int:
         """KV that must fit beside the weights: one request of an explicit context, or a short one."""
         assert service.shape is not None
@@ -44,23 +39,13 @@ class Residency:
             if device.arena is not None:
                 yield device, device.arena
 
-    def _pinned_blocks(self, device: Device, service: Service) -> int:
-        """Blocks of the device that pinned services keep for themselves."""
-        assert device.arena is not None
-        return sum(
-            device.arena.weights_of(name)
-            for name in device.replicas
-            if name != service.name and self._state.services[name].settings.pinned
-        )
-
     def context_limit(self, service: Service) -> int:
         """Most tokens (prompt and output) that a request of the service can ever have."""
         assert service.shape is not None
-        weights = self._weights_blocks(service)
-        room = [arena.capacity - weights - self._pinned_blocks(d, service) for d, arena in self._arenas()]
+        room = [self._state.most_kv_blocks(device, service) for device, _ in self._arenas()]
         if not room:
             return service.shape.context
-        tokens = max(0, max(room)) * service.block_tokens(self._state.settings.block_bytes)
+        tokens = max(room) * service.block_tokens(self._state.settings.block_bytes)
         return min(service.shape.context, tokens)
 
     def _misfit(self, service: Service) -> str:
@@ -72,7 +57,7 @@ class Residency:
         if service.block_tokens(unit) == 0:
             assert service.shape is not None
             return f"one token's KV takes {service.shape.kv_bytes_per_token} bytes, a block has {unit}"
-        need = self._weights_blocks(service) + self._least_kv_blocks(service)
+        need = self._state.weights_blocks(service) + self._least_kv_blocks(service)
         most = max(arena.capacity for arena in arenas)
         if need <= most:
             return ""
@@ -95,6 +80,30 @@ class Residency:
                 self._want_image(service)
             else:
                 self._bring_in(service)
+        for service in self._state.services.values():
+            watch_pressure(self._state, service)
+            if wants_replica(self._state, service):
+                self._replicate(service)
+
+    def _replicate(self, service: Service) -> None:
+        """Bring a busy service in on an idle device too, taking nothing from anybody."""
+        need = self._state.weights_blocks(service) + self._least_kv_blocks(service)
+        idle = [
+            (device, arena)
+            for device, arena in self._arenas()
+            if service.name not in device.replicas
+            and is_idle(device)
+            and arena.available >= need
+            and self._state.claim_on(device) is None
+        ]
+        if not idle:
+            return
+        if service.image is not Image.READY:
+            self._want_image(service)
+            return
+        device, _ = max(idle, key=lambda place: place[1].available)
+        if self._start(service, device):
+            service.pressed_since = None
 
     def _is_wanted(self, service: Service) -> bool:
         return (
@@ -110,11 +119,11 @@ class Residency:
         return next(iter(service.waiting), self._state.orders)
 
     def _bring_in(self, service: Service) -> None:
-        need = self._weights_blocks(service) + self._least_kv_blocks(service)
+        need = self._state.weights_blocks(service) + self._least_kv_blocks(service)
         able = [
             (device, arena)
             for device, arena in self._arenas()
-            if arena.capacity - self._pinned_blocks(device, service) >= need
+            if self._state.most_kv_blocks(device, service) >= self._least_kv_blocks(service)
         ]
         free = [place for place in able if not self._promised(place[0], service)]
         # Where it fits as things are; where only idle services must leave, the longest unused first.
@@ -124,10 +133,24 @@ class Residency:
         if not service.waiting and not service.load_tickets:
             return  # nobody asks for it now: it takes room, but nobody's
         for device, _ in sorted(free, key=lambda d: self._idle_age(d[0])):
-            if self._room.evict_idle(device, need, keep=service.name) and self._start(service, device):
+            if self._evict_idle_for(service, device, need) and self._start(service, device):
                 return
         if self._state.now >= self._patience_ends(service):
             self._ask_for_room(service, need, able)
+
+    def _evict_idle_for(self, service: Service, device: Device, need: int) -> bool:
+        """Evict as few idle services as let this one in, the longest unused first. False if all would not."""
+        arena, idle = device.arena, self._room.idle(device, keep=service.name)
+        assert arena is not None
+        sizes = service.segment_blocks(self._state.settings.block_bytes)
+        for count in range(1, len(idle) + 1):
+            names = [replica.service for replica in idle[:count]]
+            blocks = arena.available + sum(map(arena.weights_of, names))
+            if blocks >= need and arena.fits(sizes, names, kv_stays=True):
+                for replica in idle[:count]:
+                    self._room.evict(replica, "idle, its memory was wanted")
+                return True
+        return False
 
     def _patience_ends(self, service: Service) -> float:
         """When busy services are asked to make room for this one."""
@@ -181,10 +204,12 @@ class Residency:
     def _drain_enough(self, device: Device, service: Service, need: int) -> None:
         arena, movable = device.arena, self._movable(device)
         assert arena is not None
-        coming = arena.available
+        sizes = service.segment_blocks(self._state.settings.block_bytes)
+        coming, leaving = arena.available, list[str]()
         for replica in movable:
-            if coming >= need:
+            if coming >= need and arena.fits(sizes, leaving, kv_stays=False):
                 return
+            leaving.append(replica.service)
             if replica.stage is Stage.RESIDENT:
                 self._room.drain(
                     replica, admit_below=0, seconds=self._state.settings.scheduler.patience_seconds
@@ -296,7 +321,11 @@ class Residency:
         service = self._room.remove(device.replicas[name])
         assert device.arena is not None
         device.arena.free_weights(name)
-        self.load_failed(service, reason)
+        if service.replicas:  # only the replica more came to nothing
+            self._state.note(name, f"no replica on device {device.index}: {reason}")
+            service.pressed_since = None
+        else:
+            self.load_failed(service, reason)
 
     def load_failed(self, service: Service, reason: str) -> None:
         """Tell all who wait, once; the next try is allowed after a pause that doubles."""

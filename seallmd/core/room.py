@@ -38,12 +38,15 @@ class Room:
         idle = [
             replica
             for name, replica in device.replicas.items()
-            if name != keep
-            and self.may_leave(replica)
-            and not replica.running
-            and not self._state.services[name].demand
+            if name != keep and self.may_leave(replica) and not replica.running and self._spare(replica)
         ]
         return sorted(idle, key=lambda r: r.used)
+
+    def _spare(self, replica: Replica) -> bool:
+        """Whether nobody would miss a replica that runs nothing: no demand, or others that can meet it."""
+        service = self._state.services[replica.service]
+        others = any(r is not replica and r.stage is Stage.RESIDENT for r in service.replicas)
+        return not service.demand or (others and not service.waiting)
 
     def evict_idle(self, device: Device, blocks: int, keep: str) -> bool:
         """Evict idle services until `blocks` are available; none when that would not do. True if any left."""
@@ -142,7 +145,8 @@ class Room:
         self.evictions += 1
         self._state.send(device.index, DropWeights(service.name))
         self._state.note(service.name, f"evicted from device {device.index}: {why}")
-        self._state.answer(service.evict_tickets)
+        if not service.replicas:
+            self._state.answer(service.evict_tickets)
 
     def remove(self, replica: Replica) -> Service:
         """Take a replica off the books of its service and its device; returns the service."""

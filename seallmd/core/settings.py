@@ -41,9 +41,10 @@ class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     that has work wait longer than this for a step. ageing: `budget` doubles a request's weight when it has
     waited so many times its budget. step_tokens: tokens in one step, prefill and decode
     together. max_rows: requests in one step. pipeline_depth: steps a device may hold, running one included.
-    prefix_reuse: share KV blocks of equal prefixes. min_residency_seconds: how long a service that was
-    brought in stays before another may push it out. patience_seconds: how long a request of an absent
-    service waits before a busy service is asked to make room.
+    prefix_reuse: share KV blocks of equal prefixes. replicate: a busy service may come in on an idle device
+    too, when its steps would be faster by replicate_gain for replicate_seconds. min_residency_seconds: how
+    long a service that was brought in stays before another may push it out. patience_seconds: how long a
+    request of an absent service waits before a busy service is asked to make room.
     """
 
     policy: Literal["budget", "round-robin", "fcfs"] = "budget"
@@ -53,6 +54,9 @@ class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     max_rows: Annotated[int, Meta(ge=1, le=4096)] = 64
     pipeline_depth: Annotated[int, Meta(ge=1, le=4)] = 2
     prefix_reuse: bool = True
+    replicate: bool = True
+    replicate_gain: Annotated[float, Meta(ge=1, le=100)] = 1.2
+    replicate_seconds: Annotated[float, Meta(ge=0, le=3600)] = 1.0
     min_residency_seconds: Annotated[float, Meta(ge=0, le=3600)] = 2.0
     patience_seconds: Annotated[float, Meta(ge=0, le=3600)] = 5.0
 

@@ -160,8 +160,9 @@ class Service:
     """One configured service.
 
     shape, profile: None until probed. refused: why it can never be served. trouble: why its last load failed,
-    and retry_at when the next may be tried. wanted: bring it in unasked (preload, or it was resident
-    when its worker died). former: where its weights lay last, by device. tickets: operators that wait for it.
+    and retry_at when the next may be tried. wanted: bring it in unasked (preload, or it was resident when its
+    worker died). pressed_since: since when another replica would pay. former: where its weights lay last, by
+    device. tickets: operators that wait for it.
     """
 
     settings: ServiceSettings
@@ -175,6 +176,7 @@ class Service:
     image: Image = Image.NONE
     image_path: str = ""
     image_used: float = 0.0
+    pressed_since: float | None = None
     replicas: list[Replica] = field(default_factory=list)
     waiting: dict[int, Request] = field(default_factory=dict)  # by order, most senior first
     former: dict[int, tuple[int, ...]] = field(default_factory=dict)
@@ -199,6 +201,12 @@ class Service:
     def running(self) -> Iterator[Request]:
         """Requests that hold blocks, on any device."""
         return (request for replica in self.replicas for request in replica.running.values())
+
+    def share(self, replica: Replica) -> int:
+        """Requests that a replica may run at most while others could run the rest."""
+        others = [r for r in self.replicas if r is not replica and r.stage is Stage.RESIDENT]
+        running = sum(len(r.running) for r in [replica, *others])
+        return -(-(running + len(self.waiting)) // (len(others) + 1))
 
     @property
     def demand(self) -> bool:
@@ -299,6 +307,20 @@ class NodeState:
         """End operators' commands."""
         self.actions.extend(Answer(ticket, error) for ticket in tickets)
         tickets.clear()
+
+    def weights_blocks(self, service: Service) -> int:
+        """Blocks of a service's weights."""
+        return sum(service.segment_blocks(self.settings.block_bytes))
+
+    def most_kv_blocks(self, device: Device, service: Service) -> int:
+        """KV blocks that a service could have on a device if all left that can: pinned services stay."""
+        assert device.arena is not None
+        pinned = sum(
+            device.arena.weights_of(name)
+            for name in device.replicas
+            if name != service.name and self.services[name].settings.pinned
+        )
+        return max(0, device.arena.capacity - pinned - self.weights_blocks(service))
 
     def claim(self, device: Device, order: int, service: str) -> None:
         """Keep juniors of a request from taking the device's memory; a claim that goes before stays."""

@@ -30,9 +30,9 @@ class ServiceStatus(msgspec.Struct, frozen=True):
     """One service.
 
     state: probing, refused, absent, reading (image), copying, resident, draining. stage: fraction done of a
-    long job (0 to 1), None when none runs. device: where it is or is going, None when nowhere.
-    reason: why it is refused, or why its last load failed. cost_error: how far predicted step times are off,
-    as a share. tokens_per_second: output, over the last seconds.
+    long job (0 to 1), None when none runs. device: where it is or is going, None when nowhere; devices: all
+    of these, one per replica. reason: why it is refused, or why its last load failed. cost_error: how far
+    predicted step times are off, as a share. tokens_per_second: output, over the last seconds.
     """
 
     name: str
@@ -55,6 +55,7 @@ class ServiceStatus(msgspec.Struct, frozen=True):
     last_swap_seconds: float
     reason: str
     cost_error: float = 0.0
+    devices: tuple[int, ...] = ()
 
 
 class NodeStatus(msgspec.Struct, frozen=True):

@@ -76,6 +76,22 @@ def test_a_plan_that_fails_changes_nothing() -> None:
     arena.check()
 
 
+def test_fits_tells_who_must_leave() -> None:
+    """Enough free blocks are not enough when weights cut them into short runs."""
+    arena = Arena(10)
+    arena.place("low", [4])
+    arena.place("middle", [2])
+    arena.free_weights("low")
+    assert arena.available == 8
+    assert not arena.fits([6], without=[], kv_stays=True)
+    assert arena.fits([6], without=["middle"], kv_stays=True)
+    held = arena.take(8)
+    assert not arena.fits([4], without=[], kv_stays=True)
+    assert arena.fits([4], without=[], kv_stays=False)
+    arena.release(held)
+    arena.check()
+
+
 def test_cached_blocks_are_free_least_recently_used_first() -> None:
     """What prefix reuse keeps never stands in anybody's way."""
     arena = Arena(4)

@@ -1,0 +1,53 @@
+"""When one replica of a service is not enough.
+
+Owns the judgement alone; `residency` brings the replica in. A replica more is worth having when the service's
+requests, spread over one device more, would get their steps faster by `replicate_gain`, as the learnt costs
+predict, and when that has been so for `replicate_seconds`. It only ever takes memory and devices that are
+idle, and leaves again as soon as anybody else wants them.
+"""
+
+from __future__ import annotations
+
+from seallmd.core.state import Device, NodeState, Service, Stage
+
+
+def watch_pressure(state: NodeState, service: Service) -> None:
+    """Note since when another replica would have paid; to be called after every event."""
+    if not _would_pay(state, service):
+        service.pressed_since = None
+    elif service.pressed_since is None:
+        service.pressed_since = state.now
+
+
+def wants_replica(state: NodeState, service: Service) -> bool:
+    """Whether another replica has paid for long enough."""
+    since = service.pressed_since
+    return since is not None and state.now >= since + state.settings.scheduler.replicate_seconds
+
+
+def _would_pay(state: NodeState, service: Service) -> bool:
+    replicas, limits = service.replicas, state.settings.scheduler
+    if not limits.replicate or not replicas or len(replicas) >= len(state.devices):
+        return False
+    if service.evict_tickets or any(replica.stage is not Stage.RESIDENT for replica in replicas):
+        return False
+    requests = len(service.waiting) + sum(len(replica.running) for replica in replicas)
+    profile = service.profile
+    if requests <= len(replicas) or profile is None:
+        return False
+    context = profile.prompt_tokens + profile.output_tokens / 2
+
+    def round_seconds(devices: int) -> float:
+        """One token for every request: what does not fit into one step takes several."""
+        each = requests / devices
+        rows = min(each, limits.max_rows)
+        return profile.costs.predict(rows, rows * context) * each / rows
+
+    return round_seconds(len(replicas)) >= limits.replicate_gain * round_seconds(len(replicas) + 1)
+
+
+def is_idle(device: Device) -> bool:
+    """Whether nothing runs on a device and nothing is on its way there."""
+    return not device.inflight and all(
+        replica.stage is Stage.RESIDENT and not replica.running for replica in device.replicas.values()
+    )

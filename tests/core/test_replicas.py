@@ -1,0 +1,99 @@
+"""A busy service comes in on idle devices too, and gives them back."""
+
+from __future__ import annotations
+
+from seallmd.core import events as ev
+from seallmd.core.status import ServiceStatus
+from tests.core.helpers import Recorder, shape, world
+
+
+def status_of(recorder: Recorder, name: str) -> ServiceStatus:
+    return next(s for s in recorder.world.node.status(recorder.world.now).services if s.name == name)
+
+
+def busy(recorder: Recorder, service: str = "a", count: int = 24, first: int = 1) -> None:
+    """More requests than one device runs at its best."""
+    for request in range(first, first + count):
+        recorder.arrive(request, service, (request % 50, 1), 40)
+
+
+def two_devices(**scheduler: object) -> Recorder:
+    return world({"a": shape(), "b": shape()}, arenas=(120, 120), replicate_seconds=0.2, **scheduler)
+
+
+def test_a_busy_service_uses_an_idle_device() -> None:
+    """Both devices run its requests; every one of them is right."""
+    recorder = two_devices(max_rows=8)
+    busy(recorder)
+    recorder.world.run(until=recorder.world.now + 0.6)
+    assert status_of(recorder, "a").devices == (0, 1)
+    recorder.world.run()
+    steps = [device.steps for device in recorder.world.node.status(0).devices]
+    assert min(steps) > 0.3 * max(steps), "the second device hardly helped"
+    for request in range(1, 25):
+        recorder.assert_output(request)
+
+
+def test_replication_can_be_switched_off() -> None:
+    """The baseline."""
+    recorder = two_devices(max_rows=8, replicate=False)
+    busy(recorder)
+    recorder.world.run()
+    assert recorder.world.node.status(0).devices[1].steps == 0
+
+
+def test_a_quiet_service_stays_on_one_device() -> None:
+    """One request at a time gains nothing from a second replica."""
+    recorder = two_devices()
+    for request in range(1, 6):
+        recorder.arrive(request, "a", (request,), 40)
+        recorder.world.run()
+    assert len(status_of(recorder, "a").devices) == 1
+
+
+def test_a_replica_gives_way_to_another_service() -> None:
+    """What was idle when it was taken is given back at once, without waiting for patience."""
+    recorder = world(
+        {"a": shape(), "b": shape()},
+        arenas=(22, 22),
+        replicate_seconds=0.1,
+        min_residency_seconds=0.0,
+        patience_seconds=100.0,
+        max_rows=4,
+    )
+    busy(recorder, count=16)
+    recorder.world.run()
+    assert len(status_of(recorder, "a").devices) == 2
+    recorder.arrive(100, "b", tuple(range(30)), 30)
+    recorder.world.run()
+    recorder.assert_output(100)
+    assert len(status_of(recorder, "a").devices) == 1
+
+
+def test_evict_takes_every_replica() -> None:
+    """The operator's word means the whole service."""
+    recorder = two_devices(max_rows=8)
+    busy(recorder)
+    recorder.world.run(until=recorder.world.now + 0.6)
+    recorder.world.happen(ev.EvictWanted(1, "a"))
+    recorder.world.run()
+    assert recorder.answers[1] == ""
+    assert status_of(recorder, "a").devices == ()
+    assert all(d.weights_bytes == 0 for d in recorder.world.node.status(0).devices)
+    for request in range(1, 25):
+        recorder.assert_output(request)
+
+
+def test_a_lost_worker_leaves_the_other_replica_serving() -> None:
+    """Only what ran on the dead device fails; what waited goes on."""
+    recorder = two_devices(max_rows=8)
+    busy(recorder, count=40)
+    recorder.world.run(until=recorder.world.now + 0.6)
+    assert len(status_of(recorder, "a").devices) == 2
+    recorder.world.devices[1].kill(restart_after=100.0)
+    failed = {request for request, finish in recorder.finished.items() if finish.reason == "failed"}
+    assert 0 < len(failed) <= 8
+    assert status_of(recorder, "a").devices == (0,)
+    recorder.world.run()
+    for request in set(range(1, 41)) - failed:
+        recorder.assert_output(request)
