@@ -53,8 +53,9 @@ def _generate(name: str) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """Two CPU devices, both models and a third service, room for all but one."""
-    config = '[devices]\nkind = "cpu"\ncpu_workers = 2\nmemory = "1536 MiB"\n[scheduler]\nstep_tokens = 256\n'
+    """Two CPU devices, both models and a third service, room for all but one; one device per service."""
+    config = '[devices]\nkind = "cpu"\ncpu_workers = 2\nmemory = "1536 MiB"\n'
+    config += "[scheduler]\nstep_tokens = 256\nreplicate = false\n"
     config += service(SMOL, SMOL, dtype="float32", preload=True)
     config += service(GEMMA, GEMMA, dtype="float32")
     config += service("smol-b", SMOL, dtype="float32", context=1024)

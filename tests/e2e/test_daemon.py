@@ -201,6 +201,38 @@ def test_kill_9_of_a_worker(daemon: Daemon) -> None:
     assert not psutil.pid_exists(victim)
 
 
+def test_a_busy_service_spreads_over_idle_devices(tmp_path: Path) -> None:
+    """Two replicas answer, the texts are the same as from one, and evict takes both."""
+    config = '[devices]\nkind = "cpu"\ncpu_workers = 2\nmemory = "700 MiB"\n'
+    config += "[scheduler]\nreplicate_seconds = 0.2\n" + service(SMOL, SMOL, preload=True)
+    daemon = Daemon(tmp_path, config)
+    try:
+        daemon.wait_healthy()
+        one = daemon.client().completions.create(model=SMOL, prompt="Story:", max_tokens=60, temperature=0)
+
+        async def run() -> list[str]:
+            async with daemon.async_client() as client:
+
+                async def ask() -> str:
+                    done = await client.completions.create(
+                        model=SMOL, prompt="Story:", max_tokens=60, temperature=0
+                    )
+                    return str(done.choices[0].text)
+
+                tasks = [asyncio.create_task(ask()) for _ in range(16)]
+                await asyncio.to_thread(
+                    daemon.until, lambda: len(daemon.service(SMOL)["devices"]) == 2, "a second replica", 60
+                )
+                return await asyncio.gather(*tasks)
+
+        assert set(asyncio.run(run())) == {one.choices[0].text}
+        assert daemon.ctl("evict", SMOL).returncode == 0
+        assert all(device["weights_bytes"] == 0 for device in daemon.status()["devices"])
+        assert daemon.stop() == 0
+    finally:
+        daemon.kill()
+
+
 def test_sigterm_finishes_what_is_in_flight(tmp_path: Path) -> None:
     """New requests are refused, the running one ends well, exit code 0, and the journal replays."""
     config = '[devices]\nkind = "cpu"\ncpu_workers = 1\nmemory = "800 MiB"\n' + service(
