@@ -37,17 +37,22 @@ def budget(state: NodeState, _device: Device, ready: Sequence[Replica]) -> list[
     """The service whose next step is worth most for the time it takes (SeaLLM, by batch density).
 
     Each row is worth the share of its request's budget that the step gets done, more the longer the request
-    has waited. A service that has had work for `max_gap_seconds` without a step goes first, the longest
-    waiting of them, so that nobody waits without limit: at most that gap and one step of each other service.
-    The literal rule, the service of the one best request, throws batching away (docs/log.md).
+    has waited. A service that has had work for `max_gap_rounds` without a step goes first, the longest
+    waiting of them, so that nobody waits without limit: a round is the time in which each service that has
+    work would get one step. The literal rule, the service of the one best request, throws batching away, and
+    a gap in seconds suits one size of model only (docs/log.md).
     """
-    gap = state.settings.scheduler.max_gap_seconds
+    if len(ready) == 1:
+        return list(ready)
+    worth = {replica.service: _next_step(state, replica) for replica in ready}
+    gap = state.settings.scheduler.max_gap_rounds * sum(seconds for _, seconds in worth.values())
 
     def rank(replica: Replica) -> tuple[float, float]:
         waits = state.now - _unserved_since(state, replica)
-        return (-waits if waits > gap else 0.0, -_density(state, replica))
+        value, seconds = worth[replica.service]
+        return (-waits if waits > gap else 0.0, -value / seconds)
 
-    return sorted(ready, key=rank) if len(ready) > 1 else list(ready)
+    return sorted(ready, key=rank)
 
 
 def _unserved_since(state: NodeState, replica: Replica) -> float:
@@ -58,8 +63,8 @@ def _unserved_since(state: NodeState, replica: Replica) -> float:
     return max(replica.used, oldest)
 
 
-def _density(state: NodeState, replica: Replica) -> float:
-    """Worth of the step that the replica would run next, per second."""
+def _next_step(state: NodeState, replica: Replica) -> tuple[float, float]:
+    """Worth of the step that the replica would run next, and the seconds that it would take."""
     service, limits = state.services[replica.service], state.settings.scheduler
     profile, now, ageing = service.profile, state.now, limits.ageing
     assert profile is not None
@@ -81,7 +86,7 @@ def _density(state: NodeState, replica: Replica) -> float:
         left -= count
         tokens += count
         context += scheduled + count
-    return worth / profile.costs.predict(tokens, context)
+    return worth, profile.costs.predict(tokens, context)
 
 
 def charge(request: Request, service: Service) -> None:
