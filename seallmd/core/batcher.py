@@ -75,7 +75,7 @@ class _StepFormer:
         self._replica = replica
         self._service = service
         self._arena: Arena = device.arena
-        self._block_tokens = service.block_tokens(state.settings.block_bytes)
+        self._block_tokens = service.block_tokens
         self._rows: dict[int, Row] = {}
         self._sent: list[SentRow] = []
         self._admits: list[Admit] = []

@@ -49,15 +49,14 @@ def _check_device(state: NodeState, device: Device) -> None:
         assert not device.inflight
         return
     device.arena.check()
-    unit = state.settings.block_bytes
     held: Counter[int] = Counter()
     weights = 0
     for replica in device.replicas.values():
         service = state.services[replica.service]
         assert replica.stage is not Stage.COPYING or not replica.running
-        assert device.arena.weights_of(service.name) == sum(service.segment_blocks(unit))
+        assert device.arena.weights_of(service.name) == sum(service.segment_blocks)
         weights += device.arena.weights_of(service.name)
-        size = service.block_tokens(unit)
+        size = service.block_tokens
         for request in replica.running.values():
             assert request.life is Life.RUNNING
             assert request.device == device.index

@@ -345,7 +345,7 @@ class Node:
         assert device.arena is not None
         if not self._state.settings.scheduler.prefix_reuse:
             return
-        size = self._state.services[request.service].block_tokens(self._state.settings.block_bytes)
+        size = self._state.services[request.service].block_tokens
         while (request.indexed + 1) * size <= request.computed:
             start = request.indexed * size
             tokens = tuple(request.tokens[start : start + size])
@@ -400,7 +400,7 @@ class Node:
         match message:
             case msg.Probed(name, directory, shape):
                 service = self._state.services[name]
-                service.directory, service.shape, service.progress = directory, shape, None
+                service.examine(directory, shape, self._state.settings.block_bytes)
                 costs = StepCosts.guess(self._state.settings.roofline, shape)
                 known = self._state.settings.profiles.get(name)
                 service.profile = deepcopy(known) if known is not None else ServiceProfile(costs)

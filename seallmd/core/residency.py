@@ -32,7 +32,7 @@ class Residency:
         """KV that must fit beside the weights: one request of an explicit context, or a short one."""
         assert service.shape is not None
         tokens = service.settings.context or min(service.shape.context, 256)
-        return -(-tokens // service.block_tokens(self._state.settings.block_bytes))
+        return -(-tokens // service.block_tokens)
 
     def _arenas(self) -> Iterator[tuple[Device, Arena]]:
         for device in self._state.devices.values():
@@ -45,7 +45,7 @@ class Residency:
         room = [self._state.most_kv_blocks(device, service) for device, _ in self._arenas()]
         if not room:
             return service.shape.context
-        tokens = max(room) * service.block_tokens(self._state.settings.block_bytes)
+        tokens = max(room) * service.block_tokens
         return min(service.shape.context, tokens)
 
     def _misfit(self, service: Service) -> str:
@@ -54,7 +54,7 @@ class Residency:
         if len(arenas) < len(self._state.devices) or not arenas:
             return ""
         unit = self._state.settings.block_bytes
-        if service.block_tokens(unit) == 0:
+        if service.block_tokens == 0:
             assert service.shape is not None
             return f"one token's KV takes {service.shape.kv_bytes_per_token} bytes, a block has {unit}"
         need = self._state.weights_blocks(service) + self._least_kv_blocks(service)
@@ -80,6 +80,14 @@ class Residency:
                 self._want_image(service)
             else:
                 self._bring_in(service)
+        self._replicate_wanted()
+
+    def _replicate_wanted(self) -> None:
+        """Give idle devices to services for which one more would pay."""
+        if not self._state.settings.scheduler.replicate or not any(
+            is_idle(device) for device in self._state.devices.values()
+        ):
+            return
         for service in self._state.services.values():
             watch_pressure(self._state, service)
             if wants_replica(self._state, service):
@@ -127,7 +135,8 @@ class Residency:
         ]
         free = [place for place in able if not self._promised(place[0], service)]
         # Where it fits as things are; where only idle services must leave, the longest unused first.
-        for device, arena in sorted(free, key=lambda d: -d[1].available):
+        # Fewest neighbours first: compute is what services share, and a larger device has no more of it.
+        for device, arena in sorted(free, key=lambda d: (len(d[0].replicas), -d[1].available)):
             if arena.available >= need and self._start(service, device):
                 return
         if not service.waiting and not service.load_tickets:
@@ -142,7 +151,7 @@ class Residency:
         """Evict as few idle services as let this one in, the longest unused first. False if all would not."""
         arena, idle = device.arena, self._room.idle(device, keep=service.name)
         assert arena is not None
-        sizes = service.segment_blocks(self._state.settings.block_bytes)
+        sizes = service.segment_blocks
         for count in range(1, len(idle) + 1):
             names = [replica.service for replica in idle[:count]]
             blocks = arena.available + sum(map(arena.weights_of, names))
@@ -204,7 +213,7 @@ class Residency:
     def _drain_enough(self, device: Device, service: Service, need: int) -> None:
         arena, movable = device.arena, self._movable(device)
         assert arena is not None
-        sizes = service.segment_blocks(self._state.settings.block_bytes)
+        sizes = service.segment_blocks
         coming, leaving = arena.available, list[str]()
         for replica in movable:
             if coming >= need and arena.fits(sizes, leaving, kv_stays=False):
@@ -236,7 +245,7 @@ class Residency:
         arena, unit = device.arena, self._state.settings.block_bytes
         assert arena is not None
         assert service.shape is not None
-        sizes = service.segment_blocks(unit)
+        sizes = service.segment_blocks
         placement = arena.place(service.name, sizes, service.former.get(device.index))
         if placement is None:
             return False

@@ -27,7 +27,7 @@ def wants_replica(state: NodeState, service: Service) -> bool:
 
 def _would_pay(state: NodeState, service: Service) -> bool:
     replicas, limits = service.replicas, state.settings.scheduler
-    if not limits.replicate or not replicas or len(replicas) >= len(state.devices):
+    if not replicas or len(replicas) >= len(state.devices):
         return False
     if service.evict_tickets or any(replica.stage is not Stage.RESIDENT for replica in replicas):
         return False
@@ -47,7 +47,11 @@ def _would_pay(state: NodeState, service: Service) -> bool:
 
 
 def is_idle(device: Device) -> bool:
-    """Whether nothing runs on a device and nothing is on its way there."""
-    return not device.inflight and all(
-        replica.stage is Stage.RESIDENT and not replica.running for replica in device.replicas.values()
+    """Whether a device is up, nothing runs on it, and nothing is on its way there."""
+    return (
+        device.arena is not None
+        and not device.inflight
+        and all(
+            replica.stage is Stage.RESIDENT and not replica.running for replica in device.replicas.values()
+        )
     )

@@ -159,15 +159,18 @@ class Image(Enum):
 class Service:
     """One configured service.
 
-    shape, profile: None until probed. refused: why it can never be served. trouble: why its last load failed,
-    and retry_at when the next may be tried. wanted: bring it in unasked (preload, or it was resident when its
-    worker died). pressed_since: since when another replica would pay. former: where its weights lay last, by
-    device. tickets: operators that wait for it.
+    shape, profile: None until probed. segment_blocks: of each weights segment; block_tokens: whose KV one
+    block holds, 0 when not even one fits. refused: why it can never be served. trouble: why its last load
+    failed, and retry_at when the next may be tried. wanted: bring it in unasked (preload, or it was resident
+    when its worker died). pressed_since: since when another replica would pay. former: where its weights lay
+    last, by device. tickets: operators that wait for it.
     """
 
     settings: ServiceSettings
     shape: ModelShape | None = None
     directory: str = ""
+    segment_blocks: tuple[int, ...] = ()
+    block_tokens: int = 0
     refused: str = ""
     trouble: str = ""
     failures: int = 0
@@ -213,15 +216,11 @@ class Service:
         """Whether somebody wants it resident."""
         return bool(self.waiting or self.load_tickets or self.wanted)
 
-    def segment_blocks(self, block_bytes: int) -> tuple[int, ...]:
-        """Blocks of each weights segment."""
-        assert self.shape is not None
-        return tuple(-(-size // block_bytes) for size in self.shape.segments)
-
-    def block_tokens(self, block_bytes: int) -> int:
-        """Tokens whose KV one block holds; 0 when not even one fits."""
-        assert self.shape is not None
-        return block_bytes // self.shape.kv_bytes_per_token
+    def examine(self, directory: str, shape: ModelShape, block_bytes: int) -> None:
+        """Take in what the probe learnt, in units of blocks as well: those are asked for at every step."""
+        self.directory, self.shape, self.progress = directory, shape, None
+        self.segment_blocks = tuple(-(-size // block_bytes) for size in shape.segments)
+        self.block_tokens = block_bytes // shape.kv_bytes_per_token
 
 
 # -------------------------------------------------------------------------------------------- devices
@@ -310,7 +309,7 @@ class NodeState:
 
     def weights_blocks(self, service: Service) -> int:
         """Blocks of a service's weights."""
-        return sum(service.segment_blocks(self.settings.block_bytes))
+        return sum(service.segment_blocks)
 
     def most_kv_blocks(self, device: Device, service: Service) -> int:
         """KV blocks that a service could have on a device if all left that can: pinned services stay."""

@@ -1,9 +1,9 @@
 """A node in virtual time: the daemon's own `Node`, with workers and a host process that are made up.
 
-Owns the clock (a heap of things to come), simulated devices that carry out messages in order and take time
-for it, and the faults that can be done to them. Must not decide anything: policy is `core.node`'s. The
-devices hold contents, not only counts: each KV slot remembers which prefix was written into it, each block
-of weights whose they are, and a step that reads anything else raises `Corruption`.
+Owns the clock (a heap of things to come), the simulated host process, and the way of events to the node and
+of its messages to devices. Must not decide anything: policy is `core.node`'s. In its checking mode, the
+default, devices hold contents and a step that reads anything but what was written raises `Corruption`; with
+`lengths` they only take time, which is what experiments need.
 """
 
 from __future__ import annotations
@@ -11,222 +11,16 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.node import Node
 from seallmd.core.settings import NodeSettings
+from seallmd.sim.contents import Contents, Corruption, expected_output
+from seallmd.sim.device import Blank, Memory, SimDevice, Span
+from seallmd.sim.timing import Costs, Timing
 
-
-class Corruption(AssertionError):
-    """A step read memory that does not hold what its request or its model wrote."""
-
-
-@dataclass(frozen=True)
-class Costs:
-    """How long things take, in seconds. copy and read: per byte."""
-
-    step: float = 0.01
-    token: float = 0.0002
-    copy_byte: float = 1e-10
-    read_byte: float = 5e-10
-    probe: float = 0.2
-    start: float = 2.0
-
-
-@dataclass
-class _Known:
-    """A request as a worker knows it. digests[p] stands for tokens[: p + 1]."""
-
-    service: str
-    tokens: list[int]
-    digests: list[int]
-    table: list[int] = field(default_factory=list)
-    done: int = 0
-
-    def append(self, token: int) -> None:
-        before = self.digests[-1] if self.digests else hash(self.service)
-        self.tokens.append(token)
-        self.digests.append(hash((before, token)))
-
-
-def next_token(digest: int, vocab: int) -> int:
-    """What the made-up model draws after a prefix."""
-    return (digest * 2654435761 >> 7) % vocab
-
-
-def expected_output(service: str, prompt: tuple[int, ...], count: int, vocab: int) -> list[int]:
-    """What a request must yield, whatever is done to it meanwhile (up to its stop ids)."""
-    known = _Known(service, [], [])
-    for token in prompt:
-        known.append(token)
-    for _ in range(count):
-        known.append(next_token(known.digests[-1], vocab))
-    return known.tokens[len(prompt) :]
-
-
-class SimDevice:
-    """One worker: carries messages out in order; copies go on beside the steps."""
-
-    def __init__(self, world: World, index: int, arena_bytes: int) -> None:
-        self._world = world
-        self.index = index
-        self.arena_bytes = arena_bytes
-        self.alive = False
-        self.generation = 0
-        self.fail_steps = 0
-        self.fail_copies = 0
-        self._reset()
-
-    def _reset(self) -> None:
-        self._queue: deque[msg.ToWorker] = deque()
-        self._busy = False
-        self._memory: dict[int, object] = {}
-        self._weights: dict[str, list[tuple[int, int]]] = {}
-        self._copying: dict[str, int] = {}
-        self._requests: dict[int, _Known] = {}
-
-    def start(self) -> None:
-        """The process is up, with an empty arena."""
-        self._reset()
-        self.alive = True
-        self._world.happen(ev.WorkerUp(self.index, f"sim {self.index}", self.arena_bytes))
-
-    def kill(self, restart_after: float) -> None:
-        """The process is gone; another comes up later."""
-        if not self.alive:
-            return
-        self.alive = False
-        self.generation += 1
-        self._world.happen(ev.WorkerLost(self.index, "killed"))
-        self._world.after(restart_after, self.start)
-
-    def receive(self, message: msg.ToWorker) -> None:
-        """A message from the daemon."""
-        if self.alive:
-            self._queue.append(message)
-            self._work()
-
-    def _later(self, seconds: float, do: Callable[[], None]) -> None:
-        generation = self.generation
-        self._world.after(seconds, lambda: do() if self.generation == generation else None)
-
-    def _say(self, message: msg.CopyDone | msg.CopyFailed | msg.StepDone | msg.StepFailed) -> None:
-        self._world.happen(ev.FromDevice(self.index, message))
-
-    def _work(self) -> None:
-        while self._queue and not self._busy:
-            message = self._queue.popleft()
-            match message:
-                case msg.Step():
-                    self._step(message)
-                case msg.CopyIn():
-                    self._copy_in(message)
-                case msg.DropWeights(service):
-                    self._copying.pop(service, None)
-                    self._weights.pop(service, None)
-                case msg.MoveBlocks(src, dst):
-                    self._move(src, dst)
-                case msg.Forget(requests):
-                    for request in requests:
-                        self._requests.pop(request, None)
-                case _:
-                    pass
-
-    # --------------------------------------------------------------------------------- messages
-
-    def _copy_in(self, message: msg.CopyIn) -> None:
-        unit = self._world.block_bytes
-        runs = [(e.arena_at // unit, -(-e.bytes_ // unit)) for e in message.extents]
-        for start, blocks in runs:
-            for block in range(start, start + blocks):
-                self._memory[block] = (message.service, message.copy)
-        self._copying[message.service] = message.copy
-
-        def end() -> None:
-            if self._copying.get(message.service) != message.copy:
-                return  # dropped meanwhile
-            del self._copying[message.service]
-            if self.fail_copies:
-                self.fail_copies -= 1
-                self._say(msg.CopyFailed(message.service, "made to fail", message.copy))
-            else:
-                self._weights[message.service] = runs
-                self._say(msg.CopyDone(message.service, 0.0, message.copy))
-
-        total = sum(e.bytes_ for e in message.extents)
-        self._later(total * self._world.costs.copy_byte, end)
-
-    def _move(self, src: tuple[int, ...], dst: tuple[int, ...]) -> None:
-        for source, target in zip(src, dst, strict=True):
-            self._memory[target] = self._memory.pop(source)
-        renamed = dict(zip(src, dst, strict=True))
-        for known in self._requests.values():
-            known.table = [renamed.get(block, block) for block in known.table]
-
-    def _step(self, step: msg.Step) -> None:
-        self._busy = True
-        tokens = sum(row.count for row in step.rows)
-        costs = self._world.costs
-        self._later(costs.step + costs.token * tokens, lambda: self._end_step(step))
-
-    def _end_step(self, step: msg.Step) -> None:
-        self._busy = False
-        if self.fail_steps:
-            self.fail_steps -= 1
-            for row in step.rows:
-                self._requests.pop(row.request, None)
-            self._say(msg.StepFailed(step.step, "made to fail"))
-        else:
-            self._check_weights(step.service)
-            for admit in step.admit:
-                self._requests[admit.request] = self._admitted(step.service, admit)
-            drawn = [self._run(row) for row in step.rows]
-            self._say(msg.StepDone(step.step, tuple(t for t in drawn if t is not None), 0.0))
-        self._work()
-
-    def _admitted(self, service: str, admit: msg.Admit) -> _Known:
-        known = _Known(service, [], [])
-        for token in admit.tokens:
-            known.append(token)
-        return known
-
-    def _check_weights(self, service: str) -> None:
-        if service not in self._weights:
-            raise Corruption(f"a step of {service}, which is not resident")
-        for start, blocks in self._weights[service]:
-            for block in range(start, start + blocks):
-                owner = self._memory.get(block)
-                if not isinstance(owner, tuple) or owner[0] != service:
-                    raise Corruption(f"block {block} of {service}'s weights holds {owner!r:.60}")
-
-    def _run(self, row: msg.Row) -> int | None:
-        known = self._requests.get(row.request)
-        if known is None:  # an earlier step of it failed
-            return 0 if row.sample else None
-        size = self._world.block_tokens(known.service)
-        known.table += row.blocks
-        # Blocks that were shared hold their part already; a row starts behind it.
-        if row.start + row.count > len(known.tokens):
-            raise Corruption(f"request {row.request} runs tokens that nobody knows")
-        for position in range(row.start, row.start + row.count):
-            block = known.table[position // size]
-            slots = self._memory.get(block)
-            if not isinstance(slots, list) or position % size == 0:
-                slots = self._memory[block] = list[object]([None] * size)
-            slots[position % size] = known.digests[position]
-        for position in range(row.start + row.count):
-            slots = self._memory.get(known.table[position // size])
-            if not isinstance(slots, list) or slots[position % size] != known.digests[position]:
-                raise Corruption(f"request {row.request} position {position} was overwritten")
-        known.done = row.start + row.count
-        if not row.sample:
-            return None
-        token = next_token(known.digests[known.done - 1], self._world.vocab)
-        known.append(token)
-        return token
-
+__all__ = ["Corruption", "Costs", "SimHost", "World", "expected_output"]
 
 HostAnswer = msg.Probed | msg.ProbeFailed | msg.ImageReady | msg.ImageFailed
 
@@ -268,12 +62,12 @@ class SimHost:
                     if isinstance(shape, str)
                     else msg.Probed(service, f"/models/{service}", shape)
                 )
-                self._answer(self._world.costs.probe, lambda: answer)
+                self._answer(self._world.timing.probe, lambda: answer)
             case msg.BuildImage(service):
                 shape = self._shapes[service]
                 assert isinstance(shape, msg.ModelShape)
                 bytes_ = shape.weights_bytes
-                self._answer(bytes_ * self._world.costs.read_byte, lambda: self._built(service, bytes_))
+                self._answer(self._world.timing.read(bytes_), lambda: self._built(service, bytes_))
             case _:
                 pass
 
@@ -295,25 +89,44 @@ class SimHost:
 
 
 class World:
-    """Drives a node through virtual time. `observe` sees every (event, actions) pair."""
+    """Drives a node through virtual time. `observe` sees every (event, actions) pair.
+
+    timing: of everything that takes time. lengths: tokens of prompt and output together, by request: devices
+    then draw `device.STOP` when a request is that long, and check nothing (None: the checking mode). The
+    caller adds to it as requests arrive. on_span: told of each step and copy that ended. keep_history: keep
+    every event, to run it again.
+    """
 
     def __init__(
         self,
         settings: NodeSettings,
         shapes: dict[str, msg.ModelShape | str],
         arena_bytes: tuple[int, ...],
-        costs: Costs | None = None,
+        timing: Timing | None = None,
         observe: Callable[[ev.Event, list[ev.Action]], None] | None = None,
+        *,
+        lengths: dict[int, int] | None = None,
+        on_span: Callable[[Span], None] | None = None,
+        keep_history: bool = True,
     ) -> None:
         self.now = 0.0
-        self.costs = costs or Costs()
-        self.block_bytes = settings.block_bytes
-        self.vocab = min((s.vocab for s in shapes.values() if isinstance(s, msg.ModelShape)), default=2)
+        self.timing: Timing = timing or Costs()
         self.node = Node(settings)
         self.host = SimHost(self, shapes)
-        self.devices = [SimDevice(self, i, size) for i, size in enumerate(arena_bytes)]
+        known = {name: shape for name, shape in shapes.items() if isinstance(shape, msg.ModelShape)}
+        vocab = min((shape.vocab for shape in known.values()), default=2)
+        unit = settings.block_bytes
+        block_tokens = {name: unit // shape.kv_bytes_per_token for name, shape in known.items()}
+
+        def memory() -> Memory:
+            return Contents(unit, block_tokens, vocab) if lengths is None else Blank(lengths)
+
+        self.devices = [
+            SimDevice(self, index, size, self.timing, memory(), on_span)
+            for index, size in enumerate(arena_bytes)
+        ]
         self.history: list[tuple[float, ev.Event]] = []
-        self._shapes = shapes
+        self._keep_history = keep_history
         self._observe = observe
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
@@ -322,15 +135,9 @@ class World:
         self._handling = False
 
     def start(self) -> None:
-        """Start every process; they come up after `costs.start`."""
+        """Start every process; they come up after `timing.start`."""
         for start in (self.host.start, *(device.start for device in self.devices)):
-            self.after(self.costs.start, start)
-
-    def block_tokens(self, service: str) -> int:
-        """Tokens of one block of a service."""
-        shape = self._shapes[service]
-        assert isinstance(shape, msg.ModelShape)
-        return self.block_bytes // shape.kv_bytes_per_token
+            self.after(self.timing.start, start)
 
     def after(self, seconds: float, do: Callable[[], None]) -> None:
         """Do something later."""
@@ -345,7 +152,8 @@ class World:
         self._handling = True
         while self._pending:
             event = self._pending.popleft()
-            self.history.append((self.now, event))
+            if self._keep_history:
+                self.history.append((self.now, event))
             actions = self.node.handle(event, self.now)
             if self._observe is not None:
                 self._observe(event, actions)

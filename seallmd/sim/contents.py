@@ -1,0 +1,139 @@
+"""What memory holds, written and checked: the mode in which tests look for corruption.
+
+Owns the contents of one simulated device: each KV slot remembers which prefix was written into it, each
+block of weights whose they are, and a step that reads anything else raises `Corruption`. Must not know time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from seallmd.core import messages as msg
+
+
+class Corruption(AssertionError):
+    """A step read memory that does not hold what its request or its model wrote."""
+
+
+@dataclass
+class _Known:
+    """A request as a worker knows it. digests[p] stands for tokens[: p + 1]."""
+
+    service: str
+    tokens: list[int]
+    digests: list[int]
+    table: list[int] = field(default_factory=list)
+    done: int = 0
+
+    def append(self, token: int) -> None:
+        before = self.digests[-1] if self.digests else hash(self.service)
+        self.tokens.append(token)
+        self.digests.append(hash((before, token)))
+
+
+def next_token(digest: int, vocab: int) -> int:
+    """What the made-up model draws after a prefix."""
+    return (digest * 2654435761 >> 7) % vocab
+
+
+def expected_output(service: str, prompt: tuple[int, ...], count: int, vocab: int) -> list[int]:
+    """What a request must yield, whatever is done to it meanwhile (up to its stop ids)."""
+    known = _Known(service, [], [])
+    for token in prompt:
+        known.append(token)
+    for _ in range(count):
+        known.append(next_token(known.digests[-1], vocab))
+    return known.tokens[len(prompt) :]
+
+
+class Contents:
+    """The memory of one device. block_tokens: tokens of one block, by service. vocab: ids that are drawn."""
+
+    def __init__(self, block_bytes: int, block_tokens: dict[str, int], vocab: int) -> None:
+        self._block_bytes = block_bytes
+        self._block_tokens = block_tokens
+        self._vocab = vocab
+        self.reset()
+
+    def reset(self) -> None:
+        """An empty arena, and no request known."""
+        self._memory: dict[int, object] = {}
+        self._weights: dict[str, list[tuple[int, int]]] = {}
+        self._requests: dict[int, _Known] = {}
+
+    def copy_begins(self, message: msg.CopyIn) -> None:
+        """Blocks are written from now on; what they held is gone."""
+        for start, blocks in self._runs(message):
+            for block in range(start, start + blocks):
+                self._memory[block] = (message.service, message.copy)
+
+    def copy_ended(self, message: msg.CopyIn) -> None:
+        """The weights are complete."""
+        self._weights[message.service] = self._runs(message)
+
+    def _runs(self, message: msg.CopyIn) -> list[tuple[int, int]]:
+        unit = self._block_bytes
+        return [(e.arena_at // unit, -(-e.bytes_ // unit)) for e in message.extents]
+
+    def drop(self, service: str) -> None:
+        """Weights that no step may use any more."""
+        self._weights.pop(service, None)
+
+    def move(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """Blocks are copied and renamed in every table."""
+        for source, target in zip(src, dst, strict=True):
+            self._memory[target] = self._memory.pop(source)
+        renamed = dict(zip(src, dst, strict=True))
+        for known in self._requests.values():
+            known.table = [renamed.get(block, block) for block in known.table]
+
+    def forget(self, requests: Sequence[int]) -> None:
+        """Requests that are over, preempted or failed."""
+        for request in requests:
+            self._requests.pop(request, None)
+
+    def run(self, step: msg.Step) -> tuple[int, ...]:
+        """Read and write what the step reads and writes; the tokens it draws. Raises Corruption."""
+        self._check_weights(step.service)
+        for admit in step.admit:
+            known = self._requests[admit.request] = _Known(step.service, [], [])
+            for token in admit.tokens:
+                known.append(token)
+        drawn = [self._run_row(row) for row in step.rows]
+        return tuple(token for token in drawn if token is not None)
+
+    def _check_weights(self, service: str) -> None:
+        if service not in self._weights:
+            raise Corruption(f"a step of {service}, which is not resident")
+        for start, blocks in self._weights[service]:
+            for block in range(start, start + blocks):
+                owner = self._memory.get(block)
+                if not isinstance(owner, tuple) or owner[0] != service:
+                    raise Corruption(f"block {block} of {service}'s weights holds {owner!r:.60}")
+
+    def _run_row(self, row: msg.Row) -> int | None:
+        known = self._requests.get(row.request)
+        if known is None:  # an earlier step of it failed
+            return 0 if row.sample else None
+        size = self._block_tokens[known.service]
+        known.table += row.blocks
+        # Blocks that were shared hold their part already; a row starts behind it.
+        if row.start + row.count > len(known.tokens):
+            raise Corruption(f"request {row.request} runs tokens that nobody knows")
+        for position in range(row.start, row.start + row.count):
+            block = known.table[position // size]
+            slots = self._memory.get(block)
+            if not isinstance(slots, list) or position % size == 0:
+                slots = self._memory[block] = list[object]([None] * size)
+            slots[position % size] = known.digests[position]
+        for position in range(row.start + row.count):
+            slots = self._memory.get(known.table[position // size])
+            if not isinstance(slots, list) or slots[position % size] != known.digests[position]:
+                raise Corruption(f"request {row.request} position {position} was overwritten")
+        known.done = row.start + row.count
+        if not row.sample:
+            return None
+        token = next_token(known.digests[known.done - 1], self._vocab)
+        known.append(token)
+        return token

@@ -1,0 +1,236 @@
+"""One simulated worker: carries messages out in order and takes time for it.
+
+Owns what is in progress on a device (the step, the copy link) and the faults that can be done to it. Must
+not decide anything, nor know what memory holds: that is a `Memory`'s, real (`sim.contents`) or `Blank`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from seallmd.core import events as ev
+from seallmd.core import messages as msg
+from seallmd.sim.timing import Timing
+
+GOES_ON, STOP = 0, 1
+
+
+class Clock(Protocol):
+    """What a device needs of the world around it."""
+
+    @property
+    def now(self) -> float:
+        """Virtual seconds."""
+
+    def after(self, seconds: float, do: Callable[[], None]) -> None:
+        """Do something later."""
+
+    def happen(self, event: ev.Event) -> None:
+        """Tell the node."""
+
+
+class Memory(Protocol):
+    """What a device holds."""
+
+    def reset(self) -> None:
+        """An empty arena, and no request known."""
+
+    def copy_begins(self, message: msg.CopyIn) -> None:
+        """Blocks are written from now on."""
+
+    def copy_ended(self, message: msg.CopyIn) -> None:
+        """The weights are complete."""
+
+    def drop(self, service: str) -> None:
+        """Weights that no step may use any more."""
+
+    def move(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """Blocks are copied and renamed."""
+
+    def forget(self, requests: Sequence[int]) -> None:
+        """Requests that are over."""
+
+    def run(self, step: msg.Step) -> tuple[int, ...]:
+        """The tokens that the step draws, one per row with `sample`."""
+
+
+class Blank:
+    """Holds and checks nothing. Tokens are GOES_ON until a request is as long as it is to be, then STOP.
+
+    lengths: tokens of prompt and output together, by request; shared by all devices of a world. A row of a
+    request that is over (it was on its way already) draws STOP, which nobody looks at.
+    """
+
+    def __init__(self, lengths: dict[int, int]) -> None:
+        self._lengths = lengths
+
+    def reset(self) -> None:
+        """Nothing to forget."""
+
+    def copy_begins(self, message: msg.CopyIn) -> None:
+        """Nothing is kept."""
+
+    def copy_ended(self, message: msg.CopyIn) -> None:
+        """Nothing is kept."""
+
+    def drop(self, service: str) -> None:
+        """Nothing is kept."""
+
+    def move(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """Nothing is kept."""
+
+    def forget(self, requests: Sequence[int]) -> None:
+        """Nothing is kept."""
+
+    def run(self, step: msg.Step) -> tuple[int, ...]:
+        """STOP for rows whose drawn token is the request's last."""
+        lengths = self._lengths
+        return tuple(
+            STOP if row.start + row.count + 1 >= lengths.get(row.request, 0) else GOES_ON
+            for row in step.rows
+            if row.sample
+        )
+
+
+class Span(NamedTuple):
+    """Something that took a device from `began` to `ended` (virtual seconds). kind: "step" or "copy"."""
+
+    device: int
+    service: str
+    kind: str
+    began: float
+    ended: float
+
+
+class SimDevice:
+    """A worker process and its device. Steps run one after another; copies too, beside the steps.
+
+    busy_seconds: of all steps that ended. on_span: told of each step and copy that ended.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        index: int,
+        arena_bytes: int,
+        timing: Timing,
+        memory: Memory,
+        on_span: Callable[[Span], None] | None = None,
+    ) -> None:
+        self._clock = clock
+        self._timing = timing
+        self._memory = memory
+        self._on_span = on_span
+        self.index = index
+        self.arena_bytes = arena_bytes
+        self.alive = False
+        self.generation = 0
+        self.fail_steps = 0
+        self.fail_copies = 0
+        self.busy_seconds = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._queue: deque[msg.ToWorker] = deque()
+        self._busy = False
+        self._link_free_at = 0.0
+        self._copying: dict[str, int] = {}
+        self._memory.reset()
+
+    def start(self) -> None:
+        """The process is up, with an empty arena."""
+        self._reset()
+        self.alive = True
+        self._clock.happen(ev.WorkerUp(self.index, f"sim {self.index}", self.arena_bytes))
+
+    def kill(self, restart_after: float) -> None:
+        """The process is gone; another comes up later."""
+        if not self.alive:
+            return
+        self.alive = False
+        self.generation += 1
+        self._clock.happen(ev.WorkerLost(self.index, "killed"))
+        self._clock.after(restart_after, self.start)
+
+    def receive(self, message: msg.ToWorker) -> None:
+        """A message from the daemon."""
+        if self.alive:
+            self._queue.append(message)
+            self._work()
+
+    def _later(self, seconds: float, do: Callable[[], None]) -> None:
+        generation = self.generation
+        self._clock.after(seconds, lambda: do() if self.generation == generation else None)
+
+    def _say(self, message: msg.CopyDone | msg.CopyFailed | msg.StepDone | msg.StepFailed) -> None:
+        self._clock.happen(ev.FromDevice(self.index, message))
+
+    def _span(self, service: str, kind: str, began: float) -> None:
+        if self._on_span is not None:
+            self._on_span(Span(self.index, service, kind, began, self._clock.now))
+
+    def _work(self) -> None:
+        while self._queue and not self._busy:
+            message = self._queue.popleft()
+            match message:
+                case msg.Step():
+                    self._step(message)
+                case msg.CopyIn():
+                    self._copy_in(message)
+                case msg.DropWeights(service):
+                    self._copying.pop(service, None)
+                    self._memory.drop(service)
+                case msg.MoveBlocks(src, dst):
+                    self._memory.move(src, dst)
+                case msg.Forget(requests):
+                    self._memory.forget(requests)
+                case _:
+                    pass
+
+    # --------------------------------------------------------------------------------- copies
+
+    def _copy_in(self, message: msg.CopyIn) -> None:
+        self._memory.copy_begins(message)
+        self._copying[message.service] = message.copy
+        # One link per device: copies queue on it.
+        began = max(self._clock.now, self._link_free_at)
+        seconds = self._timing.copy(self.index, sum(e.bytes_ for e in message.extents))
+        self._link_free_at = began + seconds
+        self._later(self._link_free_at - self._clock.now, lambda: self._end_copy(message, began, seconds))
+
+    def _end_copy(self, message: msg.CopyIn, began: float, seconds: float) -> None:
+        if self._copying.get(message.service) != message.copy:
+            return  # dropped meanwhile
+        del self._copying[message.service]
+        self._span(message.service, "copy", began)
+        if self.fail_copies:
+            self.fail_copies -= 1
+            self._say(msg.CopyFailed(message.service, "made to fail", message.copy))
+        else:
+            self._memory.copy_ended(message)
+            self._say(msg.CopyDone(message.service, seconds, message.copy))
+
+    # --------------------------------------------------------------------------------- steps
+
+    def _step(self, step: msg.Step) -> None:
+        self._busy = True
+        tokens = context = 0
+        for row in step.rows:
+            tokens += row.count
+            context += row.start + row.count
+        seconds = self._timing.step(self.index, step.service, tokens, context)
+        self._later(seconds, lambda: self._end_step(step, seconds))
+
+    def _end_step(self, step: msg.Step, seconds: float) -> None:
+        self._busy = False
+        self.busy_seconds += seconds
+        self._span(step.service, "step", self._clock.now - seconds)
+        if self.fail_steps:
+            self.fail_steps -= 1
+            self._memory.forget([row.request for row in step.rows])
+            self._say(msg.StepFailed(step.step, "made to fail"))
+        else:
+            self._say(msg.StepDone(step.step, self._memory.run(step), seconds))
+        self._work()

@@ -1,0 +1,312 @@
+"""One run of the simulator: devices, services, arrivals and a policy in, what clients saw out.
+
+Owns the way from a set-up to an outcome, and `dedicated`, where every service has a device to itself. Must
+not decide anything that a daemon would: that is `core.node`'s, which runs here as it does there.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import msgspec
+
+from seallmd.core import events as ev
+from seallmd.core import messages as msg
+from seallmd.core.cost import Roofline
+from seallmd.core.scheduler import POLICIES
+from seallmd.core.settings import NodeSettings, SchedulerSettings, ServiceSettings
+from seallmd.sim import metrics
+from seallmd.sim.device import STOP, Span
+from seallmd.sim.metrics import Report, Served
+from seallmd.sim.models import SimError, block_bytes_for
+from seallmd.sim.timing import RooflineTiming, isolated_seconds, lumped
+from seallmd.sim.workload import Arrival, fitted
+from seallmd.sim.world import World
+
+DEDICATED = "dedicated"
+_GREEDY = msg.Sampling(temperature=0.0)
+_LOOK_SECONDS = 1.0  # virtual time between two looks at progress
+_ZEROS = (0,) * (1 << 20)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a run depends on.
+
+    block_bytes: 0 = what suits devices and models. arena_share: of a device's memory, the rest is activations
+    and the engine. host_bytes: for host images. drain_seconds: how long after the last arrival requests may
+    still finish; those that do not count as failed. span_window: (from, to) in which steps and copies are
+    kept, for a Gantt chart. sample_seconds: how often arenas are looked at; 0 = never.
+    """
+
+    shapes: Mapping[str, msg.ModelShape]
+    devices: tuple[Roofline, ...]
+    arrivals: Sequence[Arrival]
+    policy: str = "budget"
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    block_bytes: int = 0
+    arena_share: float = 0.9
+    host_bytes: int = 4 << 40
+    drain_seconds: float = 600.0
+    span_window: tuple[float, float] = (0.0, 0.0)
+    sample_seconds: float = 0.0
+
+    def isolated(self) -> dict[str, metrics.Isolated]:
+        """T_iso by service: on the device where it is shortest."""
+        return {name: self._isolated(lumped(shape)) for name, shape in self.shapes.items()}
+
+    def _isolated(self, shape: msg.ModelShape) -> metrics.Isolated:
+        kinds = set(self.devices)
+        return lambda prompt, output: min(isolated_seconds(kind, shape, prompt, output) for kind in kinds)
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """An arena at a moment, in bytes. weights: by service. cached: reusable prefixes; free: the rest."""
+
+    seconds: float
+    device: int
+    weights: dict[str, int]
+    kv: int
+    cached: int
+    free: int
+
+
+@dataclass
+class Outcome:
+    """What came of a run. busy_seconds: of each device. refused: services that could not be served, and why.
+
+    seconds: from the first arrival to the last end, virtual. wall_seconds: that it took to simulate.
+    cost_errors: by service, how far predicted step times were off in the end, as a share.
+    """
+
+    served: list[Served]
+    devices: list[str]
+    busy_seconds: list[float]
+    seconds: float
+    wall_seconds: float
+    events: int
+    swaps: int
+    preemptions: int
+    refused: dict[str, str] = field(default_factory=dict)
+    cost_errors: dict[str, float] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+    occupancy: list[Occupancy] = field(default_factory=list)
+
+    def report(self, name: str, setup: Setup, rate: float) -> Report:
+        """Its figures."""
+        total = self.seconds * len(self.busy_seconds)
+        return metrics.report(
+            name,
+            self.served,
+            setup.isolated(),
+            rate=rate,
+            devices=len(self.devices),
+            utilisation=sum(self.busy_seconds) / total if total else 0.0,
+            swaps=self.swaps,
+            preemptions=self.preemptions,
+        )
+
+
+Progress = Callable[[float], None]
+
+
+def policies() -> list[str]:
+    """Names that `Setup.policy` may have."""
+    return [*POLICIES, DEDICATED]
+
+
+def run(setup: Setup, progress: Progress | None = None) -> Outcome:
+    """Simulate. progress: told how many virtual seconds of the arrivals are done. Raises SimError."""
+    if setup.policy not in policies():
+        raise SimError(f"no policy is called {setup.policy!r}; there are {', '.join(policies())}")
+    if not setup.arrivals:
+        raise SimError("no requests arrive")
+    if setup.policy == DEDICATED:
+        return _dedicated(setup, progress)
+    return _Run(setup).run(progress or (lambda _: None))
+
+
+def _dedicated(setup: Setup, progress: Progress | None) -> Outcome:
+    """Each service alone on one device, in a world of its own: what users do who do not share.
+
+    The largest services get the largest devices. Where there are fewer devices than services, kinds repeat:
+    dedicated then has more devices than the policies it is compared with.
+    """
+    by_size = sorted(setup.shapes, key=lambda name: -setup.shapes[name].weights_bytes)
+    kinds = sorted(setup.devices, key=lambda kind: -kind.memory_bytes)
+    parts = []
+    for index, name in enumerate(by_size):
+        own = replace(
+            setup,
+            shapes={name: setup.shapes[name]},
+            devices=(kinds[index % len(kinds)],),
+            arrivals=[a for a in setup.arrivals if a.service == name],
+            policy="fcfs",  # of one service: any would do
+        )
+        if own.arrivals:
+            parts.append(_Run(own).run(lambda _: None))
+        if progress is not None:
+            progress(setup.arrivals[-1].seconds * (index + 1) / len(by_size))
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[Outcome]) -> Outcome:
+    """Runs beside each other as one; devices are numbered through."""
+    return Outcome(
+        served=sorted((s for part in parts for s in part.served), key=lambda s: s.arrived),
+        devices=[label for part in parts for label in part.devices],
+        busy_seconds=[busy for part in parts for busy in part.busy_seconds],
+        seconds=max(part.seconds for part in parts),
+        wall_seconds=sum(part.wall_seconds for part in parts),
+        events=sum(part.events for part in parts),
+        swaps=sum(part.swaps for part in parts),
+        preemptions=sum(part.preemptions for part in parts),
+        refused={name: why for part in parts for name, why in part.refused.items()},
+        cost_errors={name: error for part in parts for name, error in part.cost_errors.items()},
+        spans=[span._replace(device=i) for i, part in enumerate(parts) for span in part.spans],
+        occupancy=[replace(sample, device=i) for i, part in enumerate(parts) for sample in part.occupancy],
+    )
+
+
+class _Run:
+    """One world from its start to its last answer. Time 0 of a run is `_began` of its world."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._block_bytes = setup.block_bytes or block_bytes_for(setup.devices, setup.shapes.values())
+        self._began = 0.0
+        self._open: dict[int, Served] = {}
+        self._lengths: dict[int, int] = {}
+        self._events = 0
+        self._next_look = 0.0
+        self._spans: list[Span] = []
+        self._occupancy: list[Occupancy] = []
+        services = (
+            ServiceSettings(name=name, model=name, preload=True, max_waiting=1 << 20) for name in setup.shapes
+        )
+        policy = "fcfs" if setup.policy == DEDICATED else setup.policy
+        settings = NodeSettings(
+            services=tuple(services),
+            devices=len(setup.devices),
+            block_bytes=self._block_bytes,
+            host_bytes=setup.host_bytes,
+            roofline=setup.devices[0],
+            scheduler=msgspec.structs.replace(setup.scheduler, policy=policy),
+        )
+        self._world = World(
+            settings,
+            dict(setup.shapes),
+            tuple(int(device.memory_bytes * setup.arena_share) for device in setup.devices),
+            RooflineTiming(setup.devices, setup.shapes),
+            self._observe,
+            lengths=self._lengths,
+            on_span=self._on_span,
+            keep_history=False,
+        )
+
+    def run(self, progress: Progress) -> Outcome:
+        """From the start of the processes to the last answer."""
+        began = time.perf_counter()
+        world = self._world
+        world.start()
+        world.run()  # every model is read, and what fits is brought in, before the first request
+        self._began = world.now
+        status = world.node.status(world.now)
+        swaps_before = sum(service.swaps_in for service in status.services)
+        busy_before = [device.busy_seconds for device in world.devices]
+        served = self._serve(progress)
+        status = world.node.status(world.now)
+        return Outcome(
+            served=served,
+            devices=[device.name for device in self._setup.devices],
+            busy_seconds=[d.busy_seconds - b for d, b in zip(world.devices, busy_before, strict=True)],
+            seconds=max((s.finished for s in served if not s.error), default=self._now) - served[0].arrived,
+            wall_seconds=time.perf_counter() - began,
+            events=self._events,
+            swaps=sum(service.swaps_in for service in status.services) - swaps_before,
+            preemptions=sum(service.preemptions for service in status.services),
+            refused={s.name: s.reason for s in status.services if s.state == "refused"},
+            cost_errors={s.name: s.cost_error for s in status.services},
+            spans=self._spans,
+            occupancy=self._occupancy,
+        )
+
+    def _serve(self, progress: Progress) -> list[Served]:
+        """Let every request arrive at its time and end; all of them, in order of arrival."""
+        served = []
+        for number, arrival in enumerate(self._setup.arrivals, 1):
+            self._go_to(arrival.seconds, progress)
+            served.append(self._arrive(number, arrival))
+        deadline = self._now + self._setup.drain_seconds
+        while self._open and self._now < deadline:
+            self._go_to(min(self._next_look, deadline), progress)
+        for record in self._open.values():
+            record.error = "unfinished"
+        return served
+
+    def _arrive(self, number: int, arrival: Arrival) -> Served:
+        context = self._world.node.context_limit(arrival.service)
+        arrival = fitted(arrival, max(2, context))
+        record = Served(arrival.service, self._now, arrival.prompt, arrival.output, array("d"))
+        self._open[number] = record
+        self._lengths[number] = arrival.prompt + arrival.output
+        # No two prompts share a prefix. The node is not told how long the answer will be.
+        prompt = (number, *_ZEROS[: arrival.prompt - 1])
+        most = max(arrival.output, context - arrival.prompt)
+        self._world.happen(ev.Arrived(number, arrival.service, prompt, most, _GREEDY, (STOP,)))
+        return record
+
+    @property
+    def _now(self) -> float:
+        return self._world.now - self._began
+
+    def _go_to(self, seconds: float, progress: Progress) -> None:
+        """Run the world until a moment; on the way, tell how far it is and look at the arenas."""
+        while self._next_look <= seconds:
+            self._world.run(until=self._began + self._next_look)
+            progress(self._now)
+            if self._setup.sample_seconds:
+                self._occupancy += self._look()
+            self._next_look += self._setup.sample_seconds or _LOOK_SECONDS
+        self._world.run(until=self._began + seconds)
+
+    # ------------------------------------------------------------------------------- what is seen
+
+    def _observe(self, _event: ev.Event, actions: list[ev.Action]) -> None:
+        self._events += 1
+        for action in actions:
+            if isinstance(action, ev.Emit):
+                self._open[action.request].times.extend([self._now] * len(action.tokens))
+            elif isinstance(action, ev.Finish):
+                record = self._open.pop(action.request)
+                del self._lengths[action.request]
+                if action.reason == "stop":
+                    record.finished = self._now
+                else:
+                    record.error = action.error or action.reason
+
+    def _on_span(self, span: Span) -> None:
+        first, last = self._setup.span_window
+        began, ended = span.began - self._began, span.ended - self._began
+        if began < last and ended > first and self._began:
+            self._spans.append(span._replace(began=began, ended=ended))
+
+    def _look(self) -> Iterator[Occupancy]:
+        """Every arena at this moment."""
+        unit = self._block_bytes
+        for device in self._world.node.state.devices.values():
+            arena = device.arena
+            if arena is None:
+                continue
+            yield Occupancy(
+                seconds=self._now,
+                device=device.index,
+                weights={name: arena.weights_of(name) * unit for name in device.replicas},
+                kv=arena.kv * unit,
+                cached=arena.cached * unit,
+                free=(arena.available - arena.cached) * unit,
+            )

@@ -1,0 +1,112 @@
+"""How long things take in virtual time.
+
+Owns the two sets of costs: fixed ones for tests of the core, and rooflines of real devices (`core.cost`)
+for experiments. Must not know requests or policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from seallmd.core.cost import Roofline
+from seallmd.core.messages import LayerShape, ModelShape
+
+
+class Timing(Protocol):
+    """What a world asks. All answers in seconds."""
+
+    @property
+    def probe(self) -> float:
+        """To examine one model."""
+
+    @property
+    def start(self) -> float:
+        """To start a process."""
+
+    def step(self, device: int, service: str, tokens: int, context: int) -> float:
+        """One step: tokens of all rows together, and tokens of KV that they read together."""
+
+    def copy(self, device: int, bytes_: int) -> float:
+        """Weights from the host to a device."""
+
+    def read(self, bytes_: int) -> float:
+        """Weights from disk into a host image."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The same costs for every device and service, in seconds; copy_byte and read_byte: per byte."""
+
+    step_fixed: float = 0.01
+    step_token: float = 0.0002
+    copy_byte: float = 1e-10
+    read_byte: float = 5e-10
+    probe: float = 0.2
+    start: float = 2.0
+
+    def step(self, _device: int, _service: str, tokens: int, _context: int) -> float:
+        """A fixed part and a part per token."""
+        return self.step_fixed + self.step_token * tokens
+
+    def copy(self, _device: int, bytes_: int) -> float:
+        """Proportional to the bytes."""
+        return bytes_ * self.copy_byte
+
+    def read(self, bytes_: int) -> float:
+        """Proportional to the bytes."""
+        return bytes_ * self.read_byte
+
+
+class RooflineTiming:
+    """Each device by its own roofline, each service by its own shape."""
+
+    probe = 0.2
+    start = 2.0
+
+    def __init__(
+        self,
+        devices: Sequence[Roofline],
+        shapes: Mapping[str, ModelShape],
+        read_bytes_per_second: float = 2e9,
+    ) -> None:
+        self._devices = devices
+        self._shapes = {name: lumped(shape) for name, shape in shapes.items()}
+        self._read_bytes_per_second = read_bytes_per_second
+
+    def step(self, device: int, service: str, tokens: int, context: int) -> float:
+        """What the roofline says."""
+        return self._devices[device].step(self._shapes[service], tokens, context)
+
+    def copy(self, device: int, bytes_: int) -> float:
+        """At the rate of the device's link."""
+        return self._devices[device].copy(bytes_)
+
+    def read(self, bytes_: int) -> float:
+        """At the rate of the disk."""
+        return bytes_ / self._read_bytes_per_second
+
+
+def lumped(shape: ModelShape) -> ModelShape:
+    """A shape of the same sums in one layer and one segment, which is all that a roofline looks at."""
+    layer = LayerShape(1, shape.kv_bytes_per_token // shape.itemsize, 0)
+    return ModelShape(
+        shape.architecture,
+        shape.dtype,
+        shape.itemsize,
+        (layer,),
+        (shape.weights_bytes,),
+        shape.vocab,
+        shape.context,
+        shape.eos,
+    )
+
+
+def isolated_seconds(roofline: Roofline, shape: ModelShape, prompt: int, output: int) -> float:
+    """T_iso: a request alone on the device, its prompt in one step, then one step per further token.
+
+    prompt, output: tokens. Decode steps are taken at the mean context: a step of one token is linear in it.
+    """
+    decode = roofline.step(shape, 1, prompt + output // 2)
+    return roofline.step(shape, prompt, prompt) + (output - 1) * decode

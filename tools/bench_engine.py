@@ -1,0 +1,276 @@
+"""Speed of the engine alone, beside transformers and llama.cpp on the same weights and prompts, in one run.
+
+    python -m tools.bench_engine models/smollm2-135m-instruct --threads 1
+
+No daemon, no HTTP: the worker's own code in this process, driven by the messages it gets in service. Every
+figure is taken `--repeats` times, the contestants taking turns, because machines drift; the table shows the
+median and the range. The limits are measured in the same run: memory read for decode (every weight is read
+once a step), matrix products for prefill. Compare within one run only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from seallmd.core import messages as msg
+from seallmd.worker import ops
+from seallmd.worker.device import CpuDevice
+from seallmd.worker.host import Host
+from seallmd.worker.process import quiet_libraries
+from seallmd.worker.worker import Worker
+
+_BLOCK_BYTES = 512 << 10
+_STEP_TOKENS = 512
+_PROBE_BYTES = 512 << 20
+
+
+class Times(NamedTuple):
+    """Seconds of one run: of the whole prefill, of one decode step (median). Decode nan: not told apart."""
+
+    prefill: float
+    decode: float
+    whole: float
+
+
+class Engine:
+    """Host and worker of one service, called directly. compiled: with the compiled operations or not."""
+
+    def __init__(self, directory: Path, dtype: str, tokens: int, cache: Path, compiled: bool) -> None:
+        if not compiled:
+            ops.stop()
+        else:
+            ops.start(cache, print)
+        self._said: list[Any] = []
+        self._steps = self._requests = 0
+        settings = msg.WorkerSettings("bench", "cpu", block_bytes=_BLOCK_BYTES, cache=str(cache))
+        host = Host(settings, self._said.append, lambda item: host.handle(item))
+        host.handle(msg.Probe("bench", str(directory), dtype=dtype, context=0))
+        probed = self._last(msg.Probed)
+        host.handle(msg.BuildImage("bench"))
+        image = self._last(msg.ImageReady)
+        shape = probed.shape
+        self._block_tokens = _BLOCK_BYTES // shape.kv_bytes_per_token
+        extents, first, at = [], 0, 0
+        for size in shape.segments:
+            extents.append(msg.Extent(at, size, first * _BLOCK_BYTES))
+            first, at = first + -(-size // _BLOCK_BYTES), at + size
+        blocks = first + tokens // self._block_tokens + 64
+        arena = msg.WorkerSettings("b", "cpu", arena_bytes=blocks * _BLOCK_BYTES, block_bytes=_BLOCK_BYTES)
+        self._worker = Worker(CpuDevice(arena), _BLOCK_BYTES, self._said.append)
+        self._free = list(range(first, blocks))
+        random.Random(0).shuffle(self._free)
+        copy = msg.CopyIn("bench", probed.directory, shape.dtype, shape.context, image.path, tuple(extents))
+        self._worker.handle(copy)
+        while self._worker.copying:
+            self._worker.advance()
+        self._last(msg.CopyDone)
+        self._host = host  # owns the image
+        self.weight_bytes = sum(shape.segments)
+        resident = self._worker._resident["bench"]
+        # Prefill needs logits of its last row alone: the vocabulary layer is no part of its work.
+        model = resident.model
+        ends = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.lm_head)}
+        self.layer_weights = sum(p.numel() for p in model.parameters()) - sum(ends.values())
+        fast = resident.fast
+        self.what = (
+            "plain torch" if fast is None else f"{len(fast.layers)} of {len(shape.layers)} layers whole"
+        )
+
+    def _last(self, kind: type) -> Any:
+        said = self._said[-1]
+        self._said.clear()
+        if not isinstance(said, kind):
+            raise SystemExit(f"bench_engine: {said}")
+        return said
+
+    def run(self, prompts: list[list[int]], new: int) -> Times:
+        """Prefill all prompts, then decode all of them together, greedily."""
+        ids, tables = range(self._requests, self._requests + len(prompts)), []
+        self._requests += len(prompts)
+        started = time.perf_counter()
+        for request, prompt in zip(ids, prompts, strict=True):
+            need = -(-(len(prompt) + new) // self._block_tokens)
+            tables.append([self._free.pop() for _ in range(need)])
+            for at in range(0, len(prompt), _STEP_TOKENS):
+                count = min(_STEP_TOKENS, len(prompt) - at)
+                greedy = msg.Sampling(temperature=0.0)
+                admit = (msg.Admit(request, tuple(prompt), len(prompt), greedy),) if at == 0 else ()
+                table = tuple(tables[-1]) if at == 0 else ()
+                self._step(admit, (msg.Row(request, at, count, at + count == len(prompt), table),))
+        prefilled = time.perf_counter()
+        steps = []
+        for n in range(new - 1):
+            begun = time.perf_counter()
+            rows = (
+                msg.Row(request, len(prompt) + n, 1, True)
+                for request, prompt in zip(ids, prompts, strict=True)
+            )
+            self._step((), tuple(rows))
+            steps.append(time.perf_counter() - begun)
+        ended = time.perf_counter()
+        self._worker.handle(msg.Forget(tuple(ids)))
+        self._free += [block for table in tables for block in table]
+        return Times(prefilled - started, statistics.median(steps), ended - started)
+
+    def _step(self, admit: tuple[msg.Admit, ...], rows: tuple[msg.Row, ...]) -> None:
+        self._steps += 1
+        self._worker.handle(msg.Step(self._steps, "bench", admit, rows))
+        self._last(msg.StepDone)
+
+
+def transformers_runner(directory: Path) -> Callable[[list[list[int]], int], Times]:
+    """`generate` of a static batch in float32."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+    def run(prompts: list[list[int]], new: int) -> Times:
+        ids = torch.tensor(prompts)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                min_new_tokens=new,
+                max_new_tokens=new,
+            )
+        return Times(float("nan"), float("nan"), time.perf_counter() - started)
+
+    return run
+
+
+def llama_runner(gguf: Path, threads: int) -> Callable[[list[list[int]], int], Times] | None:
+    """llama.cpp through llama-cpp-python, one stream at a time; None where it is not installed."""
+    try:
+        from llama_cpp import Llama
+    except ImportError:
+        return None
+    model = Llama(str(gguf), n_ctx=4096, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def run(prompts: list[list[int]], new: int) -> Times:
+        started = time.perf_counter()
+        for prompt in prompts:
+            model.reset()
+            for _, _ in zip(range(new), model.generate(prompt, temp=0.0), strict=False):
+                pass
+        return Times(float("nan"), float("nan"), time.perf_counter() - started)
+
+    return run
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that this process's threads read from memory, best of a few."""
+    data = torch.ones(_PROBE_BYTES // 4)
+    return _PROBE_BYTES / _best(data.sum)
+
+
+def matrix_rate() -> float:
+    """Floating-point operations a second in float32 matrix products, best of a few."""
+    a = torch.randn(1024, 1024)
+    return 2 * 1024**3 / _best(lambda: a @ a)
+
+
+def _best(function: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(7):
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="speed of the engine alone")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16, 32])
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=128, help="tokens to generate for each prompt")
+    parser.add_argument("--long", action="store_true", help="prompts of 1024 tokens")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--torch", action="store_true", help="also without the compiled operations")
+    parser.add_argument("--alone", action="store_true", help="without transformers and llama.cpp")
+    parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
+    options = parser.parse_args()
+    if options.long:
+        options.prompt = 1024
+    torch.set_num_threads(options.threads)
+    torch.set_num_interop_threads(1)
+    quiet_libraries()
+    with tempfile.TemporaryDirectory() as cache:
+        _bench(options, Path(cache))
+
+
+def _bench(options: argparse.Namespace, cache: Path) -> None:
+    tokens = max(options.batches) * (options.prompt + options.new + 64)
+    engines: dict[str, Engine] = {}
+    for dtype in options.dtypes:
+        engines[f"seallmd {dtype}"] = Engine(options.model, dtype, tokens, cache, compiled=True)
+        if options.torch:
+            engines[f"seallmd {dtype}, torch"] = Engine(options.model, dtype, tokens, cache, compiled=False)
+    runners: dict[str, Callable[[list[list[int]], int], Times]] = {n: e.run for n, e in engines.items()}
+    if not options.alone:
+        runners["transformers float32"] = transformers_runner(options.model)
+        if options.gguf and (llama := llama_runner(options.gguf, options.threads)) is not None:
+            runners[f"llama.cpp {options.gguf.stem}"] = llama
+    bandwidth, flops = read_bandwidth(), matrix_rate()
+    print(f"{options.threads} threads, prompts of {options.prompt}, {options.new} new tokens each")
+    print(f"memory read {bandwidth / 1e9:.1f} GB/s, float32 matrix products {flops / 1e9:.0f} GFLOP/s")
+    for name, engine in engines.items():
+        print(f"{name}: {engine.what}, {engine.weight_bytes / 1e6:.0f} MB of weights")
+    print(
+        f"{'':32} streams  tokens/s (range)      ratio  decode ms  of read limit  prefill tokens/s  of matrix"
+    )
+    rng = random.Random(1)
+    for streams in options.batches:
+        prompts = [rng.choices(range(100, 2000), k=options.prompt) for _ in range(streams)]
+        found: dict[str, list[Times]] = {name: [] for name in runners}
+        for _ in range(options.repeats):
+            for name, run in runners.items():
+                found[name].append(run(prompts, options.new))
+        base = _rate(found[next(reversed(runners))], streams * options.new)[1]
+        for name, times in found.items():
+            _line(name, engines.get(name), times, streams, options, base, bandwidth, flops)
+
+
+def _rate(times: list[Times], tokens: int) -> tuple[float, float, float]:
+    """Least, median and largest tokens a second."""
+    rates = sorted(tokens / t.whole for t in times)
+    return rates[0], statistics.median(rates), rates[-1]
+
+
+def _line(
+    name: str,
+    engine: Engine | None,
+    times: list[Times],
+    streams: int,
+    options: argparse.Namespace,
+    base: float,
+    bandwidth: float,
+    flops: float,
+) -> None:
+    least, rate, most = _rate(times, streams * options.new)
+    text = f"{name:32} {streams:7}  {rate:7.1f} ({least:.0f} to {most:.0f})".ljust(62)
+    text += f"  {rate / base:5.2f}"
+    if engine is not None:
+        decode = statistics.median(t.decode for t in times)
+        prefill = streams * options.prompt / statistics.median(t.prefill for t in times)
+        work = 2 * prefill * engine.layer_weights
+        text += f"  {decode * 1e3:9.1f}  {engine.weight_bytes / bandwidth / decode:13.0%}"
+        text += f"  {prefill:16.0f}  {work / flops:9.0%}"
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

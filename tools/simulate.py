@@ -1,0 +1,178 @@
+"""Compares policies in virtual time: the daemon's own decisions on devices that are made up.
+
+    python -m tools.simulate --models muxserve --devices '28*a100-80g,1*a100-80g:4' --rate 20,40
+    python -m tools.simulate --trace conv.csv code.csv --models 'llama-7b,llama-13b' --plots plots/
+
+Prints one line per policy and rate. Exit code 0, or 2 when what was asked for cannot be done.
+
+Owns the command line. What the columns mean is said in `seallmd.sim.metrics`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from seallmd.core.cost import ROOFLINES
+from seallmd.core.settings import SchedulerSettings
+from seallmd.sim import experiment, metrics
+from seallmd.sim.experiment import Outcome, Setup
+from seallmd.sim.models import CONTEXT_TOKENS, MODELS, PRESETS, SimError, parse_devices, parse_models
+from seallmd.sim.workload import Arrival, Lengths, from_traces, read_trace, synthetic
+
+_GANTT_SECONDS = 5.0
+_FILE_COLUMNS = 160
+_SAMPLES = 300  # looks at the arenas of one run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    options = _parser().parse_args(arguments)
+    console = Console(stderr=True)
+    try:
+        runs = _run_all(options, console)
+    except SimError as error:
+        print(f"simulate: {error}", file=sys.stderr)
+        return 2
+    reports = [report for _, _, report in runs]
+    _show(runs, options.services)
+    if options.json is not None:
+        options.json.write_bytes(metrics.encode(reports))
+    if options.plots is not None:
+        _plot(options.plots, runs)
+    return 0
+
+
+Run = tuple[Setup, Outcome, metrics.Report]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Compare policies in virtual time.")
+    add = parser.add_argument
+    models = f"{', '.join(MODELS)}; or a set: {', '.join(PRESETS)}"
+    add("--models", default="small", help=f"COUNT*MODEL,... of {models}")
+    kinds = ", ".join(ROOFLINES)
+    devices = f"COUNT*KIND,..., KIND:N is N that act as one, KIND@GIB other memory, kinds: {kinds}"
+    add("--devices", default="2*a100-80g", help=devices)
+    names = ", ".join(experiment.policies())
+    add("--policy", type=_names, default=["round-robin", "fcfs", "budget"], help=f"one or more of {names}")
+    add("--rate", type=_rates, default=[2.0], help="requests per second of all services, one or more")
+    add("--seconds", type=float, default=120.0, help="of virtual time in which requests arrive")
+    add("--seed", type=int, default=0)
+    add("--trace", type=Path, nargs="+", help="CSV files: seconds, prompt_tokens, output_tokens")
+    add("--alpha", type=float, default=0.9, help="service i gets a share proportional to (i + 1) ** -alpha")
+    add("--cv", type=float, default=1.0, help="variation of arrival gaps: 1 Poisson, more comes in bursts")
+    add("--prompt", type=float, default=161.0, help="mean prompt tokens of made-up requests")
+    add("--output", type=float, default=337.0, help="mean output tokens of made-up requests")
+    add("--context", type=int, default=CONTEXT_TOKENS, help="longer requests are cut to so many tokens")
+    add("--step-tokens", type=int, default=SchedulerSettings().step_tokens)
+    add("--max-rows", type=int, default=SchedulerSettings().max_rows)
+    add("--drain-seconds", type=float, default=600.0, help="who is not done then counts as failed")
+    add("--services", action="store_true", help="print the services of every run as well")
+    add("--json", type=Path, metavar="FILE", help="write all figures")
+    add("--plots", type=Path, metavar="DIR", help="write charts (PNG)")
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _rates(text: str) -> list[float]:
+    rates = [float(part) for part in text.split(",")]
+    if min(rates) <= 0:
+        raise ValueError("rates are above 0")
+    return rates
+
+
+# ------------------------------------------------------------------------------------------- running
+
+
+def _run_all(options: argparse.Namespace, console: Console) -> list[Run]:
+    """Every policy at every rate, on the same arrivals."""
+    shapes, devices = parse_models(options.models, max(2, options.context)), parse_devices(options.devices)
+    traces = [read_trace(path) for path in options.trace or ()]
+    scheduler = SchedulerSettings(step_tokens=options.step_tokens, max_rows=options.max_rows)
+    plots = options.plots is not None
+    middle = options.seconds / 2
+    runs: list[Run] = []
+    for rate in options.rate:
+        arrivals = _arrivals(options, list(shapes), traces, rate)
+        for policy in options.policy:
+            setup = Setup(
+                shapes=shapes,
+                devices=devices,
+                arrivals=arrivals,
+                policy=policy,
+                scheduler=scheduler,
+                drain_seconds=options.drain_seconds,
+                span_window=(middle, middle + _GANTT_SECONDS) if plots else (0.0, 0.0),
+                sample_seconds=options.seconds / _SAMPLES if plots else 0.0,
+            )
+            runs.append(_run(setup, rate, options.seconds, console))
+    return runs
+
+
+def _arrivals(
+    options: argparse.Namespace, services: list[str], traces: list[list[Arrival]], rate: float
+) -> list[Arrival]:
+    seconds, alpha, seed = options.seconds, options.alpha, options.seed
+    if traces:
+        return from_traces(traces, services, rate=rate, seconds=seconds, alpha=alpha, seed=seed)
+    lengths = Lengths(options.prompt, options.output)
+    return synthetic(
+        services, rate=rate, seconds=seconds, alpha=alpha, seed=seed, cv=options.cv, lengths=lengths
+    )
+
+
+def _run(setup: Setup, rate: float, seconds: float, console: Console) -> Run:
+    bar = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f} s"))
+    quiet = not console.is_terminal
+    with Progress(*bar, TimeElapsedColumn(), console=console, transient=True, disable=quiet) as bars:
+        task = bars.add_task(f"{setup.policy} at {rate:g} req/s", total=seconds)
+        outcome = experiment.run(setup, lambda now: bars.update(task, completed=now))
+    speed = outcome.events / max(outcome.wall_seconds, 1e-9)
+    console.print(
+        f"{setup.policy} at {rate:g} req/s, {len(outcome.devices)} devices, {len(outcome.served)} requests: "
+        f"{outcome.seconds:.0f} s simulated in {outcome.wall_seconds:.1f} s, {speed:.0f} events/s",
+        soft_wrap=True,
+        highlight=False,
+    )
+    for name, reason in outcome.refused.items():
+        console.print(f"  {name} is refused: {reason}", soft_wrap=True, highlight=False)
+    return setup, outcome, outcome.report(setup.policy, setup, rate)
+
+
+# ------------------------------------------------------------------------------------------- showing
+
+
+def _show(runs: Sequence[Run], services: bool) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console.width = _FILE_COLUMNS  # a file does not end after 80 columns
+    console.print(metrics.table_of_runs(report for _, _, report in runs))
+    for _, _, report in runs if services else ():
+        console.print(metrics.table_of_services(report))
+
+
+def _plot(folder: Path, runs: Sequence[Run]) -> None:
+    from seallmd.sim import plots  # takes a second to import, and only charts need it
+
+    folder.mkdir(parents=True, exist_ok=True)
+    reports = [report for _, _, report in runs]
+    if len({report.rate for report in reports}) > 1:
+        plots.latency_against_rate(reports, folder / "latency.png")
+    plots.attainment(reports, folder / "attainment.png")
+    for setup, outcome, report in runs:
+        name = f"{report.name}-{report.rate:g}"
+        plots.gantt(outcome, list(setup.shapes), setup.span_window, folder / f"gantt-{name}.png")
+        plots.occupancy(outcome, list(setup.shapes), folder / f"memory-{name}.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
