@@ -30,7 +30,9 @@ class Bench:
         names = [f"service-{i}" for i in range(services)]
         scheduler = SchedulerSettings(policy=policy, pipeline_depth=2)  # type: ignore[arg-type]
         settings = NodeSettings(
-            services=tuple(ServiceSettings(name=n, model=n, preload=True, max_waiting=1 << 20) for n in names),
+            services=tuple(
+                ServiceSettings(name=name, model=name, preload=True, max_waiting=1 << 20) for name in names
+            ),
             devices=1,
             block_bytes=BLOCK,
             host_bytes=1 << 40,
