@@ -2,7 +2,7 @@
 # One thing after the other even under -j: the targets install into one environment.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo run test check clean
+.PHONY: help setup models demo run test check install install-program install-files uninstall clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -56,6 +56,62 @@ check: $(STAMP) ## lint, format, types, layering
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
+
+# Where `make install` puts things, and a directory before all of it for those who build packages.
+PREFIX ?= /usr/local
+DESTDIR ?=
+UNITS := seallmd.service seallmd.socket seallmd-control.socket
+SYSTEMD := $(DESTDIR)$(PREFIX)/lib/systemd/system
+LIBRARY := $(DESTDIR)$(PREFIX)/lib
+PLACED = sed 's|/usr/local|$(PREFIX)|g'
+
+install: install-program install-files ## install with units for systemd, as root: PREFIX=/usr/local, DESTDIR=
+ifeq ($(DESTDIR),)
+	systemd-sysusers $(PREFIX)/lib/sysusers.d/seallmd.conf
+	systemd-tmpfiles --create $(PREFIX)/lib/tmpfiles.d/seallmd.conf
+	chgrp seallmd /etc/seallmd /etc/seallmd/seallmd.toml
+	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+	@echo 'now: list your models in /etc/seallmd/seallmd.toml, then'
+	@echo '     systemctl enable --now seallmd.socket seallmd-control.socket seallmd.service'
+endif
+
+# An environment of its own beside the files of the system; started as `python -m`, so that it works wherever
+# DESTDIR is moved to.
+install-program:
+	@python='$(PYTHON)'; \
+	if [ -z "$$python" ]; then echo 'Python 3.11 or newer with its venv module is needed' >&2; exit 1; fi; \
+	$$python -m venv --clear $(LIBRARY)/seallmd
+	$(LIBRARY)/seallmd/bin/python -m pip install --disable-pip-version-check $(TORCH)
+	$(LIBRARY)/seallmd/bin/python -m pip install --disable-pip-version-check -c constraints.txt .
+	rm -rf build
+
+install-files:
+	install -d $(DESTDIR)$(PREFIX)/bin $(SYSTEMD) $(LIBRARY)/sysusers.d $(LIBRARY)/tmpfiles.d
+	install -d $(DESTDIR)$(PREFIX)/share/doc/seallmd
+	install -d -m 0750 $(DESTDIR)/etc/seallmd
+	for unit in $(UNITS); do $(PLACED) systemd/$$unit > $(SYSTEMD)/$$unit && chmod 0644 $(SYSTEMD)/$$unit; done
+	install -m 0644 systemd/seallmd.sysusers $(LIBRARY)/sysusers.d/seallmd.conf
+	install -m 0644 systemd/seallmd.tmpfiles $(LIBRARY)/tmpfiles.d/seallmd.conf
+	for pair in seallmd:seallmd seallmctl:seallmd.ctl.main; do \
+		file=$(DESTDIR)$(PREFIX)/bin/$${pair%%:*}; \
+		printf '#!/bin/sh\nexec %s -m %s "$$@"\n' $(PREFIX)/lib/seallmd/bin/python $${pair#*:} > $$file; \
+		chmod 0755 $$file; \
+	done
+	install -m 0644 docs/operations.md docs/reliability.md SECURITY.md $(DESTDIR)$(PREFIX)/share/doc/seallmd
+	[ -e $(DESTDIR)/etc/seallmd/seallmd.toml ] || \
+		install -m 0640 systemd/seallmd.toml $(DESTDIR)/etc/seallmd/seallmd.toml
+
+uninstall: ## remove what install has put there; configuration, models, cache and the user stay
+ifeq ($(DESTDIR),)
+	if [ -d /run/systemd/system ]; then systemctl disable --now $(UNITS); fi
+endif
+	rm -rf $(LIBRARY)/seallmd $(DESTDIR)$(PREFIX)/share/doc/seallmd
+	rm -f $(addprefix $(SYSTEMD)/,$(UNITS))
+	rm -f $(LIBRARY)/sysusers.d/seallmd.conf $(LIBRARY)/tmpfiles.d/seallmd.conf
+	rm -f $(DESTDIR)$(PREFIX)/bin/seallmd $(DESTDIR)$(PREFIX)/bin/seallmctl
+ifeq ($(DESTDIR),)
+	if [ -d /run/systemd/system ]; then systemctl daemon-reload; fi
+endif
 
 clean: ## remove what make has made; models/ stays
 	rm -rf $(VENV) build seallmd.egg-info

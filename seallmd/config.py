@@ -77,16 +77,38 @@ class JournalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     limit: str = "64 MiB"
 
 
+class LogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The `[log]` table.
+
+    level: "info" has a line per request. format: "text", or "json" with an object a line. stall_seconds: when
+    the event loop stands still for longer, the log says where it was.
+    """
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+    stall_seconds: Annotated[float, Meta(ge=0.05, le=3600)] = 1.0
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The whole file. stop_seconds: how long requests in flight may take when the daemon is told to stop."""
+    """The whole file.
+
+    stop_seconds: how long requests in flight may take when the daemon is told to stop. hung_seconds: how long
+    a worker may be silent while it owes the answer to a step or a copy, before it is killed and restarted.
+    """
 
     http: HttpSettings = HttpSettings()
     control: ControlSettings = ControlSettings()
     devices: DeviceSettings = DeviceSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     journal: JournalSettings = JournalSettings()
+    log: LogSettings = LogSettings()
     service: tuple[ServiceSettings, ...] = ()
     stop_seconds: Annotated[float, Meta(ge=0, le=86400)] = 30.0
+    hung_seconds: Annotated[float, Meta(ge=0.5, le=86400)] = 120.0
+
+
+# What a running daemon can change; everything else is built into processes, arenas and sockets at the start.
+LIVE = ("stop_seconds", "hung_seconds", "log.level", "log.format")
 
 
 def load(path: Path) -> Config:
@@ -107,6 +129,36 @@ def load(path: Path) -> Config:
     _check(config, path, text)
     services = tuple(_with_place(service, path.parent) for service in config.service)
     return msgspec.structs.replace(config, service=services)
+
+
+def reloaded(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
+    """What a running daemon makes of a changed file: the configuration it runs with from now on, the settings
+    that have changed with that, and those that wait for a restart (both by name, such as "log.level")."""
+    changed = _differences(old, new)
+    config = msgspec.structs.replace(
+        old,
+        stop_seconds=new.stop_seconds,
+        hung_seconds=new.hung_seconds,
+        log=msgspec.structs.replace(old.log, level=new.log.level, format=new.log.format),
+    )
+    return config, [name for name in changed if name in LIVE], [name for name in changed if name not in LIVE]
+
+
+def _differences(old: Config, new: Config) -> list[str]:
+    """Names of the settings that differ; a service counts as one."""
+    found = []
+    for table in Config.__struct_fields__:
+        before, after = getattr(old, table), getattr(new, table)
+        if table == "service":
+            services = [{service.name: service for service in side} for side in (before, after)]
+            names = dict.fromkeys([*services[0], *services[1]])
+            found += [f"service {n}" for n in names if services[0].get(n) != services[1].get(n)]
+        elif isinstance(before, msgspec.Struct):
+            keys = before.__struct_fields__
+            found += [f"{table}.{key}" for key in keys if getattr(before, key) != getattr(after, key)]
+        elif before != after:
+            found.append(table)
+    return found
 
 
 def _check(config: Config, path: Path, text: str) -> None:

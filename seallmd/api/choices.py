@@ -7,11 +7,13 @@ whatever a request started is cancelled when it is over. Must not know HTTP or t
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 
 from seallmd.api.detokenize import Detokenizer, StopStrings
+from seallmd.api.metrics import Metrics, RequestMeter
 from seallmd.core.events import Finish
 from seallmd.errors import RequestError
 from seallmd.runtime.face import EngineFace, Generation, TokenStream
@@ -29,7 +31,8 @@ class Piece(msgspec.Struct, frozen=True):
 class Choice:
     """One choice: cuts its text at stop strings and counts its tokens.
 
-    Tokens are taken one by one, so the outcome does not depend on how they were grouped on their way.
+    Tokens are taken one by one, so the outcome does not depend on how they were grouped on their way. began,
+    first_token: when (time.monotonic).
     """
 
     def __init__(
@@ -46,6 +49,8 @@ class Choice:
         self.prompt = generation.prompt
         self.stream = stream
         self.tokens = 0
+        self.began = time.monotonic()
+        self.first_token: float | None = None
         self.finish_reason: str | None = None
         self._stop_ids = frozenset(generation.stop_ids)
         self._min_tokens = generation.sampling.min_tokens
@@ -65,6 +70,8 @@ class Choice:
 
     def _take(self, batch: list[int]) -> Piece:
         text, taken = "", 0
+        if self.first_token is None:
+            self.first_token = time.monotonic()
         for token in batch:
             taken += 1
             text += self._read(token)
@@ -113,16 +120,22 @@ def failure(finish: Finish) -> RequestError:
 class Run:
     """All choices of one request. `close` must be called, however the request ends."""
 
-    def __init__(self, engine: EngineFace) -> None:
+    def __init__(self, engine: EngineFace, metrics: Metrics) -> None:
         self.choices: list[Choice] = []
         self._engine = engine
+        self._metrics = metrics
+        self._meters: dict[int, RequestMeter] = {}
         self._streams: list[TokenStream] = []
         self._next_pieces: dict[asyncio.Task[Piece], tuple[int, AsyncIterator[Piece]]] = {}
 
     def submit(self, generations: list[Generation]) -> list[TokenStream]:
         """Start the choices of one prompt. Raises RequestError."""
+        meters = [self._metrics.request(generation) for generation in generations]
         streams = self._engine.submit(generations)
         self._streams += streams
+        for stream, meter in zip(streams, meters, strict=True):
+            self._meters[stream.request] = meter
+            stream.watch(meter)
         return streams
 
     async def pieces(self) -> AsyncIterator[Piece]:
@@ -162,5 +175,6 @@ class Run:
         """A choice that has all it wants before the engine knows (a stop string) is cancelled at once."""
         async for piece in choice.pieces():
             if piece.finish_reason is not None and choice.stream.finish is None:
+                self._meters[choice.stream.request].stop_string()
                 self._engine.cancel(choice.stream.request)
             yield piece

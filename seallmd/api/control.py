@@ -2,8 +2,11 @@
 
 Owns the protocol and who may speak it. Must not know how commands are carried out (`EngineFace` does that).
 
-    {"op": "status"}                            -> {"kind": "status", "status": {...}}
-    {"op": "load", "service": "a"}              -> {"kind": "progress", ...}* then ok or error
+    {"op": "status"}                             -> {"kind": "status", "status": {...}, "daemon": {...}}
+    {"op": "show", "service": "a"}               -> {"kind": "service", "service": {...}} or error
+    {"op": "requests"}                           -> {"kind": "requests", "requests": [...]}
+    {"op": "cancel", "request": 7}               -> ok or error
+    {"op": "load", "service": "a"}               -> {"kind": "progress", ...}* then ok or error
     {"op": "evict", "service": "a", "now": true} -> ok or error
     ok is {"kind": "ok"}, error is {"kind": "error", "message": "..."}
 
@@ -27,8 +30,9 @@ from typing import Any
 
 import msgspec
 
+from seallmd import __version__
 from seallmd.api.sockets import claim_socket_path
-from seallmd.core.status import NodeStatus
+from seallmd.core.status import NodeStatus, RequestStatus, ServiceDetail
 from seallmd.errors import ControlError
 from seallmd.paths import make_socket_directory
 from seallmd.runtime.face import EngineFace
@@ -47,6 +51,22 @@ class _Request(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower, forbi
 
 class Status(_Request, frozen=True):
     """The report of this moment."""
+
+
+class Show(_Request, frozen=True):
+    """All that is known of a service."""
+
+    service: str
+
+
+class Requests(_Request, frozen=True):
+    """Every request that is not over."""
+
+
+class Cancel(_Request, frozen=True):
+    """End a request; its client gets an error."""
+
+    request: int
 
 
 class Load(_Request, frozen=True):
@@ -85,20 +105,55 @@ class Progress(_Reply, frozen=True, tag="progress"):
     device: int | None
 
 
+class About(msgspec.Struct, frozen=True):
+    """The daemon itself. http: where HTTP is served, as `server.http_addresses` has it."""
+
+    version: str
+    pid: int
+    http: tuple[str, ...]
+
+
 class Report(_Reply, frozen=True, tag="status"):
     """The answer to `Status`."""
 
     status: NodeStatus
+    daemon: About
+
+
+class Detail(_Reply, frozen=True, tag="service"):
+    """The answer to `Show`."""
+
+    service: ServiceDetail
+
+
+class RequestList(_Reply, frozen=True, tag="requests"):
+    """The answer to `Requests`, the most senior first."""
+
+    requests: list[RequestStatus]
+
+
+Command = Status | Show | Requests | Cancel | Load | Evict
 
 
 class ControlServer:
-    """Serves the control socket from `start` to `close`."""
+    """Serves the control socket from `start` to `close`.
 
-    def __init__(self, engine: EngineFace, path: Path, *, group: str = "") -> None:
-        """group: its members may speak too, beside this user and root. Empty: nobody else."""
+    http: where HTTP is served, for those who ask; to be set once it is known.
+    """
+
+    def __init__(
+        self, engine: EngineFace, path: Path, *, group: str = "", listener: socket.socket | None = None
+    ) -> None:
+        """group: its members may speak too, beside this user and root. Empty: nobody else.
+
+        listener: a socket that is open already (socket activation), instead of one at `path`; whoever opened
+        it set its mode and removes it.
+        """
+        self.http: tuple[str, ...] = ()
         self._engine = engine
         self._path = path
         self._group = group
+        self._inherited = listener
         self._gid: int | None = None
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[Ok | Failed]] = set()
@@ -107,12 +162,7 @@ class ControlServer:
     async def start(self) -> None:
         """Take the path and listen. Raises ControlError."""
         self._gid = _group_id(self._group) if self._group else None
-        make_socket_directory(self._path.parent)
-        claim_socket_path(self._path)
-        try:
-            listener = self._bind()
-        except OSError as error:
-            raise ControlError(f"{self._path} cannot be used: {error.strerror or error}") from error
+        listener = self._inherited or self._listen()
         self._server = await asyncio.start_unix_server(self._serve, sock=listener, limit=MAX_LINE_BYTES)
 
     async def close(self) -> None:
@@ -125,7 +175,16 @@ class ControlServer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._path.unlink(missing_ok=True)
+        if self._inherited is None:
+            self._path.unlink(missing_ok=True)
+
+    def _listen(self) -> socket.socket:
+        make_socket_directory(self._path.parent)
+        claim_socket_path(self._path)
+        try:
+            return self._bind()
+        except OSError as error:
+            raise ControlError(f"{self._path} cannot be used: {error.strerror or error}") from error
 
     def _bind(self) -> socket.socket:
         """The rights are set before anyone can connect, without touching the process's umask."""
@@ -162,7 +221,7 @@ class ControlServer:
         return may_speak(uid, gid, self._gid)
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        decoder = msgspec.json.Decoder(Status | Load | Evict)
+        decoder = msgspec.json.Decoder(Command)
         while True:
             try:
                 line = await reader.readline()
@@ -178,14 +237,29 @@ class ControlServer:
                 continue
             await self._carry_out(request, writer)
 
-    async def _carry_out(self, request: Status | Load | Evict, writer: asyncio.StreamWriter) -> None:
+    async def _carry_out(self, request: Command, writer: asyncio.StreamWriter) -> None:
         match request:
             case Status():
-                await _say(writer, Report(self._engine.status()))
+                about = About(__version__, os.getpid(), self.http)
+                await _say(writer, Report(self._engine.status(), about))
+            case Show(service):
+                detail = self._engine.detail(service)
+                unknown = Failed(f"there is no service {service[:128]!r}")
+                await _say(writer, unknown if detail is None else Detail(detail))
+            case Requests():
+                await _say(writer, RequestList(self._engine.requests()))
+            case Cancel(number):
+                await _say(writer, self._cancel(number))
             case Load(service):
                 await self._follow(self._engine.load(service), service, writer)
             case Evict(service, now):
                 await self._follow(self._engine.evict(service, now), service, writer)
+
+    def _cancel(self, number: int) -> Ok | Failed:
+        if all(request.request != number for request in self._engine.requests()):
+            return Failed(f"there is no request {number}, or it is over")
+        self._engine.cancel(number)
+        return Ok()
 
     async def _follow(
         self, command: Coroutine[Any, Any, None], service: str, writer: asyncio.StreamWriter

@@ -1,4 +1,4 @@
-"""Errors as clients see them: OpenAI's shape for every failure of the HTTP side.
+"""Errors as clients see them: OpenAI's shape for every failure of the HTTP side, Ollama's below /api/.
 
 Owns the error body, the headers that steer clients' retries, and the middleware that turns exceptions into
 responses. Must not know what the endpoints do.
@@ -19,6 +19,7 @@ _log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+OLLAMA_PREFIX = "/api/"
 INTERNAL = RequestError("the server failed on this request", status=500, code="internal_error")
 _MAX_MESSAGE_CHARACTERS = 1000
 _HTTP_TEXTS = {
@@ -39,14 +40,22 @@ def error_body(error: RequestError) -> bytes:
     return msgspec.json.encode({"error": fields})
 
 
-def error_response(error: RequestError) -> web.Response:
-    """The whole response. openai-python retries 429 and 5xx by itself: tell it when, or not to."""
+def ollama_error_body(error: RequestError) -> bytes:
+    """{"error": "..."} as JSON."""
+    return msgspec.json.encode({"error": str(error)[:_MAX_MESSAGE_CHARACTERS]})
+
+
+def error_response(error: RequestError, path: str = "") -> web.Response:
+    """The whole response, in the shape that clients of `path` expect.
+
+    openai-python retries 429 and 5xx by itself: tell it when, or not to.
+    """
     headers = {}
     if error.retry_after is not None:
         headers = {"Retry-After": str(max(1, math.ceil(error.retry_after))), "x-should-retry": "true"}
     elif error.status == 429 or error.status >= 500:
         headers = {"x-should-retry": "false"}
-    body = error_body(error)
+    body = ollama_error_body(error) if path.startswith(OLLAMA_PREFIX) else error_body(error)
     return web.Response(status=error.status, body=body, content_type="application/json", headers=headers)
 
 
@@ -56,20 +65,20 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
     try:
         return await handler(request)
     except RequestError as error:
-        return error_response(error)
+        return error_response(error, request.path)
     except web.HTTPException as error:
-        return _from_http(error)
+        return _from_http(error, request.path)
     except ConnectionError:
         raise  # the client has left; aiohttp ends the connection
     except Exception:  # noqa: BLE001 - the edge of the process: a client gets an answer, the log the reason
         _log.exception("%s %s failed", request.method, request.path)
-        return error_response(INTERNAL)
+        return error_response(INTERNAL, request.path)
 
 
-def _from_http(error: web.HTTPException) -> web.Response:
+def _from_http(error: web.HTTPException, path: str) -> web.Response:
     """aiohttp's own refusals."""
     text = _HTTP_TEXTS.get(error.status, error.reason)
-    response = error_response(RequestError(text, status=error.status))
+    response = error_response(RequestError(text, status=error.status), path)
     if "Allow" in error.headers:
         response.headers["Allow"] = error.headers["Allow"]
     return response

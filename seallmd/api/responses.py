@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import msgspec
@@ -108,13 +109,13 @@ class ChatChunk(_Body, frozen=True, kw_only=True):
 class Answer(Protocol):
     """How one endpoint words its responses."""
 
-    def chunks(self, choice: Choice, piece: Piece, usage: Usage | UnsetType | None) -> list[msgspec.Struct]:
+    def chunks(self, choice: Choice, piece: Piece, usage: Usage | UnsetType | None) -> Sequence[object]:
         """The chunks for one piece of a stream, perhaps none."""
 
-    def usage_chunk(self, usage: Usage) -> msgspec.Struct:
+    def usage_chunk(self, usage: Usage) -> object:
         """The chunk that carries usage alone, after all others."""
 
-    def whole(self, choices: list[Choice], pieces: list[Piece], usage: Usage) -> msgspec.Struct:
+    def whole(self, choices: list[Choice], pieces: list[Piece], usage: Usage) -> object:
         """The response of a request that is not streamed; pieces[i] is all of choices[i]."""
 
 

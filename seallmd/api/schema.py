@@ -166,7 +166,7 @@ _UNSERVED: dict[str, tuple[str, ...]] = {
 }
 
 Body = TypeVar("Body", CompletionRequest, ChatRequest)
-_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+Struct = TypeVar("Struct")
 _PATH = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
 
 
@@ -224,27 +224,33 @@ def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
     return plain
 
 
-def _read(body: bytes, kind: type[Body]) -> Body:
+def decode_body(body: bytes, kind: type[Struct]) -> Struct:
+    """A JSON body as a struct. Raises RequestError, with the field at fault in `param`."""
     try:
-        fields = _FIELDS.decode(body)
-        _refuse_unserved(fields)
-        request = msgspec.json.decode(body, type=kind)
+        return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         raise _explain(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not valid JSON: {error}"[:_MAX_ERROR_CHARACTERS]) from None
+
+
+def refuse_unserved(fields: dict[str, msgspec.Raw], unserved: dict[str, tuple[str, ...]]) -> None:
+    """Refuse fields that are known but not served, unless their JSON value changes nothing."""
+    for name in sorted(fields.keys() & unserved.keys()):
+        value = msgspec.json.format(bytes(fields[name]), indent=-1).decode()
+        if value not in unserved[name]:
+            raise RequestError(f"`{name}` is not supported yet", code="unsupported_parameter", param=name)
+
+
+def _read(body: bytes, kind: type[Body]) -> Body:
+    fields = decode_body(body, dict[str, msgspec.Raw])
+    refuse_unserved(fields, _UNSERVED)
+    request = decode_body(body, kind)
     if unknown := fields.keys() - set(kind.__struct_fields__) - _UNSERVED.keys():
         _log.debug("unknown fields are ignored: %s", ", ".join(sorted(unknown))[:_MAX_ERROR_CHARACTERS])
     if request.stream_options is not None and not request.stream:
         raise RequestError("`stream_options` needs `stream`", param="stream_options")
     return request
-
-
-def _refuse_unserved(fields: dict[str, msgspec.Raw]) -> None:
-    for name in sorted(fields.keys() & _UNSERVED.keys()):
-        value = msgspec.json.format(bytes(fields[name]), indent=-1).decode()
-        if value not in _UNSERVED[name]:
-            raise RequestError(f"`{name}` is not supported yet", code="unsupported_parameter", param=name)
 
 
 def _explain(error: msgspec.ValidationError) -> RequestError:

@@ -16,7 +16,10 @@ class HttpSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     host: address to listen on; empty = no TCP. port: 0 = any free one. socket: path of a Unix socket that
     serves the same; empty = none. max_body_bytes: larger requests are refused with 413.
-    keep_alive_seconds: how long an idle connection stays open.
+    keep_alive_seconds: how long an idle connection stays open. ping_seconds: a stream that has been silent
+    for so long (its request waits for its model, or in the queue) gets a comment, so that proxies keep it
+    open; 0 = never, because the first comment takes the headers along, and a failure after that has no HTTP
+    status of its own.
     """
 
     host: str = "127.0.0.1"
@@ -24,3 +27,4 @@ class HttpSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     socket: str = ""
     max_body_bytes: Annotated[int, Meta(ge=1024, le=1 << 30)] = 16 << 20
     keep_alive_seconds: Annotated[float, Meta(ge=0, le=86400)] = 75.0
+    ping_seconds: Annotated[float, Meta(ge=0, le=3600)] = 0.0

@@ -77,22 +77,38 @@ class TextModels:
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
+    async def decode(self, model: TextModel, tokens: list[int]) -> str:
+        """The text of token ids, special tokens included."""
+
+        def work() -> str:
+            return str(model.tokenizer.decode(tokens, skip_special_tokens=False))
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
     async def encode_chat(
-        self, model: TextModel, messages: list[dict[str, Any]], variables: dict[str, Any]
+        self,
+        model: TextModel,
+        messages: list[dict[str, Any]],
+        variables: dict[str, Any],
+        *,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
     ) -> list[int]:
         """Token ids of a conversation, up to where the assistant's turn begins.
 
-        messages: role and content (a string) each. variables: further names for the template. Raises
-        RequestError without a template or when it refuses the messages.
+        messages: role and content (a string) each. variables: further names for the template.
+        add_generation_prompt: begin the assistant's turn. add_special_tokens: let the tokenizer add a BOS,
+        which templates write themselves. Raises RequestError without a template or when it refuses the
+        messages.
         """
         template = model.template
         if template is None:
             raise RequestError("this model has no chat template; use /v1/completions", param="messages")
         if not template.knows_developer:
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
-        chat = {**variables, "messages": messages, "add_generation_prompt": True}
+        chat = {**variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
         text = await self._renderer.render(template, chat)
-        return await self.encode(model, text, add_special_tokens=False)
+        return await self.encode(model, text, add_special_tokens=add_special_tokens)
 
     async def close(self) -> None:
         """End the threads and the template process."""

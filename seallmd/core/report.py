@@ -6,8 +6,15 @@ Owns the wording of states. Must not change anything.
 from __future__ import annotations
 
 from seallmd.core.residency import Residency
-from seallmd.core.state import Device, Image, NodeState, Service
-from seallmd.core.status import DeviceStatus, NodeStatus, ServiceStatus
+from seallmd.core.state import Device, Image, Life, NodeState, Replica, Request, Service, Stage
+from seallmd.core.status import (
+    DeviceStatus,
+    NodeStatus,
+    Place,
+    RequestStatus,
+    ServiceDetail,
+    ServiceStatus,
+)
 
 
 def node_status(state: NodeState, residency: Residency, now: float) -> NodeStatus:
@@ -81,3 +88,85 @@ def service_state(service: Service) -> str:
     if service.image is Image.BUILDING:
         return "reading"
     return "absent"
+
+
+def service_detail(state: NodeState, status: ServiceStatus, now: float) -> ServiceDetail:
+    """All that is known at `now` of the service that `status` is about."""
+    service = state.services[status.name]
+    return ServiceDetail(
+        status=status,
+        settings=service.settings,
+        shape=service.shape,
+        profile=service.profile,
+        kv_bytes_per_token=service.shape.kv_bytes_per_token if service.shape else 0,
+        places=tuple(
+            Place(
+                device=replica.device,
+                state=replica.stage.value,
+                weights_bytes=state.weights_blocks(service) * state.settings.block_bytes,
+                running=len(replica.running),
+                idle_seconds=max(0.0, now - max(replica.used, replica.began)),
+            )
+            for replica in service.replicas
+        ),
+    )
+
+
+def request_statuses(state: NodeState, now: float) -> list[RequestStatus]:
+    """Every request that is not over, the most senior first."""
+    places = {
+        request.id: place
+        for service in state.services.values()
+        for place, request in enumerate(service.waiting.values(), 1)
+    }
+    requests = sorted(state.requests.values(), key=lambda request: request.order)
+    return [_request(state, request, places.get(request.id, 0), now) for request in requests]
+
+
+def _request(state: NodeState, request: Request, place: int, now: float) -> RequestStatus:
+    running = request.life is Life.RUNNING
+    return RequestStatus(
+        request=request.id,
+        service=request.service,
+        state=request.life.value,
+        device=request.device if running else None,
+        age_seconds=max(0.0, now - request.arrived),
+        prompt_tokens=request.prompt,
+        output_tokens=len(request.tokens) - request.prompt,
+        max_tokens=request.max_tokens,
+        preemptions=request.epoch,
+        place=place,
+        reason="" if running else _why_waiting(state, request, place),
+    )
+
+
+def _why_waiting(state: NodeState, request: Request, place: int) -> str:
+    """The first thing that has to change before the request can run."""
+    service = state.services[request.service]
+    resident = [replica for replica in service.replicas if replica.stage is Stage.RESIDENT]
+    if not resident:
+        return _why_absent(service)
+    if place > 1:
+        return f"{place - 1} requests of its service are before it"
+    if all(_is_claimed(state, replica, request) for replica in resident):
+        return "a senior request has claimed the device's memory"
+    if request.epoch:
+        return "it was preempted, and waits for memory"
+    return "it waits for memory, or for its turn in a step"
+
+
+def _is_claimed(state: NodeState, replica: Replica, request: Request) -> bool:
+    claim = state.devices[replica.device].claim
+    return claim is not None and claim.order < request.order
+
+
+def _why_absent(service: Service) -> str:
+    """Why a service whose requests wait is not resident yet."""
+    words = {
+        "probing": "its model is being examined",
+        "reading": "its model is being read",
+        "copying": "its model is being copied to a device",
+        "draining": "its model is leaving its device",
+    }
+    failed = f"its model could not be loaded ({service.trouble})" if service.trouble else ""
+    return words.get(service_state(service)) or failed or "its model waits for room on a device"

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import msgspec
 
+from seallmd.core.messages import ModelShape
+from seallmd.core.profile import ServiceProfile
+from seallmd.core.settings import ServiceSettings
+
 
 class DeviceStatus(msgspec.Struct, frozen=True):
     """One device. Bytes add up: capacity = weights + kv + free; `cached` (reusable prefixes) is part of free.
@@ -66,3 +70,44 @@ class NodeStatus(msgspec.Struct, frozen=True):
     block_bytes: int
     devices: tuple[DeviceStatus, ...]
     services: tuple[ServiceStatus, ...]
+
+
+class RequestStatus(msgspec.Struct, frozen=True):
+    """One request that is not over.
+
+    state: waiting or running. age_seconds: since it arrived. place: in its service's queue, 1 = next, 0 when
+    it runs. device: where it runs, None while it waits. reason: why it waits, in a few words.
+    """
+
+    request: int
+    service: str
+    state: str
+    device: int | None
+    age_seconds: float
+    prompt_tokens: int
+    output_tokens: int
+    max_tokens: int
+    preemptions: int
+    place: int
+    reason: str
+
+
+class Place(msgspec.Struct, frozen=True):
+    """A service on a device. state: copying, resident, draining. idle_seconds: since its last step."""
+
+    device: int
+    state: str
+    weights_bytes: int
+    running: int
+    idle_seconds: float
+
+
+class ServiceDetail(msgspec.Struct, frozen=True):
+    """All that is known of one service. shape and profile (what was learnt) are None until it was probed."""
+
+    status: ServiceStatus
+    settings: ServiceSettings
+    shape: ModelShape | None
+    profile: ServiceProfile | None
+    kv_bytes_per_token: int
+    places: tuple[Place, ...]

@@ -20,10 +20,24 @@ Reply = dict[str, Any]
 
 
 def status(path: Path) -> Reply:
-    """The daemon's report. Raises Unreachable or ControlError."""
-    report = _ask(path, {"op": "status"}, _ignore, ANSWER_SECONDS)["status"]
-    assert isinstance(report, dict)
-    return report
+    """The daemon's report, and about the daemon itself under "daemon". Raises Unreachable or ControlError."""
+    reply = _answer(path, {"op": "status"})
+    return {**reply["status"], "daemon": reply["daemon"]}
+
+
+def show(path: Path, service: str) -> Reply:
+    """All that is known of a service. Raises Unreachable or ControlError."""
+    return dict(_answer(path, {"op": "show", "service": service})["service"])
+
+
+def requests(path: Path) -> list[Reply]:
+    """Every request that is not over. Raises Unreachable or ControlError."""
+    return list(_answer(path, {"op": "requests"})["requests"])
+
+
+def cancel(path: Path, request: int) -> None:
+    """End a request. Raises Unreachable or ControlError."""
+    _answer(path, {"op": "cancel", "request": request})
 
 
 def load(path: Path, service: str, told: Callable[[Reply], None]) -> None:
@@ -34,6 +48,10 @@ def load(path: Path, service: str, told: Callable[[Reply], None]) -> None:
 def evict(path: Path, service: str, now: bool, told: Callable[[Reply], None]) -> None:
     """Take a service out and wait; `told` gets each progress line. Raises Unreachable or ControlError."""
     _ask(path, {"op": "evict", "service": service, "now": now}, told, None)
+
+
+def _answer(path: Path, request: Reply) -> Reply:
+    return _ask(path, request, _ignore, ANSWER_SECONDS)
 
 
 def _ignore(_reply: Reply) -> None:

@@ -1,34 +1,42 @@
 """seallmctl: the operator's command line.
 
-Owns arguments and exit codes: 0 done, 2 wrong name, state or usage, 3 no daemon answers. Must not know the
-daemon beyond its control socket. `rich` is imported only where something is drawn: --json starts faster.
+Owns arguments and exit codes: 0 done, 1 the doctor found something bad, 2 wrong name, state or usage, 3 no
+daemon answers, 130 interrupted. Must not know the daemon beyond its control socket and its HTTP side. What
+draws or connects is imported only by the verbs that do: the others start faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from seallmd import __version__
 from seallmd.ctl import client
 from seallmd.errors import ControlError, Unreachable
 from seallmd.paths import find_control_socket
 
+EXIT_BAD = 1
 EXIT_REFUSED = 2
 EXIT_UNREACHABLE = 3
 EXIT_INTERRUPTED = 130
 
+_EPILOG = (
+    "exit codes: 0 done, 1 doctor found something bad, 2 wrong name, state or usage, 3 no daemon answers"
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the result is the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     path = getattr(arguments, "socket", None) or find_control_socket()
     try:
-        _VERBS[arguments.verb](path, arguments)
+        code = _VERBS[arguments.verb](path, arguments)
         sys.stdout.flush()
     except ControlError as error:
         return _fail(arguments, str(error), EXIT_REFUSED)
@@ -40,29 +48,69 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    else:
+        return code or 0
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of every verb."""
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--socket", type=Path, metavar="PATH", help="control socket of the daemon")
     common.add_argument("--json", action="store_true", help="one JSON document instead of text")
     parser = argparse.ArgumentParser(
-        prog="seallmctl", description="Look at and steer seallmd.", parents=[common]
+        prog="seallmctl", description="Look at and steer seallmd.", parents=[common], epilog=_EPILOG
     )
     parser.add_argument("--version", action="version", version=f"seallmctl {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    verbs.add_parser("status", parents=[common], help="devices and services")
-    load = verbs.add_parser("load", parents=[common], help="bring a service in and wait until it is resident")
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, parents=[common], help=text, epilog=_EPILOG)
+
+    verb("status", "devices and services")
+    listing = verb("list", "services and their models")
+    listing.add_argument("--quiet", action="store_true", help="names alone")
+    verb("show", "all about one service").add_argument("service", metavar="NAME")
+    top = verb("top", "the status, drawn again and again; q quits")
+    top.add_argument("--interval", type=_seconds, default=1.0, metavar="SECONDS", help="default: 1")
+    verb("requests", "what runs and waits, and why")
+    verb("cancel", "end a request").add_argument("request", type=int, metavar="ID")
+    load = verb("load", "bring a service in and wait until it is resident")
     load.add_argument("service", metavar="NAME")
-    evict = verbs.add_parser("evict", parents=[common], help="take a service out once its work is done")
+    evict = verb("evict", "take a service out once its work is done")
     evict.add_argument("service", metavar="NAME")
     evict.add_argument("--now", action="store_true", help="end its requests")
+    _add_chat(verb("chat", "talk to a service"))
+    doctor = verb("doctor", "look for what keeps seallmd from running; needs no daemon")
+    doctor.add_argument("--config", type=Path, metavar="FILE", help="configuration to examine")
+    completion = verb("completion", 'completion for a shell: eval "$(seallmctl completion bash)"')
+    completion.add_argument("shell", choices=["bash"])
     return parser
+
+
+def _add_chat(chat: argparse.ArgumentParser) -> None:
+    chat.add_argument("service", metavar="NAME")
+    chat.add_argument(
+        "prompt", nargs="*", metavar="PROMPT", help="ask this and exit; without a terminal: stdin"
+    )
+    chat.add_argument("--url", default="", help="HTTP address, http://HOST:PORT or unix:PATH")
+    chat.add_argument("--system", default="", metavar="TEXT", help="system message")
+    chat.add_argument("--max-tokens", type=int, metavar="N", help="most tokens of an answer")
+    chat.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError("0.1 to 3600 seconds")
+    return seconds
 
 
 def _as_json(arguments: argparse.Namespace) -> bool:
     return getattr(arguments, "json", False)
+
+
+# --------------------------------------------------------------------------------------------- verbs
 
 
 def _status(path: Path, arguments: argparse.Namespace) -> None:
@@ -73,6 +121,52 @@ def _status(path: Path, arguments: argparse.Namespace) -> None:
     from seallmd.ctl import view
 
     view.show_status(view.console(), report)
+
+
+def _list(path: Path, arguments: argparse.Namespace) -> None:
+    services = client.status(path)["services"]
+    if _as_json(arguments):
+        print(json.dumps(services))
+    elif arguments.quiet:
+        print("\n".join(service["name"] for service in services))
+    else:
+        from seallmd.ctl import details, view
+
+        details.show_list(view.console(), services)
+
+
+def _show(path: Path, arguments: argparse.Namespace) -> None:
+    detail = client.show(path, arguments.service)
+    if _as_json(arguments):
+        print(json.dumps(detail))
+        return
+    from seallmd.ctl import details, view
+
+    details.show_service(view.console(), detail)
+
+
+def _top(path: Path, arguments: argparse.Namespace) -> None:
+    if _as_json(arguments):
+        _status(path, arguments)
+        return
+    from seallmd.ctl import top, view
+
+    top.run(view.console(), lambda: client.status(path), arguments.interval)
+
+
+def _requests(path: Path, arguments: argparse.Namespace) -> None:
+    requests = client.requests(path)
+    if _as_json(arguments):
+        print(json.dumps(requests))
+        return
+    from seallmd.ctl import details, view
+
+    details.show_requests(view.console(), requests)
+
+
+def _cancel(path: Path, arguments: argparse.Namespace) -> None:
+    client.cancel(path, arguments.request)
+    _done(arguments, f"request {arguments.request} is cancelled")
 
 
 def _load(path: Path, arguments: argparse.Namespace) -> None:
@@ -89,17 +183,68 @@ def _follow(
     """Run a command that takes a while; `command` gets what is to be called with its progress."""
     if _as_json(arguments):
         command(lambda _: None)
-        print(json.dumps({"ok": True}))
-        return
-    from seallmd.ctl import view
+    else:
+        from seallmd.ctl import view
 
-    # Progress goes to stderr: stdout carries the result alone.
-    with view.JobView(view.console(stderr=True), arguments.service) as job:
-        command(job.told)
-    print(f"{arguments.service} {done}")
+        # Progress goes to stderr: stdout carries the result alone.
+        with view.JobView(view.console(stderr=True), arguments.service) as job:
+            command(job.told)
+    _done(arguments, f"{arguments.service} {done}")
 
 
-_VERBS = {"status": _status, "load": _load, "evict": _evict}
+def _chat(path: Path, arguments: argparse.Namespace) -> None:
+    from seallmd.ctl import chat, http
+
+    options: dict[str, Any] = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
+    address = arguments.url or http.choose(client.status(path)["daemon"]["http"])
+    given = {name: value for name, value in options.items() if value is not None}
+    conversation = chat.Chat(address, arguments.service, arguments.system, given)
+    prompt = " ".join(arguments.prompt)
+    if not prompt and (_as_json(arguments) or not sys.stdin.isatty()):
+        prompt = sys.stdin.read()
+    if prompt:
+        chat.once(conversation, prompt, as_json=_as_json(arguments))
+    elif sys.stdin.isatty():
+        chat.converse(conversation)
+
+
+def _doctor(path: Path, arguments: argparse.Namespace) -> int:
+    from seallmd.ctl import doctor
+
+    findings = doctor.examine(path, arguments.config)
+    if _as_json(arguments):
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings]))
+    else:
+        for finding in findings:
+            print(f"{finding.level:<5} {finding.check:<14} {finding.text}")
+            if finding.remedy:
+                print(f"{'':<20} -> {finding.remedy}")
+    return EXIT_BAD if any(finding.level == "bad" for finding in findings) else 0
+
+
+def _completion(_path: Path, arguments: argparse.Namespace) -> None:
+    from seallmd.ctl.completion import SCRIPTS
+
+    print(SCRIPTS[arguments.shell], end="")
+
+
+_VERBS: dict[str, Callable[[Path, argparse.Namespace], int | None]] = {
+    "cancel": _cancel,
+    "chat": _chat,
+    "completion": _completion,
+    "doctor": _doctor,
+    "evict": _evict,
+    "list": _list,
+    "load": _load,
+    "requests": _requests,
+    "show": _show,
+    "status": _status,
+    "top": _top,
+}
+
+
+def _done(arguments: argparse.Namespace, text: str) -> None:
+    print(json.dumps({"ok": True}) if _as_json(arguments) else text)
 
 
 def _fail(arguments: argparse.Namespace, message: str, code: int) -> int:

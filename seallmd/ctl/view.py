@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -50,23 +50,36 @@ def human_bytes(count: float) -> str:
 
 def show_status(out: Console, report: Record) -> None:
     """Devices, services, and whatever needs a reason."""
-    out.print(_devices(out, report["devices"]))
-    out.print(_legend(out))
-    out.print()
-    out.print(_services(out, report["services"]))
-    for service in report["services"]:
-        if service["reason"]:
-            out.print(f"\n[bold]{escape(service['name'])}[/]: {escape(service['reason'])}")
+    for part in status_parts(out, report):
+        out.print(part)
+
+
+def status_parts(out: Console, report: Record) -> list[RenderableType]:
+    """The same, to be drawn by others. out: for its width and encoding."""
+    services = report["services"]
+    parts: list[RenderableType] = [
+        _devices(out, report["devices"]),
+        _legend(out),
+        "",
+        _services(out, services),
+    ]
+    parts += [
+        f"\n[bold]{escape(service['name'])}[/]: {escape(service['reason'])}"
+        for service in services
+        if service["reason"]
+    ]
     if report["draining"]:
-        out.print("\n[yellow]draining: no new requests are taken[/]")
+        parts.append("\n[yellow]draining: no new requests are taken[/]")
+    return parts
 
 
-def _table() -> Table:
+def plain_table() -> Table:
+    """A table without lines, as all of ours are."""
     return Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
 
 
 def _devices(out: Console, devices: list[Record]) -> Table:
-    table = _table()
+    table = plain_table()
     detailed = out.width >= _MEDIUM
     cells = 30 if out.width >= _WIDE else 12 if out.width >= _NARROW else 8
     table.add_column("DEVICE" if out.width >= _NARROW else "DEV", overflow="fold", min_width=3)
@@ -80,7 +93,7 @@ def _devices(out: Console, devices: list[Record]) -> Table:
         keys = ("weights", "kv", "free", "cached", "capacity") if detailed else ("free", "capacity")
         table.add_row(
             Text(f"{device['device']} {device['label']}" if out.width >= _NARROW else str(device["device"])),
-            _state(device["state"]),
+            state_text(device["state"]),
             *([str(device["pid"] or "-")] if detailed else []),
             _arena(device, cells, out),
             *(human_bytes(device[f"{key}_bytes"]) for key in keys),
@@ -113,7 +126,7 @@ def _glyphs(out: Console) -> str:
 
 
 def _services(out: Console, services: list[Record]) -> Table:
-    table = _table()
+    table = plain_table()
     columns = [column for column in _COLUMNS if out.width >= column[1]]
     for title, _, right, _ in columns:
         table.add_column(
@@ -124,12 +137,13 @@ def _services(out: Console, services: list[Record]) -> Table:
     return table
 
 
-def _state(state: str) -> Text:
+def state_text(state: str) -> Text:
+    """A state in its colour."""
     return Text(state, _STATE_STYLES.get(state, ""))
 
 
 def _service_state(service: Record) -> Text:
-    state = _state(service["state"])
+    state = state_text(service["state"])
     if service["stage"] is not None:
         state.append(f" {service['stage']:.0%}")
     return state

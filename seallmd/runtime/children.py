@@ -7,10 +7,12 @@ know what the messages mean, nor when to restart: `engine` does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import torch.multiprocessing as mp
@@ -20,6 +22,8 @@ from seallmd.core.messages import Message, Shutdown, Unframer, WorkerSettings, f
 log = logging.getLogger(__name__)
 
 Entry = Callable[[bytes, socket.socket], None]
+
+OOM_SCORE = 500  # when memory runs out, the kernel takes a child, which is started again, and not the daemon
 
 
 def run_worker(settings: bytes, sock: socket.socket) -> None:
@@ -72,6 +76,7 @@ class Child:
         )
         self._process.start()
         theirs.close()
+        _prefer_for_oom(self._process.pid)
         loop.add_reader(self._process.sentinel, self._on_sentinel)
         self._transport, _ = await loop.create_connection(lambda: _Wire(self, self._speaks), sock=ours)
 
@@ -85,7 +90,7 @@ class Child:
         self._on_message(message)
 
     def broken(self, reason: str) -> None:
-        """The socket is of no use any more: neither is the process."""
+        """The process is of no use any more (nor is it when its socket is not): kill it."""
         if not self._gone.is_set():
             log.warning("%s: %s", self._settings.name, reason)
             self._process.kill()
@@ -113,6 +118,12 @@ class Child:
                 log.warning("%s did not stop within %.0f s: killed", self._settings.name, grace_seconds)
             self._process.kill()
             await self._gone.wait()
+
+
+def _prefer_for_oom(pid: int | None) -> None:
+    """Let the kernel take this child first when memory runs out."""
+    with contextlib.suppress(OSError):  # gone already, or a /proc that may not be written: not needed
+        Path(f"/proc/{pid}/oom_score_adj").write_text(str(OOM_SCORE))
 
 
 def _exit_text(code: int | None) -> str:

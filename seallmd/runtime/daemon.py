@@ -1,51 +1,60 @@
 """The daemon: reads the configuration, wires the parts, runs until it is told to stop.
 
-Owns the process: arguments, logging, signals, sockets, exit codes. The only module that knows all the
-parts. Must not decide anything about services.
+Owns the process: arguments, signals, sockets, what systemd is told, exit codes. The only module that knows
+all the parts. Must not decide anything about services.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import faulthandler
 import logging
+import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
 import msgspec
 import uvloop
-from aiohttp import web
 
 from seallmd import __version__
 from seallmd.api.control import ControlServer
-from seallmd.api.server import start_http
-from seallmd.config import Config, Size, load
+from seallmd.api.server import http_addresses, start_http
+from seallmd.config import Config, Size, load, reloaded
 from seallmd.core.settings import NodeSettings
-from seallmd.errors import SeallmdError
+from seallmd.core.status import NodeStatus
+from seallmd.errors import ConfigError, SeallmdError
 from seallmd.paths import default_control_socket
 from seallmd.runtime import devices, profiles
 from seallmd.runtime.children import run_host, run_worker
 from seallmd.runtime.engine import PROFILES, Engine
 from seallmd.runtime.journal import Journal
+from seallmd.runtime.log import fields, set_up
+from seallmd.runtime.notify import Notifier, take_listeners, take_notifier
+from seallmd.runtime.pulse import LoopWatch
 
 log = logging.getLogger("seallmd")
+
+TELL_SECONDS = 5.0  # how often systemd's status line is renewed, unless the watchdog asks for more
+EXTENSION_SECONDS = 30.0  # while requests end, from each telling: enough to end children and connections too
+LISTENERS = ("http", "control")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The `seallmd` command. Exit codes: 0 stopped as told, 2 configuration or socket cannot be used."""
     options = _parse(arguments)
-    logging.basicConfig(
-        level=logging.DEBUG if options.verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    faulthandler.enable()  # systemd's watchdog ends us with SIGABRT: then the log has every thread's stack
     try:
-        config = _with_options(load(options.config), options)
+        config = _configure(options)
         if options.check:
             print(f"{options.config}: {len(config.service)} services, nothing wrong")
             return 0
-        uvloop.run(_serve(config))
+        set_up(config.log, os.environ)
+        notifier = take_notifier(os.environ)
+        listeners = take_listeners(os.environ, LISTENERS)
+        uvloop.run(Daemon(config, options, notifier, listeners).run())
     except SeallmdError as error:
         print(f"seallmd: {error}", file=sys.stderr)
         return 2
@@ -65,6 +74,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _configure(options: argparse.Namespace) -> Config:
+    return _with_options(load(options.config), options)
+
+
 def _with_options(config: Config, options: argparse.Namespace) -> Config:
     """The configuration with what the command line says instead."""
     replace = msgspec.structs.replace
@@ -77,6 +90,8 @@ def _with_options(config: Config, options: argparse.Namespace) -> Config:
         control = replace(control, socket=options.control)
     if options.journal is not None:
         journal = replace(journal, path=options.journal)
+    if options.verbose:
+        config = replace(config, log=replace(config.log, level="debug"))
     return replace(config, http=http, control=control, journal=journal)
 
 
@@ -94,52 +109,141 @@ def _build_engine(config: Config) -> Engine:
     journal = None
     if config.journal.path:
         journal = Journal(Path(config.journal.path), Size(config.journal.limit).bytes_, settings)
-    return Engine(settings, plan, run_worker, run_host, journal)
+    return Engine(settings, plan, run_worker, run_host, journal, config.hung_seconds)
 
 
-async def _serve(config: Config) -> None:
-    stop = _stop_event()
-    engine = _build_engine(config)
-    path = Path(config.control.socket or default_control_socket())
-    control = ControlServer(engine, path, group=config.control.group)
-    # The control socket first: it tells whether another daemon of this user is running.
-    await control.start()
-    try:
-        http = await start_http(engine, config.http)
+class Daemon:
+    """One run, from start to stop. Raises SeallmdError where it cannot start.
+
+    options: the command line, which goes before the file whenever that is read. listeners: sockets that were
+    handed over, by name; one that was not is opened as the configuration says.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        options: argparse.Namespace,
+        notifier: Notifier,
+        listeners: dict[str, list[socket.socket]],
+    ) -> None:
+        if len(listeners["control"]) > 1:
+            raise ConfigError("more than one control socket was handed over")
+        self._config = config
+        self._options = options
+        self._notifier = notifier
+        self._listeners = listeners
+        self._engine = _build_engine(config)
+        self._stop = asyncio.Event()
+        self._telling: asyncio.TimerHandle | None = None
+
+    async def run(self) -> None:
+        """Serve until a signal says stop."""
+        self._handle_signals()
+        watch = LoopWatch(self._config.log.stall_seconds)
+        settings = self._config.control
+        path = Path(settings.socket or default_control_socket())
+        listener = next(iter(self._listeners["control"]), None)
+        control = ControlServer(self._engine, path, group=settings.group, listener=listener)
+        # The control socket first: it tells whether another daemon of this user is running.
+        await control.start()
         try:
-            await engine.start()
-            log.info("serving %d services on %s", len(config.service), _addresses(http))
-            await stop.wait()
-            log.info("stopping")
+            http = await start_http(self._engine, self._config.http, self._listeners["http"])
+            control.http = http_addresses(http)
+            try:
+                await self._engine.start()
+                watch.start()
+                self._notifier.ready()
+                self._tell()
+                log.info("serving %d services on %s", len(self._config.service), ", ".join(control.http))
+                await self._stop.wait()
+                log.info("stopping")
+                self._notifier.stopping()
+                self._tell()
+            finally:
+                await self._engine.stop(self._config.stop_seconds)
+                await http.cleanup()
         finally:
-            await engine.stop(config.stop_seconds)
-            await http.cleanup()
-    finally:
-        await control.close()
-    log.info("stopped")
+            await control.close()
+            watch.stop()
+            if self._telling is not None:
+                self._telling.cancel()
+        log.info("stopped")
 
+    # --------------------------------------------------------------------------------- systemd
 
-def _addresses(http: web.AppRunner) -> str:
-    """Where HTTP is served, for people."""
-    return ", ".join(
-        address if isinstance(address, str) else f"http://{address[0]}:{address[1]}"
-        for address in http.addresses
-    )
+    def _tell(self) -> None:
+        """Tell systemd how things are, and again before it grows impatient."""
+        if self._telling is not None:
+            self._telling.cancel()
+        if not self._engine.stuck:
+            self._notifier.alive()
+        stopping = self._stop.is_set()
+        if stopping and self._engine.in_flight:
+            self._notifier.extend(EXTENSION_SECONDS)
+        self._notifier.status(summary(self._engine.status(), self._engine.in_flight, stopping=stopping))
+        pause = min(self._notifier.watchdog_seconds / 2 or TELL_SECONDS, TELL_SECONDS)
+        self._telling = asyncio.get_running_loop().call_later(pause, self._tell)
 
+    # --------------------------------------------------------------------------------- signals
 
-def _stop_event() -> asyncio.Event:
-    """Set by SIGTERM or SIGINT; a second signal ends the process at once."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_stop, number)
+        # In a terminal a hang-up is what it says; to a daemon it is the word for reading its file again.
+        if sys.stderr.isatty():
+            loop.add_signal_handler(signal.SIGHUP, self._on_stop, signal.SIGHUP)
+        else:
+            loop.add_signal_handler(signal.SIGHUP, self._on_reload)
+        loop.add_signal_handler(signal.SIGUSR1, self._on_report)
 
-    def on_signal(number: signal.Signals) -> None:
-        if stop.is_set():
+    def _on_stop(self, number: signal.Signals) -> None:
+        """Stop; a second signal ends the process at once."""
+        if self._stop.is_set():
             # The children die with their parent (PR_SET_PDEATHSIG), so nothing stays behind.
             sys.stderr.write("seallmd: second signal, ending at once\n")
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        stop.set()
+        self._stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
-    return stop
+    def _on_reload(self) -> None:
+        """Read the configuration again; one that is wrong changes nothing."""
+        self._notifier.reloading()
+        try:
+            new = _configure(self._options)
+        except ConfigError as error:
+            log.error("the configuration stays as it was: %s", error)
+        else:
+            self._adopt(new)
+        self._notifier.ready()
+
+    def _adopt(self, new: Config) -> None:
+        self._config, changed, waiting = reloaded(self._config, new)
+        set_up(self._config.log, os.environ)
+        self._engine.set_hung_seconds(self._config.hung_seconds)
+        log.info("configuration read again, changed: %s", ", ".join(changed) or "nothing")
+        if waiting:
+            log.warning("these changes need a restart: %s", ", ".join(waiting))
+
+    def _on_report(self) -> None:
+        """Write the status to the log."""
+        status = self._engine.status()
+        log.info("status: %s", summary(status, self._engine.in_flight, stopping=self._stop.is_set()))
+        for device in status.devices:
+            log.info("status of a device", extra=fields(**msgspec.structs.asdict(device)))
+        for service in status.services:
+            log.info("status of a service", extra=fields(**msgspec.structs.asdict(service)))
+
+
+def summary(status: NodeStatus, requests: int, *, stopping: bool) -> str:
+    """How things are, in a sentence."""
+    services, devices = status.services, status.devices
+    parts = [
+        f"{sum(s.state == 'resident' for s in services)} of {len(services)} services resident",
+        f"{requests} requests ({sum(s.waiting for s in services)} waiting)",
+    ]
+    if down := [f"{d.device} ({d.state})" for d in devices if d.state != "up"]:
+        parts.append("devices not up: " + " ".join(down))
+    if refused := [s.name for s in services if s.state == "refused"]:
+        parts.append("refused: " + " ".join(refused))
+    return ("stopping, " if stopping else "") + ", ".join(parts)

@@ -18,21 +18,25 @@ import msgspec
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.node import Node
+from seallmd.core.report import request_statuses, service_detail
 from seallmd.core.settings import NodeSettings
 from seallmd.core.state import Service
-from seallmd.core.status import NodeStatus
+from seallmd.core.status import NodeStatus, RequestStatus, ServiceDetail
 from seallmd.errors import ControlError, RequestError
 from seallmd.runtime import profiles
 from seallmd.runtime.children import Child, Entry
 from seallmd.runtime.devices import DevicePlan
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
 from seallmd.runtime.journal import Journal
+from seallmd.runtime.log import RequestRecord
+from seallmd.runtime.pulse import Pulse
 
 log = logging.getLogger(__name__)
 
 RESTART_SECONDS = (0.5, 30.0)  # first pause before a dead child is started again, and the longest
 SETTLED_SECONDS = 60.0  # a child that lived this long has proved itself: the next pause is the first again
 STOP_GRACE_SECONDS = 5.0
+LOOK_SECONDS = (0.25, 5.0)  # how often children are looked at: a quarter of their limit, within these bounds
 PROFILES = "profiles.json"  # in the cache directory
 
 
@@ -46,7 +50,9 @@ class Engine:
         worker: Entry,
         host: Entry,
         journal: Journal | None = None,
+        hung_seconds: float = 120.0,
     ) -> None:
+        """hung_seconds: how long a child may be silent while it owes an answer."""
         self.node = Node(settings)
         self._settings = settings
         self._plan = plan
@@ -54,10 +60,13 @@ class Engine:
         self._created = int(time.time())
         self._epoch = time.monotonic()
         self._streams: dict[int, TokenStream] = {}
+        self._records: dict[int, RequestRecord] = {}
         self._tickets: dict[int, asyncio.Future[str]] = {}
         self._requests = 0
         self._ticket_count = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._looking: asyncio.TimerHandle | None = None
+        self._hung_seconds = hung_seconds
         self._stopping = False
         self._quiet = asyncio.Event()
         self._workers = [
@@ -80,8 +89,38 @@ class Engine:
 
     async def start(self) -> None:
         """Start every child; returns before they are ready."""
-        for child in (self._host, *self._workers):
+        self.set_hung_seconds(self._hung_seconds)
+        for child in self._children:
             await child.start()
+        self._look()
+
+    @property
+    def _children(self) -> tuple[Supervised, ...]:
+        return (self._host, *self._workers)
+
+    def set_hung_seconds(self, seconds: float) -> None:
+        """Change how long a child may be silent while it owes an answer."""
+        self._hung_seconds = seconds
+        for child in self._children:
+            child.pulse.limit_seconds = seconds
+
+    def _look(self) -> None:
+        """Kill what hangs; its end is then like any other."""
+        for child in self._children:
+            child.look()
+        pause = min(max(self._hung_seconds / 4, LOOK_SECONDS[0]), LOOK_SECONDS[1])
+        self._looking = asyncio.get_running_loop().call_later(pause, self._look)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a child hangs that not even a kill ends (a device driver holds it): only the machine or
+        a restart of everything can help."""
+        return any(child.stuck for child in self._children)
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests are not over."""
+        return len(self._streams)
 
     async def stop(self, drain_seconds: float) -> None:
         """Refuse new requests, let those in flight end for `drain_seconds`, then end everything."""
@@ -95,9 +134,10 @@ class Engine:
             log.warning("%d requests did not end in time", len(self._streams))
             self._happen(ev.DrainWanted(now=True))
         self._stopping = True
-        if self._timer is not None:
-            self._timer.cancel()
-        await asyncio.gather(*(child.stop() for child in (self._host, *self._workers)))
+        for timer in (self._timer, self._looking):
+            if timer is not None:
+                timer.cancel()
+        await asyncio.gather(*(child.stop() for child in self._children))
         if self._journal is not None:
             self._journal.close()
         path = self._plan.cache / PROFILES
@@ -128,8 +168,10 @@ class Engine:
                 stream = self._streams[request]
                 stream.cached = cached or stream.cached
                 stream.push(tokens)
+                self._records[request].emitted(len(tokens), cached, self._now())
             case ev.Finish(request):
                 self._streams.pop(request).end(action)
+                self._records.pop(request).finished(action, self._now())
                 if not self._streams:
                     self._quiet.set()
             case ev.ToHostProcess(message):
@@ -187,6 +229,9 @@ class Engine:
             self._requests += 1
             stream = TokenStream(self._requests)
             self._streams[stream.request] = stream
+            self._records[stream.request] = RequestRecord(
+                stream.request, generation.service, len(generation.prompt), self._now()
+            )
             streams.append(stream)
             self._happen(
                 ev.Arrived(
@@ -211,6 +256,17 @@ class Engine:
     def status(self) -> NodeStatus:
         """The report of this moment."""
         return self.node.status(self._now())
+
+    def detail(self, service: str) -> ServiceDetail | None:
+        """All that is known of one service; None when there is no such service."""
+        for status in self.status().services:
+            if status.name == service:
+                return service_detail(self.node.state, status, self._now())
+        return None
+
+    def requests(self) -> list[RequestStatus]:
+        """Every request that is not over, the most senior first."""
+        return request_statuses(self.node.state, self._now())
 
     async def load(self, service: str) -> None:
         """Bring a service in; returns when it is resident. Raises ControlError with the reason."""
@@ -248,6 +304,9 @@ class Supervised:
         self._lost = lost
         self._said = said
         self._child: Child | None = None
+        self.pulse = Pulse(limit_seconds=120.0)
+        self.stuck = False
+        self._killed = ""  # why we did
         self._pause = RESTART_SECONDS[0]
         self._started = 0.0
         self._is_up = False
@@ -256,13 +315,24 @@ class Supervised:
     async def start(self) -> None:
         """Start the process."""
         self._started = time.monotonic()
+        self.pulse.started(self._started)
         self._child = self._make(self._on_message, self._on_exit)
         await self._child.start()
 
     def send(self, message: msg.Message) -> None:
         """Send a message, if the process is there."""
         if self._child is not None:
+            self.pulse.sent(message, time.monotonic())
             self._child.send(message)
+
+    def look(self) -> None:
+        """Kill the process if it hangs."""
+        if self._child is not None and (reason := self.pulse.look(time.monotonic())):
+            if self._killed:  # at an earlier look, and still there
+                self.stuck = True
+            else:
+                self._killed = reason
+                self._child.broken(reason)
 
     async def stop(self) -> None:
         """End the process for good."""
@@ -273,6 +343,7 @@ class Supervised:
             await self._child.stop(STOP_GRACE_SECONDS if self._is_up else 0.0)
 
     def _on_message(self, message: msg.Message) -> None:
+        self.pulse.heard(message, time.monotonic())
         if isinstance(message, msg.Hello):
             self._is_up = True
             self._up(message)
@@ -281,6 +352,8 @@ class Supervised:
 
     def _on_exit(self, reason: str) -> None:
         self._child = None
+        reason = f"{self._killed}, {reason}" if self._killed else reason
+        self.stuck, self._killed = False, ""
         if time.monotonic() - self._started > SETTLED_SECONDS:
             self._pause = RESTART_SECONDS[0]
         log.warning("a child process is gone (%s); starting another in %.1f s", reason, self._pause)

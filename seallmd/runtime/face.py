@@ -15,7 +15,7 @@ import msgspec
 from seallmd.core.events import Finish
 from seallmd.core.messages import ModelShape, Sampling
 from seallmd.core.settings import ServiceSettings
-from seallmd.core.status import NodeStatus
+from seallmd.core.status import NodeStatus, RequestStatus, ServiceDetail
 
 
 class ServiceView(msgspec.Struct, frozen=True):
@@ -43,6 +43,16 @@ class Generation(msgspec.Struct, frozen=True):
     salt: str = ""
 
 
+class StreamWatcher(Protocol):
+    """Sees what passes through a stream when it comes, however slowly it is read."""
+
+    def pushed(self, tokens: int) -> None:
+        """So many tokens came."""
+
+    def ended(self, finish: Finish) -> None:
+        """Nothing follows."""
+
+
 class TokenStream:
     """Tokens of one request, from the engine (`push`, `end`) to one reader.
 
@@ -55,16 +65,29 @@ class TokenStream:
         self.finish: Finish | None = None
         self._tokens: list[int] = []
         self._ready = asyncio.Event()
+        self._watcher: StreamWatcher | None = None
+
+    def watch(self, watcher: StreamWatcher) -> None:
+        """Tell `watcher` of everything, what has come already included."""
+        self._watcher = watcher
+        if self._tokens:
+            watcher.pushed(len(self._tokens))
+        if self.finish is not None:
+            watcher.ended(self.finish)
 
     def push(self, tokens: tuple[int, ...]) -> None:
         """Add tokens. Called by the engine."""
         self._tokens += tokens
         self._ready.set()
+        if self._watcher is not None:
+            self._watcher.pushed(len(tokens))
 
     def end(self, finish: Finish) -> None:
         """Nothing follows. Called by the engine, once."""
         self.finish = finish
         self._ready.set()
+        if self._watcher is not None:
+            self._watcher.ended(finish)
 
     async def batches(self) -> AsyncIterator[list[int]]:
         """Yield what has come since the last time, until `finish` is set. Lists are never empty."""
@@ -98,6 +121,12 @@ class EngineFace(Protocol):
 
     def status(self) -> NodeStatus:
         """The report of this moment."""
+
+    def detail(self, service: str) -> ServiceDetail | None:
+        """All that is known of one service; None when there is no such service."""
+
+    def requests(self) -> list[RequestStatus]:
+        """Every request that is not over, the most senior first."""
 
     async def load(self, service: str) -> None:
         """Bring a service in; returns when it is resident. Raises ControlError with the reason."""

@@ -50,6 +50,7 @@ class LayerCall(NamedTuple):
     window: int | None
     bidirectional: bool
     unknown: tuple[str, ...]
+    dtype: torch.dtype  # of the query
 
 
 class Recorder:
@@ -63,7 +64,16 @@ class Recorder:
         heads, k_dim = call.key.shape[1], call.key.shape[3]
         v_dim = call.value.shape[3]
         self.calls.append(
-            LayerCall(call.layer, heads, k_dim, v_dim, call.window, call.bidirectional, call.unknown)
+            LayerCall(
+                call.layer,
+                heads,
+                k_dim,
+                v_dim,
+                call.window,
+                call.bidirectional,
+                call.unknown,
+                call.query.dtype,
+            )
         )
         return call.query.new_zeros(call.query.shape[2], call.query.shape[1], v_dim)
 
@@ -135,6 +145,11 @@ def answered_by(answerer: Answerer) -> Iterator[None]:
         yield
     finally:
         _backend.answerer = None
+
+
+def answering() -> Answerer | None:
+    """Who computes the attention of the forward pass under way."""
+    return _backend.answerer
 
 
 def run_recorded(model: torch.nn.Module, tokens: int) -> tuple[list[LayerCall], torch.Tensor]:

@@ -41,6 +41,10 @@ class KvView:
                 views.append(elements.as_strided(size, (step, shape.kv_heads * dim, dim, 1), at))
                 at += self.tokens_per_block * shape.kv_heads * dim
 
+    def views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a layer where they lie, [block, token, head, dim] each."""
+        return self._keys[layer], self._values[layer]
+
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero whole blocks. Attention reads the unwritten end of a block under a mask, and a NaN left there
         by a former owner would pass through it (0 * NaN)."""

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
+from pathlib import Path
 
-from seallmd.core.messages import Hello, Shutdown, ToWorker
+from seallmd.core.messages import Hello, Shutdown, ToWorker, WorkerSettings
+from seallmd.worker import ops
 from seallmd.worker.channel import Channel, Closed
 from seallmd.worker.device import open_device
 from seallmd.worker.process import begin
@@ -29,6 +32,7 @@ def run(settings_json: bytes, sock: socket.socket) -> None:
     decoded, and a lost CUDA context, end the process with a traceback.
     """
     settings = begin(settings_json)
+    _start_operations(settings)
     device = open_device(settings)
     channel = Channel(sock, ToWorker)
     try:
@@ -37,6 +41,13 @@ def run(settings_json: bytes, sock: socket.socket) -> None:
     except Closed as end:
         if end.__cause__ is not None and not isinstance(end.__cause__, OSError):
             raise
+
+
+def _start_operations(settings: WorkerSettings) -> None:
+    if settings.device == "cpu" and settings.cache:
+        say = f"seallmd: {settings.name}:"
+        started = ops.start(Path(settings.cache), lambda line: print(say, line, file=sys.stderr, flush=True))
+        print(say, started, file=sys.stderr, flush=True)
 
 
 def _serve(channel: Channel, worker: Worker) -> None:

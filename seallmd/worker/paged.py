@@ -5,7 +5,8 @@ New K and V are written first, then everything is read back from the arena. Rows
 together, a longer chunk by itself. Query heads that share a KV head are folded into the query length, so K
 and V are never repeated. Must not know requests, sampling or where blocks come from.
 
-On CUDA this path is unmeasured; a paged kernel may replace `_decode` and `_chunk`.
+Where the compiled operations are at hand (CPU) they do all of it, reading K and V where they lie; the rest
+of this module is what they are compared with, and what runs elsewhere. On CUDA it is unmeasured.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from seallmd.worker.attention import Call
 from seallmd.worker.kv import KvView
+from seallmd.worker.ops.native import Attention, Native, Step, cache_struct
 
 # Single-token rows are padded to the longest of their group; a row whose padding would exceed both figures
 # starts a group of its own. Each group costs a few kernel launches per layer.
@@ -59,9 +61,14 @@ class _Plan(NamedTuple):
 
 
 class PagedBatch:
-    """Answers the attention calls of one step (see `attention.Answerer`)."""
+    """Answers the attention calls of one step (see `attention.Answerer`).
 
-    def __init__(self, kv: KvView, spans: Sequence[Span], device: torch.device) -> None:
+    native: the compiled operations, None to do it in torch. step: the same batch in their terms.
+    """
+
+    def __init__(
+        self, kv: KvView, spans: Sequence[Span], device: torch.device, native: Native | None = None
+    ) -> None:
         self._kv = kv
         self._device = device
         self._spans = spans
@@ -72,10 +79,17 @@ class PagedBatch:
             positions = range(context - tokens, context)
             blocks += [table[p // size] for p in positions]
             offsets += [p % size for p in positions]
-        self._slots = torch.tensor([blocks, offsets], device=device)
+        self._native = native
+        self.step: Step | None = None
+        if native is not None:
+            self.step = Step(spans, torch.tensor([blocks, offsets], dtype=torch.int32))
+        else:
+            self._slots = torch.tensor([blocks, offsets], device=device)
 
     def attend(self, call: Call) -> torch.Tensor:
         """As `Answerer.attend`."""
+        if self._native is not None and self.step is not None:
+            return self._compiled(self._native, self.step, call)
         kv = self._kv
         block, offset = self._slots
         kv.write(call.layer, block, offset, call.key[0].transpose(0, 1), call.value[0].transpose(0, 1))
@@ -90,6 +104,21 @@ class PagedBatch:
             end = chunk.first + chunk.tokens
             out[chunk.first : end] = self._chunk(call, chunk, query[chunk.first : end])
         return out
+
+    def _compiled(self, native: Native, step: Step, call: Call) -> torch.Tensor:
+        query, key, value = (
+            x[0].transpose(0, 1).float().contiguous() for x in (call.query, call.key, call.value)
+        )
+        sinks = None if call.sinks is None else call.sinks.float().contiguous()
+        what = Attention(
+            cache_struct(*self._kv.views(call.layer)),
+            None if sinks is None else sinks.data_ptr(),
+            query.shape[1],
+            call.window or 0,
+            call.scale,
+            call.softcap or 0.0,
+        )
+        return native.attention(what, step, query, key, value).to(call.query.dtype)
 
     def _decode(self, call: Call, group: _Group, query: torch.Tensor) -> torch.Tensor:
         key, value = self._kv.read(call.layer, group.blocks)

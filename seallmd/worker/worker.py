@@ -31,10 +31,12 @@ from seallmd.core.messages import (
     StepDone,
     StepFailed,
 )
+from seallmd.worker import ops
 from seallmd.worker.attention import answered_by, run_recorded
 from seallmd.worker.device import Copy, Device
 from seallmd.worker.kv import KvView
 from seallmd.worker.layout import Layout, bind, layout_of, unbind
+from seallmd.worker.ops.model import FastModel, runs_wide, wide_skeleton
 from seallmd.worker.paged import PagedBatch
 from seallmd.worker.process import one_line
 from seallmd.worker.requests import Packed, Requests
@@ -46,13 +48,17 @@ from seallmd.worker.skeleton import DTYPES, build_skeleton, fix_rope, load_confi
 class _Model:
     """A service's module tree; kept while its weights are away, since it is small and takes time to build.
 
-    kv: None until the first forward pass has shown what its layers store.
+    kv: None until the first forward pass has shown what its layers store. wide: the same tree for float32
+    arithmetic on 16-bit weights, until the first binding has shown whether it runs. fast: what of the tree
+    was replaced by compiled operations.
     """
 
     origin: tuple[str, str, int]  # directory, dtype, context
     model: PreTrainedModel
     layout: Layout
     kv: KvView | None = None
+    wide: PreTrainedModel | None = None
+    fast: FastModel | None = None
 
 
 @dataclass
@@ -78,6 +84,7 @@ class Worker:
         self._models: dict[str, _Model] = {}
         self._resident: dict[str, _Model] = {}
         self._arriving: deque[_Arrival] = deque()
+        self._native = ops.compiled() if device.torch_device.type == "cpu" else None
         # Importing a model's module takes up to a second: beside the copy, not after it.
         self._importer = ThreadPoolExecutor(1, thread_name_prefix="importer")
 
@@ -129,8 +136,10 @@ class Worker:
 
     def _forward(self, model: PreTrainedModel, kv: KvView, packed: Packed) -> list[int]:
         device = self._device.torch_device
-        with torch.inference_mode(), answered_by(PagedBatch(kv, packed.spans, device)):
-            kv.clear(packed.fresh)
+        native = self._native
+        with torch.inference_mode(), answered_by(PagedBatch(kv, packed.spans, device, native)):
+            if native is None:  # the compiled attention reads nothing that was not written
+                kv.clear(packed.fresh)
             last = torch.tensor(packed.last, dtype=torch.long, device=device)
             logits: torch.Tensor = model(
                 input_ids=torch.tensor([packed.ids], device=device),
@@ -209,16 +218,35 @@ class Worker:
             raise RuntimeError("the extents do not fit the model")
         bind(known.model, known.layout, wanted.extents, self._device.arena)
         if known.kv is None:
-            # One token through the real weights: shows each layer's KV shape, and that the binding runs.
-            calls, _ = run_recorded(known.model, tokens=1)
-            shapes = [LayerShape(call.kv_heads, call.k_dim, call.v_dim) for call in calls]
-            known.kv = KvView(self._device.arena, self._block_bytes, shapes, DTYPES[wanted.dtype])
+            self._settle(known, wanted)
+        if known.fast is not None and known.kv is not None:
+            known.fast.bind(known.kv)
         return known
 
+    def _settle(self, known: _Model, wanted: CopyIn) -> None:
+        """Decide what only the real weights can show; they are bound."""
+        if self._native is not None and known.wide is not None:
+            bind(known.wide, known.layout, wanted.extents, self._device.arena)
+            if runs_wide(known.wide, self._native):
+                known.model = known.wide
+        known.wide = None
+        # One token through the real weights: shows each layer's KV shape, and that the binding runs.
+        calls, _ = run_recorded(known.model, tokens=1)
+        shapes = [LayerShape(call.kv_heads, call.k_dim, call.v_dim) for call in calls]
+        if self._native is not None:
+            known.fast = FastModel(known.model, self._native)
+            known.fast.install(shapes)
+        known.kv = KvView(self._device.arena, self._block_bytes, shapes, DTYPES[wanted.dtype])
+
     def _build(self, wanted: CopyIn, config: PreTrainedConfig) -> _Model:
-        model = build_skeleton(config, DTYPES[wanted.dtype], self._device.torch_device)
+        dtype = DTYPES[wanted.dtype]
+        model = build_skeleton(config, dtype, self._device.torch_device)
         fix_rope(model, wanted.context)
-        return _Model(_origin(wanted), model, layout_of(model))
+        known = _Model(_origin(wanted), model, layout_of(model))
+        if self._native is not None and dtype.itemsize == 2:
+            known.wide = wide_skeleton(config, model)
+            fix_rope(known.wide, wanted.context)
+        return known
 
     def _drop(self, service: str) -> None:
         for arrival in list(self._arriving):
@@ -227,6 +255,8 @@ class Worker:
                 self._arriving.remove(arrival)
         resident = self._resident.pop(service, None)
         if resident is not None:
+            if resident.fast is not None:
+                resident.fast.unbind()
             unbind(resident.model, resident.layout)
 
 

@@ -16,7 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from seallmd.core.events import Finish
 from seallmd.core.messages import LayerShape, ModelShape
 from seallmd.core.settings import ServiceSettings
-from seallmd.core.status import DeviceStatus, NodeStatus
+from seallmd.core.status import DeviceStatus, NodeStatus, RequestStatus, ServiceDetail, ServiceStatus
+from seallmd.errors import ControlError
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
 
 SPOKEN = "Hello wörld, 日本語 and 👩‍👩‍👧 at last."
@@ -53,12 +54,18 @@ def write_model(directory: Path, template: str | None = TEMPLATE) -> Tokenizer:
 
 
 def view(
-    name: str, directory: Path | None, *, vocab: int = 320, context: int = 200, reason: str = ""
+    name: str,
+    directory: Path | None,
+    *,
+    vocab: int = 320,
+    context: int = 200,
+    reason: str = "",
+    **settings: bool,
 ) -> ServiceView:
     """A service; without a directory it is not examined yet."""
     shape = ModelShape("Fake", "float32", 4, (LayerShape(1, 8, 8),), (64,), vocab, context, eos=(1,))
     return ServiceView(
-        settings=ServiceSettings(name=name, model="fake"),
+        settings=ServiceSettings(name=name, model="fake", **settings),
         created=1_700_000_000,
         directory=None if directory is None else str(directory),
         shape=None if directory is None else shape,
@@ -81,6 +88,11 @@ class FakeEngine:
         self.refusal: Exception | None = None
         self.device_state = "up"
         self.live: set[int] = set()
+        self.states: dict[str, dict[str, object]] = {}
+        self.draining = False
+        self.loaded: list[str] = []
+        self.evicted: list[str] = []
+        self.streams: dict[int, TokenStream] = {}
         self.idle = asyncio.Event()
         self.arrived = asyncio.Event()
         self._go = asyncio.Event()
@@ -110,6 +122,7 @@ class FakeEngine:
         if request in self.live:
             self.cancelled.append(request)
             self._over(request)
+            self.streams[request].end(Finish(request, "cancelled"))
 
     def status(self) -> NodeStatus:
         device = DeviceStatus(
@@ -119,18 +132,54 @@ class FakeEngine:
             state=self.device_state,
             capacity_bytes=1 << 20,
             weights_bytes=0,
-            kv_bytes=0,
-            free_bytes=1 << 20,
-            cached_bytes=0,
-            steps=0,
+            kv_bytes=1 << 18,
+            free_bytes=3 << 18,
+            cached_bytes=1 << 16,
+            steps=7,
         )
-        return NodeStatus("round-robin", False, 1 << 12, (device,), ())
+        services = tuple(self._status(view) for view in self.views.values())
+        return NodeStatus("round-robin", self.draining, 1 << 12, (device,), services)
+
+    def detail(self, service: str) -> ServiceDetail | None:
+        raise NotImplementedError
+
+    def requests(self) -> list[RequestStatus]:
+        raise NotImplementedError
 
     async def load(self, service: str) -> None:
-        raise NotImplementedError
+        if self.views[service].reason:
+            raise ControlError(f"{service} cannot be loaded: {self.views[service].reason}")
+        self.loaded.append(service)
 
     async def evict(self, service: str, now: bool) -> None:
-        raise NotImplementedError
+        assert not now, "HTTP clients may not end others' requests"
+        self.evicted.append(service)
+
+    def _status(self, view: ServiceView) -> ServiceStatus:
+        """Resident with some work, unless `states` has something else for the service."""
+        fields: dict[str, object] = {
+            "name": view.settings.name,
+            "model": view.settings.model,
+            "state": "refused" if view.reason else "probing" if view.shape is None else "resident",
+            "pinned": view.settings.pinned,
+            "device": 0,
+            "stage": None,
+            "weights_bytes": 4096,
+            "kv_bytes": 1024,
+            "context": 200,
+            "dtype": "float32",
+            "running": 0,
+            "waiting": 0,
+            "tokens_per_second": 0.0,
+            "prompt_tokens": 11,
+            "output_tokens": 22,
+            "preemptions": 3,
+            "swaps_in": 4,
+            "last_swap_seconds": 0.5,
+            "reason": view.reason,
+            "devices": (0,),
+        }
+        return msgspec.convert({**fields, **self.states.get(view.settings.name, {})}, ServiceStatus)
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -139,7 +188,7 @@ class FakeEngine:
 
     def _start(self, generation: Generation) -> TokenStream:
         self.submitted.append(generation)
-        stream = TokenStream(len(self.submitted))
+        stream = self.streams[len(self.submitted)] = TokenStream(len(self.submitted))
         self.live.add(stream.request)
         self.idle.clear()
         self.arrived.set()

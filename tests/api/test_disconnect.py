@@ -17,7 +17,7 @@ async def open_request(port: int, **fields: object) -> tuple[asyncio.StreamReade
     """Send a completion request and leave the answer unread."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     body = json.dumps({"model": "m", "prompt": "x", "max_tokens": 150, "ignore_eos": True, **fields}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
     writer.write(head.encode() + body)
     await writer.drain()
     return reader, writer

@@ -309,9 +309,8 @@ async def test_missing_content_type(port: int) -> None:
     """Hand-made clients leave it out."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     body = json.dumps({"model": "m", "prompt": "x"}).encode()
-    head = (
-        f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\n"
+    head += f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     writer.write(head.encode() + body)
     assert (await reader.readline()).startswith(b"HTTP/1.1 200")
     writer.close()

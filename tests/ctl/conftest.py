@@ -10,7 +10,18 @@ import msgspec
 import pytest
 
 from seallmd.api.control import ControlServer
-from seallmd.core.status import DeviceStatus, NodeStatus, ServiceStatus
+from seallmd.core.cost import StepCosts
+from seallmd.core.messages import LayerShape, ModelShape
+from seallmd.core.profile import ServiceProfile
+from seallmd.core.settings import ServiceSettings
+from seallmd.core.status import (
+    DeviceStatus,
+    NodeStatus,
+    Place,
+    RequestStatus,
+    ServiceDetail,
+    ServiceStatus,
+)
 from seallmd.errors import ControlError
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
 
@@ -68,6 +79,13 @@ def service(name: str, state: str, **fields: object) -> ServiceStatus:
     return msgspec.structs.replace(quiet, **fields)
 
 
+SHAPE = ModelShape(
+    "LlamaForCausalLM", "bfloat16", 2, (LayerShape(8, 128, 128),) * 32, (MIB,) * 34, 128256, 8192
+)
+RUNNING = RequestStatus(7, "busy[red]", "running", 0, 0.5, 100, 12, 50, 0, 0, "")
+WAITING = RequestStatus(9, "quick", "waiting", None, 75.0, 20, 0, 16, 0, 1, "its model is being read [x]")
+
+
 class FakeNode:
     """`EngineFace` as far as the control socket needs it. Loading "slow" ends when `go` is set."""
 
@@ -77,6 +95,8 @@ class FakeNode:
         self.done = asyncio.Event()
         self.loaded: list[str] = []
         self.evicted: list[tuple[str, bool]] = []
+        self.cancelled: list[int] = []
+        self.waiting = [RUNNING, WAITING]
         self.table = {
             "quick": service("quick", "absent"),
             "slow": service("slow", "reading", stage=0.25, device=0),
@@ -107,7 +127,25 @@ class FakeNode:
         raise NotImplementedError
 
     def cancel(self, request: int) -> None:
-        raise NotImplementedError
+        self.cancelled.append(request)
+
+    def detail(self, service: str) -> ServiceDetail | None:
+        if service not in self.table:
+            return None
+        status = self.table[service]
+        settings = ServiceSettings(name="busy", model=status.model, preload=True)
+        known = status.state == "resident"
+        return ServiceDetail(
+            status=status,
+            settings=settings,
+            shape=SHAPE if known else None,
+            profile=ServiceProfile(StepCosts([0.005, 0.002, 0.0001], [], 77, 0.12)) if known else None,
+            kv_bytes_per_token=SHAPE.kv_bytes_per_token if known else 0,
+            places=(Place(0, "resident", 1024 * MIB, 3, 75.0),) if known else (),
+        )
+
+    def requests(self) -> list[RequestStatus]:
+        return self.waiting
 
     def status(self) -> NodeStatus:
         return NodeStatus("round-robin", False, 2 * MIB, (UP, LOST), tuple(self.table.values()))
@@ -135,11 +173,17 @@ def node() -> FakeNode:
 
 
 @pytest.fixture
-async def control(node: FakeNode, tmp_path: Path) -> AsyncIterator[Path]:
-    """The path of a served control socket."""
+async def server(node: FakeNode, tmp_path: Path) -> AsyncIterator[ControlServer]:
+    """A served control socket."""
     path = tmp_path / "run" / "control.sock"
     server = ControlServer(node, path)
     await server.start()
-    yield path
+    yield server
     await server.close()
     assert not path.exists()
+
+
+@pytest.fixture
+def control(server: ControlServer, tmp_path: Path) -> Path:  # noqa: ARG001 - it is served
+    """Its path."""
+    return tmp_path / "run" / "control.sock"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from seallmd import paths
+from seallmd import __version__, paths
 from seallmd.api import control as control_module
 from seallmd.api.control import MAX_LINE_BYTES, ControlServer, may_speak
 from seallmd.errors import ControlError
@@ -45,6 +45,41 @@ async def test_commands(control: Path, node: FakeNode) -> None:
     assert status["status"]["devices"][0]["capacity_bytes"] == 2 << 30
     assert [reply for reply in rest if reply["kind"] != "progress"] == [{"kind": "ok"}] * 2
     assert node.evicted == [("quick", True), ("quick", False)]
+
+
+async def test_the_daemon_itself(server: ControlServer, control: Path) -> None:
+    """Whoever finds the control socket finds HTTP too."""
+    server.http = ("http://127.0.0.1:8000", "unix:/run/http.sock")
+    (status,) = await say(control, b'{"op":"status"}')
+    assert status["daemon"] == {"version": __version__, "pid": os.getpid(), "http": list(server.http)}
+
+
+async def test_show(control: Path) -> None:
+    """One service with its shape, places and learnt costs."""
+    known, unknown = await say(
+        control, b'{"op":"show","service":"busy[red]"}', b'{"op":"show","service":"nobody"}'
+    )
+    assert known["kind"] == "service"
+    detail = known["service"]
+    assert detail["shape"]["architecture"] == "LlamaForCausalLM"
+    assert detail["kv_bytes_per_token"] == 2 * 32 * 8 * 256
+    assert detail["places"][0]["running"] == 3
+    assert detail["profile"]["costs"]["steps"] == 77
+    assert unknown == {"kind": "error", "message": "there is no service 'nobody'"}
+
+
+async def test_requests_and_cancel(control: Path, node: FakeNode) -> None:
+    """What runs and waits; only what is there can be cancelled."""
+    listed, done, unknown = await say(
+        control, b'{"op":"requests"}', b'{"op":"cancel","request":9}', b'{"op":"cancel","request":8}'
+    )
+    assert [(r["request"], r["state"], r["place"]) for r in listed["requests"]] == [
+        (7, "running", 0),
+        (9, "waiting", 1),
+    ]
+    assert done == {"kind": "ok"}
+    assert unknown["message"] == "there is no request 8, or it is over"
+    assert node.cancelled == [9]
 
 
 async def test_load_tells_its_progress(control: Path, node: FakeNode) -> None:

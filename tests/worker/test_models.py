@@ -9,11 +9,15 @@ import pytest
 import torch
 
 from seallmd.core import messages as msg
+from seallmd.worker import ops
 from tests.worker.helpers import BLOCK_BYTES, FAMILIES, VOCABULARY, Rig, Talk, plain, run_step, save_tiny
 
 
-@pytest.fixture
-def rig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Rig:
+@pytest.fixture(params=["torch", "compiled"])
+def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Rig:
+    """Everything is to hold with the compiled operations and without."""
+    if request.param == "compiled":
+        request.getfixturevalue("native")
     return Rig(monkeypatch, tmp_path / "cache")
 
 
@@ -117,14 +121,17 @@ def test_rope_does_not_depend_on_the_batch(kind: str, rig: Rig, tmp_path: Path) 
 
 
 def test_bfloat16(rig: Rig, tmp_path: Path) -> None:
-    """A 16-bit service runs in its dtype and stays near the float32 model."""
+    """A 16-bit service stays near the float32 model: in its own dtype, or exactly in float32."""
     directory = save_tiny(tmp_path / "m")
     rig.load("s", directory, dtype="bfloat16")
     assert rig.shapes["s"].itemsize == 2
     tokens = prompt(12)
     admit = msg.Admit(1, tuple(tokens), 12, msg.Sampling(temperature=0.0))
     rig.step("s", [admit], [msg.Row(1, 0, 12, True, rig.blocks("s", 0, 12))])
-    assert rig.logits.dtype is torch.bfloat16
+    rounded = plain(directory).to(torch.bfloat16)
+    if ops.compiled() is not None:  # weights are rounded, and K and V as they are stored; nothing else is
+        rounded = rounded.float()
     with torch.inference_mode():
-        expected = plain(directory).to(torch.bfloat16)(torch.tensor([tokens]), use_cache=False).logits[0, -1]
-    torch.testing.assert_close(rig.logits[0], expected, atol=0.15, rtol=0.05)
+        expected = rounded(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+    assert rig.logits.dtype is expected.dtype
+    torch.testing.assert_close(rig.logits[0], expected, atol=0.03 if ops.compiled() else 0.15, rtol=0.05)

@@ -156,6 +156,7 @@ def test_residents_step_during_a_copy(loaded: Rig, tmp_path: Path, monkeypatch: 
         extents.append(msg.Extent(at, size, loaded.take_run(-(-size // BLOCK_BYTES)) * BLOCK_BYTES))
         at += size
     monkeypatch.setattr(device, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(main, "_COPY_SHARE", 0)  # one piece a message, however long it took
     talk = Talk(loaded, 1, "s", [3, 4, 5])
     admits, row = talk.row(3)
 

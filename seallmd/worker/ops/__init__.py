@@ -3,28 +3,30 @@
 `build` compiles the C++ beside it, `native` calls it, `reference` says in plain torch what each operation
 means, `modules` and `layers` put them into a module tree. Must not know messages, requests or devices.
 
-A process decides once, with `start`; before that, and where there is no compiler, `native()` is None and
+A process decides once, with `start`; before that, and where there is no compiler, `compiled()` is None and
 every model runs as transformers wrote it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from seallmd.worker.ops.build import BuildFailed, build
+from seallmd.worker.ops.build import BuildFailed, make_library
 from seallmd.worker.ops.native import Native
 
 _native: Native | None = None
 
 
-def start(cache: Path) -> str:
-    """Load the operations of this machine, compiling them first if need be (some 4 s, once per machine).
+def start(cache: Path, say: Callable[[str], None]) -> str:
+    """Load the operations of this machine, compiling them first if need be (some 5 s, once per machine).
 
-    cache: directory for the compiled library. Returns one line for the log.
+    Torch's number of threads must be set. cache: directory for the compiled library. say: told before
+    anything that takes time. Returns one line for the log.
     """
     global _native
     try:
-        _native = Native(build(cache))
+        _native = Native(make_library(cache, say))
     except (BuildFailed, OSError) as error:
         _native = None
         return f"plain torch operations: {error}"
@@ -37,6 +39,6 @@ def stop() -> None:
     _native = None
 
 
-def native() -> Native | None:
+def compiled() -> Native | None:
     """The compiled operations, None where plain torch has to do."""
     return _native

@@ -11,11 +11,11 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-_SOURCES = Path(__file__).parent / "native"
-# OpenMP is the runtime that torch has loaded already (the name is the same): one pool of threads, not two.
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
+_SOURCES = Path(__file__).parent / "cpp"
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-pthread", "-fPIC", "-shared")
 _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_SECONDS = 120
 _KEPT = 4  # libraries of other versions or machines that share the cache
@@ -25,11 +25,12 @@ class BuildFailed(Exception):
     """There is no library, and why (one line)."""
 
 
-def build(cache: Path, compilers: tuple[str, ...] = _COMPILERS) -> Path:
+def make_library(cache: Path, say: Callable[[str], None], compilers: Sequence[str] = _COMPILERS) -> Path:
     """The library for this machine, from `cache` or compiled into it. Raises BuildFailed, OSError.
 
     The name is a digest of everything that the result depends on, so a machine that shares its home with a
     different one, or a new version, finds its own. Of processes that start together one compiles.
+    say: told before the compiler runs.
     """
     compiler = next((path for name in compilers if (path := shutil.which(name))), None)
     if compiler is None:
@@ -43,6 +44,7 @@ def build(cache: Path, compilers: tuple[str, ...] = _COMPILERS) -> Path:
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel if we are killed
         if not library.exists():  # another process may have been quicker
+            say(f"compiling the operations for this machine with {compiler}, once")
             _compile(compiler, library)
             _forget_old(directory)
     return library
@@ -66,7 +68,9 @@ def _compile(compiler: str, library: Path) -> None:
 
 
 def _digest(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_SECONDS
+    )
     digest = hashlib.sha256(repr((compiler, version.stdout, _FLAGS, _cpu())).encode())
     for file in sorted(_SOURCES.iterdir()):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())

@@ -1,13 +1,13 @@
 """The compiled operations as Python functions.
 
-Owns the C structures (`native/types.h`, field for field) and the calls. Tensors come in checked: a pointer
+Owns the C structures (`cpp/types.h`, field for field) and the calls. Tensors come in checked: a pointer
 carries neither shape nor dtype. Must not know modules or requests.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,13 +118,13 @@ class SpanLike(Protocol):
     """As `paged.Span`."""
 
     @property
-    def first(self) -> int: ...  # noqa: D102
+    def first(self) -> int: ...
     @property
-    def tokens(self) -> int: ...  # noqa: D102
+    def tokens(self) -> int: ...
     @property
-    def context(self) -> int: ...  # noqa: D102
+    def context(self) -> int: ...
     @property
-    def table(self) -> Sequence[int]: ...  # noqa: D102
+    def table(self) -> Sequence[int]: ...
 
 
 class Step:
@@ -177,9 +177,11 @@ def cache_struct(key: torch.Tensor, value: torch.Tensor) -> Cache:
 
 
 class Native:
-    """The loaded library. Activations are float32, contiguous, on the CPU. Raises OSError if it is unusable.
+    """The loaded library, with as many threads as torch has now.
 
-    vector_floats: width of its vectors.
+    Activations are float32, contiguous, on the CPU. What a structure points to must outlive the call. Calls
+    come from one thread. Raises OSError if the library is unusable. vector_floats: width of its vectors.
+    set_threads: how many share the work from here on, the caller's included.
     """
 
     def __init__(self, library: Path) -> None:
@@ -199,6 +201,8 @@ class Native:
         lib.seallmd_sizes(sizes)
         if list(sizes) != [ctypes.sizeof(kind) for kind in _CHECKED]:
             raise OSError("the compiled operations have another layout of their structures")
+        self.set_threads: Callable[[int], None] = _declare(lib.seallmd_set_threads, c_int32)
+        self.set_threads(torch.get_num_threads())
         self.vector_floats = int(lib.seallmd_vector_floats())
         self._examine()
 
@@ -242,7 +246,12 @@ class Native:
         """
         out = query.new_empty(*query.shape[:2], what.cache.v_dim)
         self._attention(
-            byref(what), byref(step.struct), query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()
+            byref(what),
+            byref(step.struct),
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            out.data_ptr(),
         )
         return out
 

@@ -23,7 +23,7 @@ const float* widened(const void* p, int n, int32_t dtype, std::vector<float>& ro
     return room.data();
 }
 
-// y = x W^T + bias, plus `residual` (which may be y itself: then `room` holds the product).
+// y = x W^T + bias
 void linear(const Linear& l, const float* x, int m, float* y) {
     with_dtype(l.dtype, [&](auto kind) {
         matmul(x, l.k, m, static_cast<const decltype(kind)*>(l.weight), l.k, l.n, l.k, y, l.n);
@@ -41,18 +41,19 @@ void norm(const Norm& l, const float* x, int64_t rows, float* y) {
     static thread_local std::vector<float> room;
     const float* weight = widened(l.weight, l.n, l.dtype, room);
     const int n = l.n;
-#pragma omp parallel for if (rows * n > WORTH_SHARING)
-    for (int64_t row = 0; row < rows; row++) {
-        const float* from = x + row * n;
-        float* to = y + row * n;
-        V squares = {};
-        int i = 0;
-        for (; i + W <= n; i += W) squares += load(from + i) * load(from + i);
-        if (i < n) squares += load_part(from + i, n - i) * load_part(from + i, n - i);
-        const float scale = 1.0f / std::sqrt(sum(squares) / n + l.eps);
-        for (i = 0; i + W <= n; i += W) store(to + i, load(from + i) * scale * (load(weight + i) + l.offset));
-        for (; i < n; i++) to[i] = from[i] * scale * (weight[i] + l.offset);
-    }
+    share(rows, WORTH_SHARING / n, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const float* from = x + row * n;
+            float* to = y + row * n;
+            V squares = {};
+            int i = 0;
+            for (; i + W <= n; i += W) squares += load(from + i) * load(from + i);
+            if (i < n) squares += load_part(from + i, n - i) * load_part(from + i, n - i);
+            const float scale = 1.0f / std::sqrt(sum(squares) / n + l.eps);
+            for (i = 0; i + W <= n; i += W) store(to + i, load(from + i) * scale * (load(weight + i) + l.offset));
+            for (; i < n; i++) to[i] = from[i] * scale * (weight[i] + l.offset);
+        }
+    });
 }
 
 V activated(V x, int32_t kind) {
@@ -63,35 +64,36 @@ V activated(V x, int32_t kind) {
 
 // gate = activation(gate) * up
 void gated(float* gate, const float* up, int64_t n, int32_t kind) {
-#pragma omp parallel for if (n > WORTH_SHARING)
-    for (int64_t i = 0; i < n; i += W) {
-        const int part = static_cast<int>(std::min<int64_t>(W, n - i));
-        if (part == W) store(gate + i, activated(load(gate + i), kind) * load(up + i));
-        else store_part(gate + i, activated(load_part(gate + i, part), kind) * load_part(up + i, part), part);
-    }
+    share(n, WORTH_SHARING, [&](int64_t i, int64_t end) {
+        for (; i + W <= end; i += W) store(gate + i, activated(load(gate + i), kind) * load(up + i));
+        const int rest = static_cast<int>(end - i);
+        store_part(gate + i, activated(load_part(gate + i, rest), kind) * load_part(up + i, rest), rest);
+    });
 }
 
 // Rotate the first `width` elements of each head in halves (x0, x1 -> x0 c - x1 s, x1 c + x0 s), in place.
 // x [tokens][heads][dim], cos and sin [tokens][width].
 void rotate(float* x, int tokens, int heads, int dim, const float* cos, const float* sin, int width) {
     const int half = width / 2;
-#pragma omp parallel for if (static_cast<int64_t>(tokens) * heads * dim > WORTH_SHARING)
-    for (int t = 0; t < tokens; t++) {
-        const float *c = cos + static_cast<int64_t>(t) * width, *s = sin + static_cast<int64_t>(t) * width;
-        for (int h = 0; h < heads; h++) {
-            float *low = x + (static_cast<int64_t>(t) * heads + h) * dim, *high = low + half;
-            for (int i = 0; i < half; i++) {
-                const float a = low[i], b = high[i];
-                low[i] = a * c[i] - b * s[i];
-                high[i] = b * c[i + half] + a * s[i + half];
+    share(tokens, WORTH_SHARING / (heads * dim), [&](int64_t t, int64_t end) {
+        for (; t < end; t++) {
+            const float *c = cos + t * width, *s = sin + t * width;
+            for (int h = 0; h < heads; h++) {
+                float *low = x + (t * heads + h) * dim, *high = low + half;
+                for (int i = 0; i < half; i++) {
+                    const float a = low[i], b = high[i];
+                    low[i] = a * c[i] - b * s[i];
+                    high[i] = b * c[i + half] + a * s[i + half];
+                }
             }
         }
-    }
+    });
 }
 
 void add(const float* x, const float* y, float* out, int64_t n) {
-#pragma omp parallel for if (n > WORTH_SHARING)
-    for (int64_t i = 0; i < n; i++) out[i] = x[i] + y[i];
+    share(n, WORTH_SHARING, [&](int64_t i, int64_t end) {
+        for (; i < end; i++) out[i] = x[i] + y[i];
+    });
 }
 
 void attention(const Attention& a, const Step& step, const float* q, const float* k, const float* v, float* out) {
@@ -108,6 +110,9 @@ void seallmd_sizes(int32_t* out) {
                             sizeof(Layer)};
     for (size_t i = 0; i < sizeof(sizes) / sizeof(*sizes); i++) out[i] = static_cast<int32_t>(sizes[i]);
 }
+
+// The caller's thread included. Calls come from one thread at a time.
+void seallmd_set_threads(int32_t threads) { pool.set_threads(threads); }
 
 int32_t seallmd_vector_floats() { return W; }
 

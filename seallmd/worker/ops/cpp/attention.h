@@ -179,10 +179,8 @@ void attend(const Attention& a, const Step& step, const float* q, const float* k
             for (int head = 0; head < a.cache.kv_heads; head++)
                 items.push_back({s, head, first, std::min(most, step.spans[s].tokens - first)});
     const int n = static_cast<int>(items.size());
-#pragma omp parallel
-    {
+    pool.run(n, [&](int i) {
         static thread_local Scratch scratch;
-#pragma omp for schedule(dynamic, 1)
-        for (int i = n - 1; i >= 0; i--) attend_item<T>(a, step, items[i], q, out, scratch);  // longest first
-    }
+        attend_item<T>(a, step, items[n - 1 - i], q, out, scratch);  // the longest of a chunk first
+    });
 }

@@ -1,0 +1,180 @@
+"""What Ollama's clients send: the bodies of /api/generate and /api/chat.
+
+Owns their fields and defaults, and turning them into our own requests (`schema`). Must not know aiohttp or
+the engine.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from seallmd.api.schema import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    Penalty,
+    StopString,
+    decode_body,
+    refuse_unserved,
+)
+from seallmd.errors import RequestError
+
+_DURATION = re.compile(r"^[+-]?(\d+(\.\d+)?(ns|us|µs|ms|s|m|h)?)+$")  # Go's, and plain seconds
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """Sampling, with Ollama's names and defaults. num_predict: most tokens; 0 or less is all that fit.
+
+    repeat_penalty covers prompt and output, where Ollama looks at the last `repeat_last_n` tokens: so it is
+    off unless asked for.
+    """
+
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    num_predict: Annotated[int, Meta(ge=-(1 << 31), le=1 << 31)] | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=16)] | None = None
+    repeat_penalty: Annotated[float, Meta(gt=0, le=1000)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+
+
+class OllamaRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What both have in common. keep_alive: 0 unloads; other durations are accepted, and mean nothing here:
+    how long a model stays depends on who else needs the memory."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=256)]
+    stream: bool | None = None
+    options: Options | None = None
+    keep_alive: float | str | None = None
+
+    @property
+    def streams(self) -> bool:
+        """Ollama streams unless told not to."""
+        return self.stream is not False
+
+    @property
+    def unloads(self) -> bool:
+        """Whether keep_alive is 0: the model is to go once the answer is out."""
+        if isinstance(self.keep_alive, str):
+            return re.search("[1-9]", self.keep_alive) is None
+        return self.keep_alive == 0
+
+
+class GenerateRequest(OllamaRequest, frozen=True, kw_only=True):
+    """POST /api/generate. Without a prompt the model is loaded, or unloaded. raw: no chat template."""
+
+    prompt: str | None = None
+    system: str | None = None
+    raw: bool | None = None
+
+
+class OllamaMessage(msgspec.Struct, frozen=True):
+    """One message. images and tools are refused."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str = ""
+    images: Annotated[list[str], Meta(max_length=0)] | None = None
+    tool_calls: Annotated[list[msgspec.Raw], Meta(max_length=0)] | None = None
+
+
+class OllamaChatRequest(OllamaRequest, frozen=True, kw_only=True):
+    """POST /api/chat. Without messages the model is loaded, or unloaded."""
+
+    messages: Annotated[list[OllamaMessage], Meta(max_length=1 << 16)] | None = None
+
+
+# As in `schema`: known, not served, and the values that change nothing.
+_UNSERVED: dict[str, tuple[str, ...]] = {
+    "context": ("null", "[]"),
+    "format": ("null", '""'),
+    "images": ("null", "[]"),
+    "logprobs": ("null", "false"),
+    "suffix": ("null", '""'),
+    "template": ("null", '""'),
+    "think": ("null", "false"),
+    "tools": ("null", "[]"),
+    "top_logprobs": ("null", "0"),
+}
+_UNSERVED_OPTIONS: dict[str, tuple[str, ...]] = {
+    "mirostat": ("null", "0"),
+    "tfs_z": ("null", "1", "1.0"),
+    "typical_p": ("null", "1", "1.0"),
+}
+
+
+_Request = TypeVar("_Request", GenerateRequest, OllamaChatRequest)
+
+
+class _Fields(msgspec.Struct, frozen=True):
+    options: dict[str, msgspec.Raw] | None = None
+
+
+def read_generate(body: bytes) -> GenerateRequest:
+    """Read the body of /api/generate. Raises RequestError."""
+    _refuse(body)
+    return _checked(decode_body(body, GenerateRequest))
+
+
+def read_ollama_chat(body: bytes) -> OllamaChatRequest:
+    """Read the body of /api/chat. Raises RequestError."""
+    _refuse(body)
+    return _checked(decode_body(body, OllamaChatRequest))
+
+
+def chat_messages(spec: GenerateRequest) -> list[ChatMessage]:
+    """The conversation that /api/generate means where the model has a template."""
+    system = [ChatMessage(role="system", content=spec.system)] if spec.system else []
+    return [*system, ChatMessage(role="user", content=spec.prompt)]
+
+
+def as_chat(spec: OllamaRequest, name: str, messages: list[ChatMessage], room: int) -> ChatRequest:
+    """The same as our own chat request. room: tokens that the context leaves for the output."""
+    return msgspec.structs.replace(
+        ChatRequest(model=name, messages=messages), **_sampling(spec, room), stream=spec.streams
+    )
+
+
+def as_completion(spec: OllamaRequest, name: str, prompt: str, room: int) -> CompletionRequest:
+    """The same as our own completion request."""
+    return msgspec.structs.replace(
+        CompletionRequest(model=name, prompt=prompt), **_sampling(spec, room), stream=spec.streams
+    )
+
+
+def _sampling(spec: OllamaRequest, room: int) -> dict[str, Any]:
+    options = spec.options or Options()
+    wanted = options.num_predict or 0
+    # More than fits is no error in Ollama. Without any room our own check tells the numbers.
+    limit = min(wanted, room) if wanted > 0 else room
+    return {
+        "max_tokens": max(1, limit),
+        "temperature": 0.8 if options.temperature is None else options.temperature,
+        "top_k": 40 if options.top_k is None else options.top_k,
+        "top_p": 0.9 if options.top_p is None else options.top_p,
+        "min_p": options.min_p,
+        "seed": options.seed,
+        "stop": options.stop,
+        "repetition_penalty": options.repeat_penalty,
+        "presence_penalty": options.presence_penalty,
+        "frequency_penalty": options.frequency_penalty,
+    }
+
+
+def _refuse(body: bytes) -> None:
+    fields = decode_body(body, dict[str, msgspec.Raw])
+    refuse_unserved(fields, _UNSERVED)
+    refuse_unserved(decode_body(body, _Fields).options or {}, _UNSERVED_OPTIONS)
+
+
+def _checked(spec: _Request) -> _Request:
+    keep = spec.keep_alive
+    if isinstance(keep, str) and not _DURATION.match(keep):
+        raise RequestError(f"`keep_alive` is no duration: {keep[:40]!r}", param="keep_alive")
+    return spec

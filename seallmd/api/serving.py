@@ -1,0 +1,146 @@
+"""What all generating endpoints share: from a checked body to a response, whatever its shape.
+
+Owns finding the model, tokenizing its prompts, and the life of a request's choices. Must not know the fields
+of bodies (`schema`, `ollama_schema`) and responses (`responses`, `ollama_responses`), nor routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import msgspec
+from aiohttp import web
+from msgspec import UNSET, UnsetType
+
+from seallmd.api.choices import Choice, Piece, Run
+from seallmd.api.limits import build_generations
+from seallmd.api.metrics import Metrics
+from seallmd.api.responses import Answer, Usage, count_usage, join
+from seallmd.api.schema import CompletionRequest, GenerationRequest
+from seallmd.api.settings import HttpSettings
+from seallmd.api.text import TextModel, TextModels
+from seallmd.api.wire import EVENTS, Wire, send_stream
+from seallmd.core.messages import ModelShape
+from seallmd.errors import RequestError
+from seallmd.runtime.face import EngineFace, ServiceView
+
+_PROBE_WAIT_SECONDS = 60.0
+_PROBE_POLL_SECONDS = 0.1
+
+
+class Model(msgspec.Struct, frozen=True):
+    """A service that can be served: its name, its shape and its text side."""
+
+    name: str
+    shape: ModelShape
+    text: TextModel
+
+
+class Serving:
+    """The engine and the models' texts, as endpoints use them."""
+
+    def __init__(self, engine: EngineFace, settings: HttpSettings) -> None:
+        self.engine = engine
+        self.metrics = Metrics(engine.status)
+        self.texts = TextModels()
+        self._ping_seconds = settings.ping_seconds
+
+    async def close(self) -> None:
+        """Called when the application ends."""
+        await self.texts.close()
+
+    def view(self, name: str) -> ServiceView:
+        """A service by name. Raises RequestError (404)."""
+        view = self.engine.service(name)
+        if view is None:
+            message = f"the model {name[:128]!r} does not exist"
+            raise RequestError(message, status=404, code="model_not_found", param="model")
+        return view
+
+    async def model(self, name: str) -> Model:
+        """A service's shape and text side; at start this waits until the service was examined."""
+        view = self.view(name)
+        for _ in range(int(_PROBE_WAIT_SECONDS / _PROBE_POLL_SECONDS)):
+            if view.reason:
+                message = f"the model {name!r} cannot be served: {view.reason}"
+                raise RequestError(message, status=503, code="model_unavailable", param="model")
+            if view.shape is not None and view.directory is not None:
+                return Model(name, view.shape, await self.texts.get(view.directory))
+            await asyncio.sleep(_PROBE_POLL_SECONDS)
+            view = self.view(name)
+        message = f"the model {name!r} is still being examined"
+        raise RequestError(message, status=503, code="model_loading", retry_after=10.0)
+
+    async def encode(self, model: Model, prompt: str | list[int]) -> list[int]:
+        """A prompt's token ids: special tokens lead a text, ids are taken as they are."""
+        if isinstance(prompt, list):
+            return prompt
+        return await self.texts.encode(model.text, prompt, add_special_tokens=True)
+
+    async def generate(
+        self,
+        request: web.Request,
+        spec: GenerationRequest,
+        model: Model,
+        prompts: list[list[int]],
+        answer: Answer,
+        wire: Wire = EVENTS,
+    ) -> web.StreamResponse:
+        """Run all choices of all prompts; whatever happens, none outlives the HTTP request."""
+        # Everything is checked before anything is started.
+        batches = [build_generations(spec, model.shape, prompt) for prompt in prompts]
+        run = Run(self.engine, self.metrics)
+        try:
+            for generations in batches:
+                for generation, stream in zip(generations, run.submit(generations), strict=True):
+                    prime = generation.prompt if isinstance(spec, CompletionRequest) else ()
+                    choice = Choice(
+                        len(run.choices),
+                        generation,
+                        stream,
+                        model.text.detokenizer(prime, skip_special=spec.skip_special_tokens is not False),
+                        spec.stops,
+                        include_stop=bool(spec.include_stop_str_in_output),
+                    )
+                    run.choices.append(choice)
+            if spec.stream:
+                return await send_stream(request, _documents(spec, run, answer), wire, self._ping_seconds)
+            return await _whole(spec, run, answer)
+        finally:
+            await run.close()
+
+
+async def read_body(request: web.Request) -> bytes:
+    """The body. Raises RequestError for what says it is not JSON: a web page's form needs no permission."""
+    if "Content-Type" in request.headers and request.content_type != "application/json":
+        raise RequestError("the body must be application/json", status=415)
+    return await request.read()
+
+
+def json_response(body: object) -> web.Response:
+    """200 with a JSON document."""
+    return web.Response(body=msgspec.json.encode(body), content_type="application/json")
+
+
+async def _whole(spec: GenerationRequest, run: Run, answer: Answer) -> web.Response:
+    parts: list[list[Piece]] = [[] for _ in run.choices]
+    async for piece in run.pieces():
+        parts[piece.index].append(piece)
+    usage = count_usage(run.choices, spec.choices)
+    return json_response(answer.whole(run.choices, [join(pieces) for pieces in parts], usage))
+
+
+async def _documents(spec: GenerationRequest, run: Run, answer: Answer) -> AsyncIterator[bytes]:
+    """The documents of a stream."""
+    options = spec.stream_options
+    want_usage = options is not None and bool(options.include_usage)
+    continuous = want_usage and options is not None and bool(options.continuous_usage_stats)
+    async for piece in run.pieces():
+        usage: Usage | UnsetType | None = None if want_usage else UNSET
+        if continuous:
+            usage = count_usage(run.choices, spec.choices)
+        for chunk in answer.chunks(run.choices[piece.index], piece, usage):
+            yield msgspec.json.encode(chunk)
+    if want_usage:
+        yield msgspec.json.encode(answer.usage_chunk(count_usage(run.choices, spec.choices)))

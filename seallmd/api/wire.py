@@ -1,0 +1,118 @@
+"""How a stream looks on the wire: server-sent events, or one JSON document per line.
+
+Owns framing, keep-alive comments and the moment at which headers go out. Must not know what is streamed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+
+from seallmd.api.problems import INTERNAL, error_body, ollama_error_body
+from seallmd.errors import RequestError
+
+_log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+
+class Wire(msgspec.Struct, frozen=True):
+    """One way to frame a stream. ping: what keeps a silent connection open, empty = nothing does."""
+
+    content_type: str
+    before: bytes
+    after: bytes
+    end: bytes
+    ping: bytes
+    error: Callable[[RequestError], bytes]
+
+    def frame(self, body: bytes) -> bytes:
+        """One document as it is sent."""
+        return self.before + body + self.after
+
+
+EVENTS = Wire(
+    "text/event-stream; charset=utf-8",
+    b"data: ",
+    b"\n\n",
+    b"data: [DONE]\n\n",
+    b": keep-alive\n\n",
+    error_body,
+)
+LINES = Wire("application/x-ndjson", b"", b"\n", b"", b"", ollama_error_body)
+
+
+async def with_pings(source: AsyncIterator[Item], seconds: float) -> AsyncGenerator[Item | None, None]:
+    """The items, and None whenever none has come for so long. seconds: 0 = never."""
+    if not seconds:
+        async for piece in source:
+            yield piece
+        return
+
+    async def step() -> Item | None:
+        return await anext(source, None)
+
+    task = asyncio.create_task(step())
+    try:
+        while True:
+            done, _ = await asyncio.wait((task,), timeout=seconds)
+            if not done:
+                yield None
+                continue
+            item = task.result()
+            if item is None:
+                return
+            task = asyncio.create_task(step())
+            yield item
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def send_stream(
+    request: web.Request, documents: AsyncIterator[bytes], wire: Wire, ping_seconds: float = 0.0
+) -> web.StreamResponse:
+    """Send documents as they come.
+
+    Headers wait for the first one, so that an earlier failure has a status of its own; or for the first ping,
+    after which a failure can only be a document. ping_seconds: 0 = no pings.
+    """
+    async with contextlib.aclosing(with_pings(documents, ping_seconds if wire.ping else 0.0)) as parts:
+        first = await anext(parts)
+        response = web.StreamResponse(headers=_headers(wire))
+        # A client that leaves is no failure: there is nobody left to tell.
+        with contextlib.suppress(ConnectionError):
+            await response.prepare(request)
+            await response.write(_framed(first, wire))
+            try:
+                async for part in parts:
+                    await response.write(_framed(part, wire))
+            except RequestError as error:
+                await response.write(wire.frame(wire.error(error)))
+            except ConnectionError:
+                raise
+            except Exception:  # noqa: BLE001 - headers are sent: the middleware could not answer any more
+                _log.exception("%s failed in mid-stream", request.path)
+                await response.write(wire.frame(wire.error(INTERNAL)))
+            if wire.end:
+                await response.write(wire.end)
+            await response.write_eof()
+        return response
+
+
+def _framed(part: bytes | None, wire: Wire) -> bytes:
+    return wire.ping if part is None else wire.frame(part)
+
+
+def _headers(wire: Wire) -> dict[str, str]:
+    return {
+        "Content-Type": wire.content_type,
+        "Cache-Control": "no-cache",
+        "X-Accel-Buffering": "no",  # or nginx collects the stream
+    }

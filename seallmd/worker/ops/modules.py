@@ -1,0 +1,132 @@
+"""Puts the operations into a module tree: linear layers, RMSNorms, embeddings, whole decoder layers.
+
+Owns what is replaced in a model and why it may be. Nothing is replaced for its name: linear layers by
+their exact type, everything else because it computes the same as the reference on random input with the
+weights at hand. What is not recognised stays as transformers wrote it. Must not know requests or messages.
+
+A 16-bit model on a CPU runs with float32 activations, if all of it can: 16-bit weights are read as they
+are and multiplied in float32, which costs no speed here and loses no precision beyond the weights' own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from seallmd.worker.ops import reference
+from seallmd.worker.ops.native import DTYPE_CODES, Native, linear_struct, norm_struct
+
+# Against the reference, relative to the largest element: sums run in another order.
+TOLERANCE = 1e-5
+
+
+def install(model: nn.Module, native: Native) -> None:
+    """Replace the forward of what is recognised. The weights must be bound, and real."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.dtype in DTYPE_CODES:
+            module.forward = FastLinear(module, native)
+        elif (norm := recognise_norm(module)) is not None:
+            module.forward = FastNorm(module, native, *norm)
+
+
+def widen_embeddings(model: nn.Module) -> None:
+    """Have every embedding give float32, computed from its rows in float32 (Gemma scales them there)."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.forward = WideEmbedding(module)
+
+
+def restore(model: nn.Module) -> None:
+    """Take every replacement out again."""
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+
+
+def recognise_norm(module: nn.Module) -> tuple[float, float] | None:
+    """(eps, offset) if `module` is an RMSNorm, as its output shows."""
+    weight = module._parameters.get("weight")
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if weight is None or weight.ndim != 1 or len(module._parameters) != 1 or not isinstance(eps, float):
+        return None
+    x = _noise(3, weight.numel())
+    expected = _run(module, x)
+    for offset in (0.0, 1.0):
+        if expected is not None and close(reference.norm(x, weight, eps, offset), expected):
+            return eps, offset
+    return None
+
+
+def close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+    """Whether both are the same but for rounding; never where something is not finite."""
+    if ours.shape != expected.shape or ours.dtype != expected.dtype:
+        return False
+    return bool((ours - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def _noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def _run(module: Callable[..., Any], *inputs: torch.Tensor) -> torch.Tensor | None:
+    """The module's own output, None where it cannot take these inputs."""
+    try:
+        out = module(*inputs)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    return out if isinstance(out, torch.Tensor) else None
+
+
+class FastLinear:
+    """`nn.Linear.forward` on a CPU; other inputs go to the stock one."""
+
+    def __init__(self, module: nn.Linear, native: Native) -> None:
+        self._module, self._native = module, native
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., k] -> [..., n], in the dtype of x."""
+        module = self._module
+        weight = module._parameters["weight"]
+        if x.device.type != "cpu" or weight.device.type != "cpu" or not x.numel():
+            return nn.Linear.forward(module, x)
+        struct = linear_struct(weight, module._parameters["bias"])
+        if x.dtype is torch.float32:
+            return self._native.linear(x.contiguous(), struct)
+        return self._native.linear(x.float().contiguous(), struct).to(x.dtype)
+
+
+class FastNorm:
+    """A recognised RMSNorm; inputs other than float32 on a CPU go to the module itself."""
+
+    def __init__(self, module: nn.Module, native: Native, eps: float, offset: float) -> None:
+        self.module, self.eps, self.offset, self._native = module, eps, offset, native
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., n]."""
+        weight = self.module._parameters["weight"]
+        if x.dtype is not torch.float32 or x.device.type != "cpu" or weight.device.type != "cpu":
+            return type(self.module).forward(self.module, x)
+        return self._native.norm(x.contiguous(), norm_struct(weight, self.eps, self.offset))
+
+
+class WideEmbedding:
+    """An embedding, whatever its class does with the rows, as if its table were float32.
+
+    Only the rows that are asked for are widened: the class runs on a table of these rows alone.
+    """
+
+    def __init__(self, module: nn.Embedding) -> None:
+        self._module = module
+        self._shadow = copy.copy(module)
+        self._shadow._parameters = dict(module._parameters)
+        self._shadow.padding_idx = None  # of use in training alone, and outside the small table
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids -> [..., dim] float32."""
+        rows = self._module._parameters["weight"][ids.flatten()].float()
+        self._shadow._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
+        numbers = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+        return type(self._module).forward(self._shadow, numbers)

@@ -1,0 +1,260 @@
+"""The real daemon as systemd meets it, without systemd: what it tells, takes over, reads again, survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import openai
+import psutil
+import pytest
+
+from tests.e2e.daemon import SMOL, Daemon, service
+
+# Nothing can be loaded, so it is up as soon as its processes are.
+IDLE = '[devices]\nkind = "cpu"\ncpu_workers = 1\nmemory = "64 MiB"\n' + service("broken", "no-such-model")
+
+# Starts the daemon as systemd does: its own pid in LISTEN_PID, the sockets from descriptor 3 on.
+ACTIVATE = """
+import os, sys
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execv(sys.executable, [sys.executable, "-m", "seallmd", *sys.argv[1:]])
+"""
+
+
+class Manager:
+    """What systemd is to the daemon: a datagram socket that is told things."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._socket.bind(address)
+        self.told: list[str] = []
+
+    def has(self, beginning: str) -> bool:
+        """Whether something that begins like this was told since the last `forget`."""
+        try:
+            while True:
+                self.told += self._socket.recv(4096).decode().split("\n")
+        except BlockingIOError:
+            return any(line.startswith(beginning) for line in self.told)
+
+    def forget(self) -> None:
+        """Drop what was told so far."""
+        self.has("")
+        self.told.clear()
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._socket.close()
+
+
+@pytest.fixture
+def manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
+    """Daemons that are started now tell this one, over an abstract socket, and are watched."""
+    name = f"seallmd-test-{os.getpid()}"
+    found = Manager("\0" + name)
+    monkeypatch.setenv("NOTIFY_SOCKET", "@" + name)
+    monkeypatch.setenv("WATCHDOG_USEC", "500000")
+    yield found
+    found.close()
+
+
+def log_lines(daemon: Daemon, message: str) -> list[dict[str, object]]:
+    """Records of a JSON log; the children's own lines are not JSON."""
+    lines = [line for line in daemon.log.read_text().splitlines() if line.startswith("{")]
+    return [record for record in map(json.loads, lines) if str(record["message"]).startswith(message)]
+
+
+def test_a_life_under_systemd(tmp_path: Path, manager: Manager) -> None:
+    """Ready, alive, report, reload for good and for bad, a hung worker, a drain: what is told and logged.
+
+    One daemon for all, because its start is what takes time.
+    """
+    config = '[log]\nformat = "json"\n'
+    config += '[devices]\nkind = "cpu"\ncpu_workers = 1\nmemory = "800 MiB"\n'
+    config += service(SMOL, SMOL, preload=True)
+    daemon = Daemon(tmp_path, config)
+    try:
+        daemon.until(lambda: manager.has("READY=1"), "READY=1")
+        assert httpx.get(f"{daemon.url}/version").status_code == 200, "ready, but it does not accept"
+        daemon.until(lambda: manager.has("STATUS=1 of 1 services resident, 0 requests"), "the status line")
+        check_request_line(daemon)
+        check_reload(daemon, manager, config)
+        check_hung_worker(daemon, manager, config)
+        check_drain(daemon, manager)
+    finally:
+        daemon.kill()
+
+
+def check_request_line(daemon: Daemon) -> None:
+    """One line per request with its figures; never its text."""
+    daemon.client().completions.create(
+        model=SMOL, prompt="A secret word:", max_tokens=5, extra_body={"ignore_eos": True}
+    )
+    (line,) = log_lines(daemon, "request")
+    assert (line["service"], line["outcome"], line["output"]) == (SMOL, "length", 5)
+    assert 0 < float(str(line["first_seconds"])) <= float(str(line["seconds"]))
+    assert "secret" not in daemon.log.read_text()
+    daemon.process.send_signal(signal.SIGUSR1)
+    (report,) = daemon.until(lambda: log_lines(daemon, "status of a service"), "the report", 10)
+    assert (report["name"], report["state"], report["output_tokens"]) == (SMOL, "resident", 5)
+
+
+def check_reload(daemon: Daemon, manager: Manager, config: str) -> None:
+    """A good file changes what can be changed and names the rest; a bad one changes nothing."""
+    file = daemon.directory / "seallmd.toml"
+    manager.forget()
+    file.write_text("stop_seconds = 11\n" + config.replace("800 MiB", "900 MiB"))
+    daemon.process.send_signal(signal.SIGHUP)
+    (read,) = daemon.until(lambda: log_lines(daemon, "configuration read again"), "the reload", 10)
+    assert str(read["message"]).endswith("changed: stop_seconds")
+    (restart,) = daemon.until(lambda: log_lines(daemon, "these changes need a restart"), "the rest", 10)
+    assert str(restart["message"]).endswith(": devices.memory")
+    daemon.until(lambda: manager.has("RELOADING=1") and manager.has("READY=1"), "told of the reload", 10)
+    assert manager.has("MONOTONIC_USEC=")
+    file.write_text("stop_seconds = -1\n" + config)
+    daemon.process.send_signal(signal.SIGHUP)
+    (refused,) = daemon.until(lambda: log_lines(daemon, "the configuration stays"), "the refusal", 10)
+    assert ":1: " in str(refused["message"])
+    assert daemon.client().completions.create(model=SMOL, prompt="Hi", max_tokens=1).choices
+
+
+def check_hung_worker(daemon: Daemon, manager: Manager, config: str) -> None:
+    """A worker that is stopped is killed and started again; its request fails once, the daemon lives on."""
+    victim = daemon.status()["devices"][0]["pid"]
+    stream = daemon.client().completions.create(
+        model=SMOL, prompt="Go on:", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+    )
+    chunks = iter(stream)
+    next(chunks)
+    manager.forget()
+    set_hung_seconds(daemon, config, 1)  # for now: on a busy machine a load may well be silent for longer
+    os.kill(victim, signal.SIGSTOP)
+    with pytest.raises(openai.APIError, match="died") as error:
+        list(chunks)
+    assert error.value.code == "worker_lost"
+    set_hung_seconds(daemon, config, 100)
+    assert log_lines(daemon, "cpu0: hung: owes an answer (step)")
+    daemon.until(lambda: not psutil.pid_exists(victim), "the end of the hung worker", 10)
+    daemon.until(lambda: daemon.service(SMOL)["state"] == "resident", "the model came back")
+    assert daemon.client().completions.create(model=SMOL, prompt="Hi", max_tokens=3).choices[0].text
+    assert manager.has("WATCHDOG=1"), "systemd would have killed the daemon for its worker"
+
+
+def set_hung_seconds(daemon: Daemon, config: str, seconds: int) -> None:
+    """While it runs."""
+    reloads = len(log_lines(daemon, "configuration read again"))
+    (daemon.directory / "seallmd.toml").write_text(f"hung_seconds = {seconds}\n{config}")
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.until(lambda: len(log_lines(daemon, "configuration read again")) > reloads, "the reload", 10)
+
+
+def check_drain(daemon: Daemon, manager: Manager) -> None:
+    """While a request ends, systemd is asked for time; the request ends well."""
+    with daemon.client().completions.create(
+        model=SMOL, prompt="Go on:", max_tokens=40, stream=True, extra_body={"ignore_eos": True}
+    ) as stream:
+        chunks = iter(stream)
+        next(chunks)
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.until(lambda: manager.has("STOPPING=1"), "STOPPING=1", 5)
+        assert manager.has("EXTEND_TIMEOUT_USEC=")
+        assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert daemon.process.wait(timeout=30) == 0
+
+
+def test_sockets_are_taken_over(tmp_path: Path) -> None:
+    """HTTP and control come from whoever started the daemon, and are still there when it is gone.
+
+    Requests between two daemons wait in the backlog, so that a restart refuses nobody.
+    """
+    paths = {name: tmp_path / f"{name}.sock" for name in ("http", "control")}
+    listeners = []
+    for path in paths.values():
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.listen()
+        listeners.append(listener)
+    (tmp_path / "seallmd.toml").write_text(IDLE)
+    log = tmp_path / "log"
+    environment = {**os.environ, "LISTEN_FDS": "2", "LISTEN_FDNAMES": "http:control"}
+    with (
+        log.open("wb") as file,
+        httpx.Client(transport=httpx.HTTPTransport(uds=str(paths["http"]))) as client,
+    ):
+        process = _spawn(tmp_path, environment, [listener.fileno() for listener in listeners], file.fileno())
+        try:
+            # Asked before anybody listens: answered once the daemon is there.
+            models = client.get("http://seallmd/v1/models", timeout=60).json()
+            assert [model["id"] for model in models["data"]] == ["broken"], log.read_text()
+            with socket.socket(socket.AF_UNIX) as control:
+                control.connect(str(paths["control"]))
+                control.sendall(b'{"op": "status"}\n')
+                assert b'"kind":"status"' in control.makefile("rb").readline()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == 0, log.read_text()
+            assert all(path.exists() for path in paths.values()), "a socket that is not ours was removed"
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            for listener in listeners:
+                listener.close()
+
+
+def _spawn(
+    directory: Path, environment: dict[str, str], descriptors: list[int], log: int
+) -> subprocess.Popen[bytes]:
+    """Start the daemon with these descriptors as 3, 4, ..., by way of a process that moves them there."""
+    moves = "import os\n" + "".join(
+        f"os.dup2({descriptor}, {100 + index})\n" for index, descriptor in enumerate(descriptors)
+    )
+    moves += "".join(
+        f"os.dup2({100 + index}, {3 + index}, inheritable=True)\n" for index in range(len(descriptors))
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", moves + ACTIVATE, "--config", "seallmd.toml"],
+        cwd=directory,
+        env=environment,
+        pass_fds=descriptors,
+        stdout=log,
+        stderr=log,
+    )
+
+
+def test_kill_9_of_the_daemon_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Workers and the host process end with it, even one that is stopped; the next daemon starts."""
+    daemon = Daemon(tmp_path, IDLE)
+    try:
+        daemon.wait_healthy()
+        family = daemon.children()
+        assert len(family) >= 2
+        scores = {
+            child.name(): _oom_score(child.pid) for child in family if child.name().startswith("seallmd-")
+        }
+        assert scores == {"seallmd-cpu0": 500, "seallmd-host": 500}, (
+            "out of memory, the daemon would go first"
+        )
+        next(child for child in family if child.name() == "seallmd-cpu0").suspend()
+        daemon.process.kill()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive, f"left behind: {alive}"
+    finally:
+        daemon.kill()
+    again = Daemon(tmp_path, IDLE)
+    try:
+        again.wait_healthy()  # over the dead one's control socket
+        assert again.stop() == 0
+    finally:
+        again.kill()
+
+
+def _oom_score(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
