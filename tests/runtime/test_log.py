@@ -6,7 +6,6 @@ import io
 import json
 import logging
 
-import pytest
 
 from seallmd.config import LogSettings
 from seallmd.core.events import Finish
@@ -43,12 +42,9 @@ def test_the_journal_gets_priorities() -> None:
 def test_json_has_the_fields_beside_the_message() -> None:
     """Numbers stay numbers."""
     line = JsonFormatter().format(record("a\nb", n=3, nothing=None))
-    assert json.loads(line) == {
-        "time": pytest.approx(0, abs=1e12),
-        "level": "info",
-        "message": "a\nb",
-        "n": 3,
-    }
+    found = json.loads(line)
+    assert found.pop("time") > 0
+    assert found == {"level": "info", "message": "a\nb", "n": 3}
     assert "\n" not in line
 
 
