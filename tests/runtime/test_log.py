@@ -6,6 +6,7 @@ import io
 import json
 import logging
 
+import pytest
 
 from seallmd.config import LogSettings
 from seallmd.core.events import Finish

@@ -1,0 +1,71 @@
+"""A child that hangs is killed once, and one that no kill ends is reported as stuck."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from seallmd.core import messages as msg
+from seallmd.runtime import engine
+from seallmd.runtime.engine import Supervised
+
+STEP = msg.Step(1, "a", (), ())
+
+
+class Immortal:
+    """A child process that a driver holds: it does nothing any more, and does not die either."""
+
+    def __init__(self) -> None:
+        self.killed: list[str] = []
+        self.exit: Callable[[str], None] = lambda _: None
+        self.message: Callable[[msg.Message], None] = lambda _: None
+
+    async def start(self) -> None:
+        self.message(msg.Hello(1, "cpu", 0))
+
+    def send(self, message: msg.Message) -> None:
+        pass
+
+    def broken(self, reason: str) -> None:
+        self.killed.append(reason)
+
+    async def stop(self, grace_seconds: float) -> None:
+        pass
+
+
+class Clock:
+    """Stands in for the module `time`."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+async def test_a_child_that_no_kill_ends_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then systemd's watchdog is not told any more; when it dies after all, the reason says that it hung."""
+    clock, child, lost = Clock(), Immortal(), list[str]()
+    monkeypatch.setattr(engine, "time", clock)
+
+    def make(on_message: Callable[[msg.Message], None], on_exit: Callable[[str], None]) -> Immortal:
+        child.message, child.exit = on_message, on_exit
+        return child
+
+    supervised = Supervised(make, up=lambda _: None, lost=lost.append, said=lambda _: None)  # type: ignore[arg-type]
+    supervised.pulse.limit_seconds = 10.0
+    await supervised.start()
+    supervised.send(STEP)
+    clock.now = 11.0
+    supervised.look()
+    assert child.killed == []
+    supervised.look()
+    assert len(child.killed) == 1
+    assert not supervised.stuck
+    supervised.look()
+    assert supervised.stuck
+    assert len(child.killed) == 1, "the log would be full of it"
+    child.exit("killed by SIGKILL")
+    assert not supervised.stuck
+    assert lost == ["hung: owes an answer (step) and said nothing for 11 s, killed by SIGKILL"]
+    await supervised.stop()
