@@ -103,7 +103,7 @@ install-files:
 
 uninstall: ## remove what install has put there; configuration, models, cache and the user stay
 ifeq ($(DESTDIR),)
-	if [ -d /run/systemd/system ]; then systemctl disable --now $(UNITS); fi
+	-if [ -d /run/systemd/system ]; then systemctl disable --now $(UNITS); fi
 endif
 	rm -rf $(LIBRARY)/seallmd $(DESTDIR)$(PREFIX)/share/doc/seallmd
 	rm -f $(addprefix $(SYSTEMD)/,$(UNITS))

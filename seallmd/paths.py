@@ -28,8 +28,11 @@ def default_control_socket() -> Path:
 def find_control_socket() -> Path:
     """The socket that this user's command means: the user's own daemon if it is there, or the system's."""
     own = default_control_socket()
-    if not own.exists() and SYSTEM_CONTROL_SOCKET.exists():
-        return SYSTEM_CONTROL_SOCKET
+    try:
+        if not own.exists() and SYSTEM_CONTROL_SOCKET.exists():
+            return SYSTEM_CONTROL_SOCKET
+    except PermissionError:
+        pass  # a directory that we may not search: connecting will say so in the caller's terms
     return own
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -153,12 +154,23 @@ class Engine:
         if self._stopping:
             return
         now = self._now()
-        actions = self.node.handle(event, now)
+        try:
+            actions = self.node.handle(event, now)
+        except Exception:
+            self._end_at_once(event)
+            raise
         if self._journal is not None:
             self._journal.record(now, event, actions)
         for action in actions:
             self._carry_out(action)
         self._schedule_tick()
+
+    def _end_at_once(self, event: ev.Event) -> None:
+        """An invariant broke: serving on would lose or mix up memory. Children die with this process."""
+        log.critical("the node failed on %r; ending", event, exc_info=True)
+        if self._journal is not None:
+            self._journal.close()
+        os._exit(1)
 
     def _carry_out(self, action: ev.Action) -> None:
         match action:
