@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,12 +64,13 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     yield from _run(Daemon(tmp_path_factory.mktemp("daemon"), config))
 
 
-@pytest.fixture(scope="session")
-def small_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """One device with little room for KV: requests preempt each other."""
-    config = '[devices]\nkind = "cpu"\ncpu_workers = 1\nmemory = "600 MiB"\n[scheduler]\nstep_tokens = 256\n'
-    config += service(SMOL, SMOL, dtype="float32", preload=True)
-    yield from _run(Daemon(tmp_path_factory.mktemp("small"), config))
+@pytest.fixture
+def small_daemon(tmp_path: Path, model: str) -> Iterator[Daemon]:
+    """One device with little room for KV beside the model's weights: requests preempt each other."""
+    memory = {SMOL: "600 MiB", GEMMA: "1072 MiB"}[model]
+    config = f'[devices]\nkind = "cpu"\ncpu_workers = 1\nmemory = "{memory}"\n[scheduler]\nstep_tokens = 256\n'
+    config += service(model, model, dtype="float32", preload=True)
+    yield from _run(Daemon(tmp_path, config))
 
 
 def _run(daemon: Daemon) -> Iterator[Daemon]:

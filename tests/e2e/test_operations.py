@@ -234,15 +234,11 @@ def test_kill_9_of_the_daemon_leaves_nothing_behind(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, IDLE)
     try:
         daemon.wait_healthy()
+        daemon.until(lambda: set(_named(daemon)) == {"seallmd-cpu0", "seallmd-host"}, "both children's start")
         family = daemon.children()
-        assert len(family) >= 2
-        scores = {
-            child.name(): _oom_score(child.pid) for child in family if child.name().startswith("seallmd-")
-        }
-        assert scores == {"seallmd-cpu0": 500, "seallmd-host": 500}, (
-            "out of memory, the daemon would go first"
-        )
-        next(child for child in family if child.name() == "seallmd-cpu0").suspend()
+        scores = {name: _oom_score(child.pid) for name, child in _named(daemon).items()}
+        assert set(scores.values()) == {500}, f"out of memory, the daemon would go first: {scores}"
+        _named(daemon)["seallmd-cpu0"].suspend()
         daemon.process.kill()
         _, alive = psutil.wait_procs(family, timeout=10)
         assert not alive, f"left behind: {alive}"
@@ -254,6 +250,11 @@ def test_kill_9_of_the_daemon_leaves_nothing_behind(tmp_path: Path) -> None:
         assert again.stop() == 0
     finally:
         again.kill()
+
+
+def _named(daemon: Daemon) -> dict[str, psutil.Process]:
+    """The children that have said who they are, by name."""
+    return {child.name(): child for child in daemon.children() if child.name().startswith("seallmd-")}
 
 
 def _oom_score(pid: int) -> int:

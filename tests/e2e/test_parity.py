@@ -76,10 +76,11 @@ def test_both_models_at_once(daemon: Daemon, reference: Reference) -> None:
     assert asyncio.run(run()) == [reference[SMOL], reference[GEMMA]]
 
 
-def test_after_forced_preemption(small_daemon: Daemon, reference: Reference) -> None:
+@both
+def test_after_forced_preemption(small_daemon: Daemon, reference: Reference, model: str) -> None:
     """Too little memory for all: requests are preempted, computed again, and end the same."""
-    assert together(small_daemon, SMOL, 20) == reference[SMOL]
-    assert small_daemon.service(SMOL)["preemptions"] > 0, "nothing was preempted: the test shows nothing"
+    assert together(small_daemon, model, 20) == reference[model]
+    assert small_daemon.service(model)["preemptions"] > 0, "nothing was preempted: the test shows nothing"
 
 
 @both
