@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from typing import Literal
 
 import msgspec
 
@@ -34,13 +35,25 @@ class LayerShape(msgspec.Struct, frozen=True, array_like=True, gc=False):
     v_dim: int
 
 
+class Shard(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What one of `ranks` tensor-parallel ranks holds; the same for each of them.
+
+    layers: KV of each attention layer on one rank. segments: bytes of each weights segment of one rank.
+    """
+
+    ranks: int
+    layers: tuple[LayerShape, ...]
+    segments: tuple[int, ...]
+
+
 class ModelShape(msgspec.Struct, frozen=True, gc=False):
     """What the probe learnt of a model.
 
     dtype: "float32", "float16" or "bfloat16", of weights and KV. itemsize: bytes per element.
     segments: bytes of each weights segment, in image order; only a segment must be contiguous in an arena.
     layers: one entry per attention layer. vocab: rows of the output layer. context: the limit in tokens
-    that the service runs with. eos: token ids that end a generation.
+    that the service runs with. eos: token ids that end a generation. shards: how it can be split over
+    several devices by tensor parallelism, fewest ranks first; `layers` and `segments` are those of one rank.
     """
 
     architecture: str
@@ -51,6 +64,7 @@ class ModelShape(msgspec.Struct, frozen=True, gc=False):
     vocab: int
     context: int
     eos: tuple[int, ...] = ()
+    shards: tuple[Shard, ...] = ()
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -82,12 +96,14 @@ class BuildImage(Message, frozen=True):
     """Build the host image of a service: all its weights, flattened, in shared memory.
 
     directory, dtype, context: as `Probed` told them, so that a host process that was restarted can do it too.
+    ranks: tensor-parallel ranks; the image of rank r is the r-th of as many equal parts.
     """
 
     service: str
     directory: str = ""
     dtype: str = "auto"
     context: int = 0
+    ranks: int = 1
 
 
 class DropImage(Message, frozen=True):
@@ -153,10 +169,23 @@ class Extent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     arena_at: int
 
 
+class Group(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A worker's part in a tensor-parallel group. id: names the group, once in a daemon's life.
+
+    rank: 0 .. ranks-1. Every member gets the group's steps in the same order relative to all other groups'
+    steps. Rank 0 alone draws tokens and reports them; the others report none.
+    """
+
+    id: int
+    rank: int
+    ranks: int
+
+
 class CopyIn(Message, frozen=True):
     """Make a service resident: copy its image into the arena while other services keep stepping.
 
-    copy: comes back in the outcome, so that a copy that was cancelled is told from the next one.
+    copy: comes back in the outcome, so that a copy that was cancelled is told from the next one. group: None
+    for a service on one device.
     """
 
     service: str
@@ -166,6 +195,7 @@ class CopyIn(Message, frozen=True):
     image: str
     extents: tuple[Extent, ...]
     copy: int = 0
+    group: Group | None = None
 
 
 class DropWeights(Message, frozen=True):
@@ -176,6 +206,20 @@ class DropWeights(Message, frozen=True):
 
 class MoveBlocks(Message, frozen=True):
     """Copy KV blocks `src[i]` -> `dst[i]` of the arena, and rename them in every block table."""
+
+    src: tuple[int, ...]
+    dst: tuple[int, ...]
+
+
+class SaveBlocks(Message, frozen=True):
+    """Copy KV blocks `src[i]` of the arena to slots `dst[i]` of the device's host memory for KV."""
+
+    src: tuple[int, ...]
+    dst: tuple[int, ...]
+
+
+class RestoreBlocks(Message, frozen=True):
+    """Copy slots `src[i]` of the device's host memory for KV to blocks `dst[i]` of the arena."""
 
     src: tuple[int, ...]
     dst: tuple[int, ...]
@@ -216,6 +260,8 @@ class Admit(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 class Row(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
     """Run `count` tokens of a request from position `start`; `blocks` are appended to its table first.
+
+    A block of the split layout holds one layer: there `blocks` are layer after layer of each run of tokens.
 
     sample: draw the next token after the row's last one. The worker appends it to the request's tokens, so
     that a later row can run it before the daemon has seen it.
@@ -279,7 +325,10 @@ class CopyFailed(Message, frozen=True):
 
 
 class StepDone(Message, frozen=True):
-    """tokens: one per row with `sample`, in row order. seconds: from the step's start to its end."""
+    """tokens: one per row with `sample`, in row order. seconds: from the step's start to its end.
+
+    In a tensor-parallel group every rank answers, and only rank 0 has tokens.
+    """
 
     step: int
     tokens: tuple[int, ...]
@@ -295,7 +344,9 @@ class StepFailed(Message, frozen=True):
 
 ToHost = Probe | BuildImage | DropImage | Shutdown
 FromHost = Hello | Probed | ProbeFailed | JobProgress | ImageReady | ImageFailed
-ToWorker = CopyIn | DropWeights | DropImage | MoveBlocks | Step | Forget | Shutdown
+ToWorker = (
+    CopyIn | DropWeights | DropImage | MoveBlocks | SaveBlocks | RestoreBlocks | Step | Forget | Shutdown
+)
 FromWorker = Hello | JobProgress | CopyDone | CopyFailed | StepDone | StepFailed
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -334,7 +385,9 @@ class WorkerSettings(msgspec.Struct, frozen=True, gc=False):
 
     device: "cpu" or "cuda:N". arena_bytes: size of the arena, 0 = what the GPU has free, less `reserve_bytes`
     (activations, workspaces, CUDA context). block_bytes: the arena's unit. threads: CPU threads for math.
-    cache: directory for downloaded and converted models.
+    cache: directory for downloaded and converted models. host_kv_bytes: host memory for preempted KV, in
+    slots of one block. kv_layout: "merged" (a block holds all layers of its tokens) or "split" (one layer).
+    rendezvous: a private directory in which the members of tensor-parallel groups find each other.
     """
 
     name: str
@@ -344,3 +397,6 @@ class WorkerSettings(msgspec.Struct, frozen=True, gc=False):
     block_bytes: int = 1 << 21
     threads: int = 1
     cache: str = ""
+    host_kv_bytes: int = 0
+    kv_layout: Literal["merged", "split"] = "merged"
+    rendezvous: str = ""
