@@ -53,8 +53,10 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     memory shared among them, at most 4 GiB each. reserve: GPU memory kept out of the arena, for activations
     and CUDA itself. threads: math threads of each CPU device; 0 = the cores shared among them. block: the
     arena's unit; empty = 2 MiB on GPUs, 512 KiB on CPUs. host_memory: limit for host images of models;
-    empty = half of the machine's memory. cache: where downloaded and converted models are kept; empty =
-    ~/.cache/seallmd.
+    empty = half of the machine's memory. host_kv: host memory of each device for the KV of preempted
+    requests; empty = 4 GiB for a GPU, a quarter of its arena for a CPU device. kv_layout: whether a block
+    holds all layers of its tokens ("merged") or one ("split"). cache: where downloaded and converted models
+    are kept; empty = ~/.cache/seallmd.
     """
 
     kind: Literal["auto", "cuda", "cpu"] = "auto"
@@ -64,6 +66,8 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     block: str = ""
     host_memory: str = ""
+    host_kv: str = ""
+    kv_layout: Literal["merged", "split"] = "merged"
     cache: str = ""
 
 
@@ -170,13 +174,27 @@ def _check(config: Config, path: Path, text: str) -> None:
         if name in names[:index]:
             line = _line_of(text, f"`$.service[{index}].name`", "")
             raise ConfigError(f"{path}:{line}: the name {name!r} is used twice")
+    for index, service in enumerate(config.service):
+        if wrong := _wrong_groups(service):
+            line = _line_of(text, f"`$.service[{index}].devices`", "")
+            raise ConfigError(f"{path}:{line}: {wrong}")
     devices = config.devices
-    for key in ("memory", "reserve", "block", "host_memory"):
+    for key in ("memory", "reserve", "block", "host_memory", "host_kv"):
         _check_size(getattr(devices, key), f"`$.devices.{key}`", path, text)
     _check_size(config.journal.limit, "`$.journal.limit`", path, text)
     if devices.block and not 4096 <= Size(devices.block).bytes_ <= 1 << 30:
         line = _line_of(text, "`$.devices.block`", "")
         raise ConfigError(f"{path}:{line}: a block has 4 KiB to 1 GiB, not {devices.block}")
+
+
+def _wrong_groups(service: ServiceSettings) -> str:
+    """What is wrong with the groups of devices that a service may come in on."""
+    for group in service.devices:
+        if len(group) != (service.tensor_parallel or 1):
+            return f"{list(group)} is not a group of tensor_parallel = {service.tensor_parallel or 1} devices"
+        if len(set(group)) < len(group) or min(group) < 0:
+            return f"{list(group)} is not a group of different devices"
+    return ""
 
 
 def _check_size(value: str, place: str, path: Path, text: str) -> None:

@@ -196,7 +196,7 @@ def _of_services(status: NodeStatus) -> Iterator[Metric]:
     yield counter("seallmd_swaps", "Times that it was brought in.", lambda s: s.swaps_in)
     yield gauge("seallmd_last_swap_seconds", "How long the last one took.", lambda s: s.last_swap_seconds)
     yield gauge("seallmd_kv_bytes", "Its KV on devices.", lambda s: s.kv_bytes)
-    yield gauge("seallmd_replicas", "Devices that it is on, or on its way to.", lambda s: len(s.devices))
+    yield gauge("seallmd_replicas", "Replicas that are there, or on their way.", lambda s: len(s.groups))
     yield gauge("seallmd_cost_error_ratio", "How far predicted step times are off.", lambda s: s.cost_error)
 
 

@@ -113,7 +113,7 @@ def running_card(view: ServiceView, status: ServiceStatus) -> dict[str, Any]:
     """A resident service in /api/ps. It has no time at which it leaves."""
     card = model_card(view)
     del card["modified_at"]
-    size = status.weights_bytes * max(1, len(status.devices)) + status.kv_bytes
+    size = status.weights_bytes * max(1, len(status.groups)) + status.kv_bytes
     return {
         **card,
         "size": size,

@@ -8,12 +8,13 @@ senior one always gets on, and nothing ever waits for something that waits for i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
-from seallmd.core.arena import Arena
-from seallmd.core.messages import Admit, Row, Step
+from seallmd.core.messages import Admit, RestoreBlocks, Row, Step
+from seallmd.core.ranks import Tables
+from seallmd.core.request import Life, Request, SavedKv
 from seallmd.core.room import Room
-from seallmd.core.state import Device, Life, NodeState, Replica, Request, SentRow, SentStep, Service, Stage
+from seallmd.core.state import Device, NodeState, Replica, SentRow, SentStep, Service, Stage
 
 
 class Batcher:
@@ -50,33 +51,28 @@ class Batcher:
 
     # ------------------------------------------------------------------------------- one step
 
-    def form(self, device: Device, replica: Replica) -> Step | None:
-        """The replica's next step, with all its memory taken; None when nothing can run now."""
-        service = self._state.services[replica.service]
-        former = _StepFormer(self._state, self._room, device, replica, service)
+    def form(self, replica: Replica) -> list[tuple[Device, Step]]:
+        """The replica's next step for each of its devices, with its memory taken; empty if none can run."""
+        former = _StepFormer(self._state, self._room, replica)
         for request in sorted(replica.running.values(), key=lambda r: r.order):
             former.add(request)
         for request in list(self._admissible(replica)):
             if not former.admit(request):
                 break
-        return former.step()
+        return former.steps()
 
 
 class _StepFormer:
     """One step in the making."""
 
-    def __init__(
-        self, state: NodeState, room: Room, device: Device, replica: Replica, service: Service
-    ) -> None:
-        assert device.arena is not None
+    def __init__(self, state: NodeState, room: Room, replica: Replica) -> None:
         self._state = state
         self._room = room
-        self._device = device
+        self._group = state.group(replica)
         self._replica = replica
-        self._service = service
-        self._arena: Arena = device.arena
-        self._block_tokens = service.block_tokens
-        self._rows: dict[int, Row] = {}
+        self._ranks = replica.ranks
+        self._service: Service = state.services[replica.service]
+        self._rows: list[dict[int, Row]] = [{} for _ in self._group]  # by rank and request
         self._sent: list[SentRow] = []
         self._admits: list[Admit] = []
         limits = state.settings.scheduler
@@ -90,7 +86,7 @@ class _StepFormer:
         if request.life is not Life.RUNNING or not request.runnable or not self._rows_left:
             return
         count = 1 if request.pending == 1 else min(request.pending, self._prefill_left)
-        fresh = max(0, self._blocks_for(request.scheduled + count) - len(request.blocks))
+        fresh = max(0, self._service.blocks_for(request.scheduled + count) - len(request.tables[0]))
         if count and self._had(fresh, request):
             self._append(request, count, self._take(request, fresh))
 
@@ -102,77 +98,114 @@ class _StepFormer:
             return False  # the other replicas' part
         if self._belongs_elsewhere(request):
             return True
-        device = self._device
-        if self._state.claimed(device, request.order):
+        if any(self._state.claimed(device, request.order) for device in self._group):
             return False  # somebody senior waits for the memory that this one would take
-        shared = self._shared_prefix(request)
-        for block in shared:  # first, so that making room cannot reclaim them
-            self._arena.share(block)
-        done = len(shared) * self._block_tokens
+        shared = self._shared_prefix(request)  # held at once, so that making room cannot reclaim it
+        done = len(shared[0]) // self._service.run_blocks * self._service.run_tokens
+        saved = self._worth_restoring(request.saved, done)
+        if saved is not None:
+            done = saved.tokens
         count = min(len(request.tokens) - done, self._prefill_left)
-        fresh = self._blocks_for(done + count) - len(shared)
-        margin = len(self._replica.running)  # the next tokens of those that run already
+        fresh = self._service.blocks_for(done + count) - len(shared[0])
+        margin = len(self._replica.running) * self._service.run_blocks  # the next tokens of those that run
         if not self._has_room(fresh, request, margin):
-            self._arena.release(shared)
-            self._state.claim(device, request.order, request.service)
+            self._ranks.release(shared)
+            for device in self._group:
+                self._state.claim(device, request.order, request.service)
             return False
         self._enter(request, shared)
-        self._append(request, count, [*shared, *self._take(request, fresh)])
+        taken = self._take(request, fresh)
+        if saved is not None:
+            self._restore(request, saved, len(shared[0]))
+        self._state.drop_saved(request)
+        request.scheduled = request.computed = done
+        if not request.emitted:
+            request.cached = done
+        self._append(request, count, _joined(shared, taken))
         return True
 
     def _belongs_elsewhere(self, request: Request) -> bool:
-        """Whether a request could outgrow this device (pinned services keep their part) but not another's."""
-        blocks = self._blocks_for(request.prompt + request.max_tokens)
-        state, service = self._state, self._service
-        rooms = {r.device: state.most_kv_blocks(state.devices[r.device], service) for r in service.replicas}
-        return rooms[self._device.index] < blocks <= max(rooms.values())
+        """Whether a request could outgrow this group (pinned services keep their part) but not another's."""
+        service = self._service
+        if len(service.replicas) == 1:
+            return False
+        blocks = service.blocks_for(request.prompt + request.max_tokens)
+        rooms = {replica.leader: self._state.most_kv_blocks_of(replica) for replica in service.replicas}
+        return rooms[self._replica.leader] < blocks <= max(rooms.values())
 
-    def _shared_prefix(self, request: Request) -> list[int]:
+    def _shared_prefix(self, request: Request) -> Tables:
         if not self._state.settings.scheduler.prefix_reuse:
-            return []
+            return tuple([] for _ in self._group)
         # The last token is always computed: its logits are wanted.
-        return self._arena.prefix.match(request.root, request.tokens[:-1], self._block_tokens)
+        service = self._service
+        return self._ranks.share_prefix(
+            self._root(request), request.tokens[:-1], service.run_tokens, service.run_blocks
+        )
+
+    def _root(self, request: Request) -> Hashable:
+        """What prefixes that the request may share begin with."""
+        return (request.root, self._service.breaks)
+
+    def _worth_restoring(self, saved: SavedKv | None, shared_tokens: int) -> SavedKv | None:
+        """KV in host memory, if it lies beside this group and is more than the arena still has."""
+        useful = saved is not None and saved.devices == self._replica.devices and saved.tokens > shared_tokens
+        return saved if useful else None
+
+    def _restore(self, request: Request, saved: SavedKv, shared_blocks: int) -> None:
+        """Bring back what was saved, beyond the blocks that are shared."""
+        for device, slots, table in zip(self._group, saved.slots, request.tables, strict=True):
+            back, blocks = slots[shared_blocks:], table[shared_blocks : len(slots)]
+            self._state.send(device.index, RestoreBlocks(tuple(back), tuple(blocks)))
 
     def _has_room(self, blocks: int, request: Request, margin: int) -> bool:
         """Room for an admission, without pushing out anything that runs; alone, it may take all there is."""
-        if self._arena.available >= blocks + margin:
+        for device in self._group:
+            arena = device.arena
+            assert arena is not None
+            if arena.available < blocks + margin:
+                self._room.evict_idle(device, blocks + margin, keep=request.service)
+        if self._ranks.available >= blocks + margin:
             return True
-        self._room.evict_idle(self._device, blocks + margin, keep=request.service)
-        if self._arena.available >= blocks + margin:
-            return True
-        return self._alone() and self._room.make_room(self._device, blocks, request, kept=self._rows)
+        return self._alone() and self._had(blocks, request)
 
     def _alone(self) -> bool:
-        return not any(replica.running for replica in self._device.replicas.values())
+        return not any(replica.running for device in self._group for replica in device.replicas.values())
 
-    def _enter(self, request: Request, shared: list[int]) -> None:
+    def _enter(self, request: Request, shared: Tables) -> None:
         del self._service.waiting[request.order]
         request.move("admit")
-        request.device = self._device.index
-        request.blocks = list(shared)
-        request.scheduled = request.computed = len(shared) * self._block_tokens
-        request.indexed = len(shared)
-        request.parent = self._arena.prefix.parent_of(shared[-1]) if shared else request.root
+        request.replica = self._replica
+        request.tables = tuple(list(table) for table in shared)
+        request.indexed = len(shared[0]) // self._service.run_blocks
+        request.parents = self._ranks.parents(self._root(request), shared)
         request.announced = True
-        if not request.emitted:
-            request.cached = request.scheduled
         self._replica.running[request.id] = request
         self._admits.append(Admit(request.id, tuple(request.tokens), request.prompt, request.sampling))
 
     def _had(self, blocks: int, request: Request) -> bool:
-        """Whether a running request can have blocks now, from its juniors if need be."""
-        return blocks <= self._arena.available or self._room.make_room(
-            self._device, blocks, request, kept=self._rows
+        """Whether a request can have blocks on every rank now, from its juniors if need be."""
+        if blocks <= self._ranks.available:
+            return True
+        # One rank at a time: making room on the next may end the request itself.
+        return (
+            all(
+                self._room.make_room(device, blocks, request, kept=self._rows[0])
+                for device in self._group
+                if request.id in self._state.requests
+            )
+            and blocks <= self._ranks.available
         )
 
-    def _take(self, request: Request, blocks: int) -> list[int]:
-        taken = self._arena.take(blocks)
-        request.blocks += taken
+    def _take(self, request: Request, blocks: int) -> Tables:
+        taken = self._ranks.take(blocks)
+        for table, more in zip(request.tables, taken, strict=True):
+            table += more
         return taken
 
-    def _append(self, request: Request, count: int, blocks: list[int]) -> None:
+    def _append(self, request: Request, count: int, fresh: Tables) -> None:
         sample = count == request.pending
-        self._rows[request.id] = Row(request.id, request.scheduled, count, sample, tuple(blocks))
+        for rows, blocks in zip(self._rows, fresh, strict=True):
+            rows[request.id] = Row(request.id, request.scheduled, count, sample, tuple(blocks))
         self._sent.append(SentRow(request, request.epoch, count, sample))
         self._rows_left -= 1
         if request.pending > 1:
@@ -181,18 +214,26 @@ class _StepFormer:
         request.drawn += sample
         request.inflight += 1
 
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self._block_tokens)
-
-    def step(self) -> Step | None:
-        """The step, noted as on its way; None when it has no rows."""
-        if not self._rows:
-            return None
-        state, device = self._state, self._device
+    def steps(self) -> list[tuple[Device, Step]]:
+        """The step of each device, noted as on its way; nothing when it has no rows."""
+        if not self._sent:
+            return []
+        state, replica = self._state, self._replica
         state.steps += 1
-        rows = self._rows.values()
+        rows = self._rows[0].values()
         tokens, context = sum(row.count for row in rows), sum(row.start + row.count for row in rows)
-        device.inflight[state.steps] = SentStep(state.steps, self._service.name, self._sent, tokens, context)
-        device.last_served = self._service.name
-        self._replica.used, self._replica.served = state.now, True
-        return Step(state.steps, self._service.name, tuple(self._admits), tuple(self._rows.values()))
+        sent = SentStep(
+            state.steps, replica.service, replica.copy, replica.leader, self._sent, tokens, context
+        )
+        replica.used, replica.served = state.now, True
+        admits, steps = tuple(self._admits), list[tuple[Device, Step]]()
+        for device, rows_here in zip(self._group, self._rows, strict=True):
+            device.inflight[sent.id] = sent
+            device.last_served = replica.service
+            steps.append((device, Step(sent.id, replica.service, admits, tuple(rows_here.values()))))
+        return steps
+
+
+def _joined(first: Tables, second: Tables) -> Tables:
+    """Rank by rank, one after the other."""
+    return tuple([*a, *b] for a, b in zip(first, second, strict=True))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from seallmd.core.state import Device, Life, NodeState, Stage
+from seallmd.core.request import Life
+from seallmd.core.state import Device, NodeState, Stage
 
 
 def check_node(state: NodeState) -> None:
@@ -20,7 +21,9 @@ def check_node(state: NodeState) -> None:
         assert list(service.waiting) == sorted(service.waiting), "waiting is not in order of arrival"
         assert not (service.refused and (service.waiting or service.replicas))
         for replica in service.replicas:
-            assert state.devices[replica.device].replicas.get(service.name) is replica
+            assert len(replica.devices) == service.ranks == len(set(replica.devices))
+            for device in state.group(replica):
+                assert device.replicas.get(service.name) is replica
 
 
 def _check_requests(state: NodeState) -> None:
@@ -28,7 +31,11 @@ def _check_requests(state: NodeState) -> None:
     assert set(places) == set(state.requests), "a request is nowhere, or somewhere though it has ended"
     assert all(count == 1 for count in places.values()), "a request is in two places"
     rows = Counter(
-        row.request.id for d in state.devices.values() for s in d.inflight.values() for row in s.rows
+        row.request.id
+        for device in state.devices.values()
+        for step in device.inflight.values()
+        if step.leader == device.index
+        for row in step.rows
     )
     for request in state.requests.values():
         generated = len(request.tokens) - request.prompt
@@ -38,15 +45,19 @@ def _check_requests(state: NodeState) -> None:
         if request.inflight == 0:
             assert generated == request.drawn, f"request {request.id}: a drawn token never came"
         if request.life is Life.WAITING:
-            assert not request.blocks
+            assert not request.tables
+            assert request.replica is None
             assert request.scheduled == 0
             assert state.services[request.service].waiting[request.order] is request
+        else:
+            assert request.saved is None
 
 
 def _check_device(state: NodeState, device: Device) -> None:
     if device.arena is None:
         assert not device.replicas
         assert not device.inflight
+        assert device.reserved is None
         return
     device.arena.check()
     held: Counter[int] = Counter()
@@ -56,14 +67,24 @@ def _check_device(state: NodeState, device: Device) -> None:
         assert replica.stage is not Stage.COPYING or not replica.running
         assert device.arena.weights_of(service.name) == sum(service.segment_blocks)
         weights += device.arena.weights_of(service.name)
-        size = service.block_tokens
+        rank = replica.devices.index(device.index)
         for request in replica.running.values():
             assert request.life is Life.RUNNING
-            assert request.device == device.index
-            assert len(request.blocks) == -(-request.scheduled // size), "a table is too long or too short"
-            held.update(request.blocks)
+            assert request.replica is replica
+            table = request.tables[rank]
+            assert len(table) == service.blocks_for(request.scheduled), "a table is too long or too short"
+            held.update(table)
     assert weights == device.arena.weights, "weights of a service that is not here"
     assert len(held) == device.arena.kv, "KV that no request holds"
     for block, count in held.items():
         assert device.arena.refs(block) == count, f"block {block} has {device.arena.refs(block)} refs"
     assert len(device.inflight) <= state.settings.scheduler.pipeline_depth
+    if device.reserved is not None:
+        assert device.replicas.get(device.reserved.service) is device.reserved
+    saved = [request.saved for request in state.requests.values() if request.saved is not None]
+    device.host.check(
+        slot
+        for kept in saved
+        if device.index in kept.devices
+        for slot in kept.slots[kept.devices.index(device.index)]
+    )

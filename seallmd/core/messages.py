@@ -66,6 +66,15 @@ class ModelShape(msgspec.Struct, frozen=True, gc=False):
     eos: tuple[int, ...] = ()
     shards: tuple[Shard, ...] = ()
 
+    def shard(self, ranks: int) -> Shard:
+        """What one of so many ranks holds. Raises ValueError when the model cannot be split so."""
+        if ranks == 1:
+            return Shard(1, self.layers, self.segments)
+        for shard in self.shards:
+            if shard.ranks == ranks:
+                return shard
+        raise ValueError(f"{self.architecture} cannot be split over {ranks} devices")
+
     @property
     def kv_bytes_per_token(self) -> int:
         """KV bytes of one token over all layers."""

@@ -14,23 +14,17 @@ from seallmd.core import messages as msg
 from seallmd.core.arena import Arena
 from seallmd.core.batcher import Batcher
 from seallmd.core.cost import StepCosts
+from seallmd.core.host_kv import HostSlots
+from seallmd.core.images import Images
 from seallmd.core.invariants import check_node
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.report import node_status
+from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
 from seallmd.core.scheduler import POLICIES, charge
 from seallmd.core.settings import NodeSettings
-from seallmd.core.state import (
-    Device,
-    Image,
-    Life,
-    NodeState,
-    Request,
-    SentStep,
-    Service,
-    Stage,
-)
+from seallmd.core.state import Device, Image, NodeState, Replica, SentStep, Service, Stage
 from seallmd.core.status import NodeStatus
 
 
@@ -44,7 +38,8 @@ class Node:
             services={s.name: Service(s, wanted=s.preload or s.pinned) for s in settings.services},
         )
         self._room = Room(self._state)
-        self._residency = Residency(self._state, self._room)
+        self._images = Images(self._state)
+        self._residency = Residency(self._state, self._room, self._images)
         self._batcher = Batcher(self._state, self._room)
         self._policy = POLICIES[settings.scheduler.policy]
 
@@ -106,23 +101,46 @@ class Node:
         """Send steps until the device holds as many as it may, or nothing can run."""
         if device.arena is None:
             return
-        while len(device.inflight) < self._state.settings.scheduler.pipeline_depth:
-            step = self._next_step(device)
-            if step is None:
-                return
-            self._state.send(device.index, step)
+        while not self._is_full(device) and self._send_next(device):
+            pass
 
-    def _next_step(self, device: Device) -> msg.Step | None:
+    def _is_full(self, device: Device) -> bool:
+        return len(device.inflight) >= self._state.settings.scheduler.pipeline_depth
+
+    def _send_next(self, device: Device) -> bool:
+        """Send the step that goes next on a device; False when nothing can run there now."""
         ready = [replica for replica in device.replicas.values() if self._batcher.has_work(replica)]
         if not ready:
-            return None
-        for replica in self._policy(self._state, device, ready):
+            return False
+        for replica in self._in_turn(device, ready):
             # Forming a step for one may have evicted the next.
-            if device.replicas.get(replica.service) is replica:
-                step = self._batcher.form(device, replica)
-                if step is not None:
-                    return step
-        return None
+            if device.replicas.get(replica.service) is not replica:
+                continue
+            group = self._state.group(replica)
+            if any(self._is_full(member) for member in group):
+                self._reserve(replica, group)
+                return False
+            steps = self._batcher.form(replica)
+            for member, step in steps:
+                self._state.send(member.index, step)
+                if member.reserved is replica:
+                    member.reserved = None
+            if steps:
+                return True
+        return False
+
+    def _in_turn(self, device: Device, ready: list[Replica]) -> list[Replica]:
+        """The policy's order; a replica on several devices that has been waiting for another goes first."""
+        order = self._policy(self._state, device, ready)
+        if device.reserved in ready:
+            order = [device.reserved, *(replica for replica in order if replica is not device.reserved)]
+        return order
+
+    def _reserve(self, replica: Replica, group: list[Device]) -> None:
+        """Have a replica go next on all its devices, so that a busy one is waited for by a step at most."""
+        for device in group:
+            if device.reserved is None:
+                device.reserved = replica
 
     # ------------------------------------------------------------------------------------ events
 
@@ -269,26 +287,25 @@ class Node:
         assert device.arena is None, f"device {event.device} came up twice"
         device.label, device.pid, device.state, device.steps = event.label, event.pid, "up", 0
         device.arena_bytes = event.arena_bytes
-        device.arena = Arena(event.arena_bytes // self._state.settings.block_bytes)
-        self._residency.refuse_misfits()
+        settings = self._state.settings
+        device.arena = Arena(event.arena_bytes // settings.block_bytes)
+        device.host = HostSlots(settings.host_kv_bytes // settings.block_bytes)
+        self._residency.look_at_sizes()
 
     def _on_worker_lost(self, event: ev.WorkerLost) -> None:
         state, device = self._state, self._state.devices[event.device]
         device.state = "lost"
         error = "the worker process that served this request died; it is being restarted"
         for replica in list(device.replicas.values()):
-            for request in list(replica.running.values()):
-                state.finish(request, "failed", error, code="worker_lost", status=503, retry_after=1.0)
-            service = state.services[replica.service]
-            service.replicas.remove(replica)
-            service.progress = None
-            if not service.replicas:
-                service.wanted = not service.evict_tickets
-                state.answer(service.evict_tickets)
+            self._room.break_up(replica, error, "worker_lost")
         for step in device.inflight.values():
-            self._void(step)
+            if step.leader == device.index:
+                self._void(step)
         for service in state.services.values():
             service.former.pop(device.index, None)
+            for request in service.waiting.values():
+                if request.saved is not None and device.index in request.saved.devices:
+                    state.drop_saved(request)
         state.note("", f"device {device.index} lost: {event.reason}")
         state.devices[device.index] = Device(device.index, device.label, state="lost")
 
@@ -302,25 +319,27 @@ class Node:
     def _on_device(self, device: Device, message: object) -> None:
         match message:
             case msg.StepDone(step, tokens, seconds):
-                self._on_step_done(device, device.inflight.pop(step), tokens, seconds)
+                sent = device.inflight.pop(step)
+                device.steps += 1
+                if sent.leader == device.index:  # the other ranks have nothing to tell
+                    self._on_step_done(sent, tokens, seconds)
             case msg.StepFailed(step, reason):
-                self._on_step_failed(device.inflight.pop(step), reason)
+                self._on_step_failed(device, device.inflight.pop(step), reason)
             case msg.CopyDone(name, seconds, copy):
-                if self._awaited(device, name, copy):
-                    self._residency.copied(device, name, seconds)
+                if replica := self._awaited(device, name, copy):
+                    self._residency.copied(replica, device, seconds)
             case msg.CopyFailed(name, reason, copy):
-                if self._awaited(device, name, copy):
-                    self._residency.copy_failed(device, name, reason)
+                if replica := self._awaited(device, name, copy):
+                    self._residency.copy_failed(replica, reason)
             case msg.JobProgress(name, stage, done, total):
                 self._state.services[name].progress = (stage, done, total)
 
-    def _awaited(self, device: Device, name: str, copy: int) -> bool:
-        """Whether a copy's outcome still matters: one that was evicted may end before it hears of that."""
+    def _awaited(self, device: Device, name: str, copy: int) -> Replica | None:
+        """The replica that a copy is for; None when it was evicted before its copy heard of that."""
         replica = device.replicas.get(name)
-        return replica is not None and replica.copy == copy
+        return replica if replica is not None and replica.copy == copy else None
 
-    def _on_step_done(self, device: Device, step: SentStep, tokens: tuple[int, ...], seconds: float) -> None:
-        device.steps += 1
+    def _on_step_done(self, step: SentStep, tokens: tuple[int, ...], seconds: float) -> None:
         profile = self._state.services[step.service].profile
         assert profile is not None
         profile.stepped(step.tokens, len(step.rows), step.context, seconds)
@@ -335,22 +354,23 @@ class Node:
                 request.tokens.append(token)
             if row.epoch == request.epoch and request.life is Life.RUNNING:
                 request.computed += row.count
-                self._index_blocks(device, request)
+                self._index_blocks(request)
             if token is not None:
                 self._on_token(request, token)
         assert next(drawn, None) is None, f"step {step.id} drew more tokens than it was asked for"
 
-    def _index_blocks(self, device: Device, request: Request) -> None:
+    def _index_blocks(self, request: Request) -> None:
         """Let others reuse the blocks whose KV is complete and whose tokens are known."""
-        assert device.arena is not None
+        assert request.replica is not None
         if not self._state.settings.scheduler.prefix_reuse:
             return
-        size = self._state.services[request.service].block_tokens
+        service = self._state.services[request.service]
+        size, blocks = service.run_tokens, service.run_blocks
         while (request.indexed + 1) * size <= request.computed:
             start = request.indexed * size
             tokens = tuple(request.tokens[start : start + size])
-            block = request.blocks[request.indexed]
-            request.parent = device.arena.prefix.insert(request.parent, tokens, block)
+            at = request.indexed * blocks
+            request.replica.ranks.index(request.parents, request.tables, at, tokens, blocks)
             request.indexed += 1
 
     def _on_token(self, request: Request, token: int) -> None:
@@ -367,13 +387,19 @@ class Node:
         service.profile.ended(request.prompt, output)
         state.finish(request, "stop" if token in request.stop_ids else "length")
 
-    def _on_step_failed(self, step: SentStep, reason: str) -> None:
-        self._void(step)
+    def _on_step_failed(self, device: Device, step: SentStep, reason: str) -> None:
+        error = "the model failed on this request"
+        replica = self._awaited(device, step.service, step.copy)
+        if step.leader == device.index:
+            self._void(step)
+            for row in step.rows:
+                if row.request.life is not Life.DONE:
+                    self._state.finish(row.request, "failed", error, code="step_failed", status=500)
+        elif replica is None:
+            return  # its group is gone already
         self._state.note(step.service, f"step failed: {reason}")
-        for row in step.rows:
-            if row.request.life is not Life.DONE:
-                error = "the model failed on this request"
-                self._state.finish(row.request, "failed", error, code="step_failed", status=500)
+        if replica is not None and len(replica.devices) > 1:
+            self._room.break_up(replica, error, "step_failed")  # its ranks are out of step for good
 
     # ------------------------------------------------------------------------------------ host process
 
@@ -400,17 +426,16 @@ class Node:
         match message:
             case msg.Probed(name, directory, shape):
                 service = self._state.services[name]
-                service.examine(directory, shape, self._state.settings.block_bytes)
+                service.directory, service.shape, service.progress = directory, shape, None
+                service.split_over(1, self._state.settings)
                 costs = StepCosts.guess(self._state.settings.roofline, shape)
                 known = self._state.settings.profiles.get(name)
                 service.profile = deepcopy(known) if known is not None else ServiceProfile(costs)
-                self._residency.refuse_misfits()
+                self._residency.look_at_sizes()
             case msg.ProbeFailed(name, reason):
                 self._residency.refuse(self._state.services[name], reason)
             case msg.ImageReady(name, path, _, _):
-                service = self._state.services[name]
-                service.image, service.image_path, service.progress = Image.READY, path, None
-                service.image_used = self._state.now
+                self._images.built(self._state.services[name], path)
             case msg.ImageFailed(name, reason):
                 self._state.services[name].image = Image.NONE
                 self._residency.load_failed(self._state.services[name], reason)

@@ -24,16 +24,21 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._entry)
 
-    def match(self, root: Hashable, tokens: Sequence[int], block_tokens: int) -> list[int]:
-        """Blocks that hold the longest known prefix of `tokens`, in order; whole blocks only."""
+    def match(self, root: Hashable, tokens: Sequence[int], run_tokens: int, run_blocks: int = 1) -> list[int]:
+        """Blocks that hold the longest known prefix of `tokens`, in order; whole runs only.
+
+        A run is the blocks that hold the same `run_tokens` tokens: one, or one per layer.
+        """
         found: list[int] = []
         parent = root
-        for end in range(block_tokens, len(tokens) + 1, block_tokens):
-            block = self._block.get((parent, tuple(tokens[end - block_tokens : end])))
-            if block is None:
-                break
-            found.append(block)
-            parent = self._entry[block][1]
+        for end in range(run_tokens, len(tokens) + 1, run_tokens):
+            key = tuple(tokens[end - run_tokens : end])
+            for _ in range(run_blocks):
+                block = self._block.get((parent, key))
+                if block is None:
+                    return found[: len(found) // run_blocks * run_blocks]
+                found.append(block)
+                parent, key = self._entry[block][1], ()
         return found
 
     def parent_of(self, block: int) -> Hashable:
@@ -53,6 +58,13 @@ class PrefixIndex:
         self._block[key] = block
         self._entry[block] = (key, self._next_id)
         return self._next_id
+
+    def insert_run(self, parent: Hashable, tokens: tuple[int, ...], blocks: Sequence[int]) -> Hashable:
+        """Note that a run of blocks holds `tokens`: the first by the tokens, the others by their place."""
+        for block in blocks:
+            parent = self.insert(parent, tokens, block)
+            tokens = ()
+        return parent
 
     def remove(self, block: int) -> None:
         """Forget what `block` holds. Entries behind it become unreachable and leave as their blocks do."""

@@ -5,8 +5,9 @@ Owns the wording of states. Must not change anything.
 
 from __future__ import annotations
 
+from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
-from seallmd.core.state import Device, Image, Life, NodeState, Replica, Request, Service, Stage
+from seallmd.core.state import Device, Image, NodeState, Replica, Service, Stage
 from seallmd.core.status import (
     DeviceStatus,
     NodeStatus,
@@ -40,6 +41,7 @@ def _device(state: NodeState, device: Device) -> DeviceStatus:
         kv_bytes=arena.kv * unit if arena else 0,
         free_bytes=arena.available * unit if arena else 0,
         cached_bytes=arena.cached * unit if arena else 0,
+        host_kv_bytes=(device.host.capacity - device.host.available) * unit,
         steps=device.steps,
     )
 
@@ -51,13 +53,19 @@ def _service(state: NodeState, residency: Residency, service: Service, now: floa
     if service.progress is not None:
         _, done, total = service.progress
         fraction = done / total if total else 0.0
-    blocks = {(r.device, block) for r in service.running for block in r.blocks}
+    blocks = {
+        (device, block)
+        for request in service.running
+        if request.replica is not None
+        for device, table in zip(request.replica.devices, request.tables, strict=True)
+        for block in table
+    }
     return ServiceStatus(
         name=service.name,
         model=service.settings.model,
         state=service_state(service),
         pinned=service.settings.pinned,
-        device=replica.device if replica else None,
+        device=replica.leader if replica else None,
         stage=fraction,
         weights_bytes=shape.weights_bytes if shape else 0,
         kv_bytes=len(blocks) * state.settings.block_bytes,
@@ -72,7 +80,9 @@ def _service(state: NodeState, residency: Residency, service: Service, now: floa
         swaps_in=service.swaps_in,
         last_swap_seconds=service.last_swap_seconds,
         reason=service.refused or service.trouble,
-        devices=tuple(r.device for r in service.replicas),
+        devices=tuple(sorted(device for r in service.replicas for device in r.devices)),
+        groups=tuple(r.devices for r in service.replicas),
+        saves=service.saves,
         cost_error=service.profile.costs.error if service.profile else 0.0,
     )
 
@@ -101,7 +111,8 @@ def service_detail(state: NodeState, status: ServiceStatus, now: float) -> Servi
         kv_bytes_per_token=service.shape.kv_bytes_per_token if service.shape else 0,
         places=tuple(
             Place(
-                device=replica.device,
+                device=replica.leader,
+                devices=replica.devices,
                 state=replica.stage.value,
                 weights_bytes=state.weights_blocks(service) * state.settings.block_bytes,
                 running=len(replica.running),
@@ -129,7 +140,7 @@ def _request(state: NodeState, request: Request, place: int, now: float) -> Requ
         request=request.id,
         service=request.service,
         state=request.life.value,
-        device=request.device if running else None,
+        device=request.replica.leader if request.replica is not None else None,
         age_seconds=max(0.0, now - request.arrived),
         prompt_tokens=request.prompt,
         output_tokens=len(request.tokens) - request.prompt,
@@ -156,8 +167,8 @@ def _why_waiting(state: NodeState, request: Request, place: int) -> str:
 
 
 def _is_claimed(state: NodeState, replica: Replica, request: Request) -> bool:
-    claim = state.devices[replica.device].claim
-    return claim is not None and claim.order < request.order
+    claims = [device.claim for device in state.group(replica)]
+    return any(claim is not None and claim.order < request.order for claim in claims)
 
 
 def _why_absent(service: Service) -> str:

@@ -1,74 +1,122 @@
-"""Which services come into which arena.
+"""Which services come into which arenas.
 
-Owns placing, host images, and the outcome of copies. Must not form steps, nor know how room is made (`room`)
-or why a service is wanted beyond the requests and tickets it has. All waiters of one model share one swap; a
-busy service is asked to make room only after somebody has waited `patience_seconds` for it.
+Owns placing, the number of ranks, and the outcome of copies. Must not form steps, nor know how room is made
+(`room`) or why a service is wanted beyond the requests and tickets it has. All waiters of one model share one
+swap; a busy service is asked to make room only after somebody has waited `patience_seconds` for it.
+
+A place is a group of devices, in rank order; for most services a group of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 
-from seallmd.core.arena import Arena
-from seallmd.core.events import ToHostProcess
-from seallmd.core.messages import BuildImage, CopyIn, DropImage, Extent, MoveBlocks
+from seallmd.core.images import Images
+from seallmd.core.messages import CopyIn, Extent, Group, MoveBlocks
+from seallmd.core.ranks import Ranks
+from seallmd.core.request import Life
 from seallmd.core.room import Room
 from seallmd.core.scaling import is_idle, wants_replica, watch_pressure
-from seallmd.core.state import Claim, Device, Image, Life, NodeState, Replica, Service, Stage
+from seallmd.core.state import Claim, Device, Image, NodeState, Replica, Service, Stage
 
 MAX_RETRY_SECONDS = 60.0
+
+Place = Sequence[Device]
 
 
 class Residency:
     """Moves services in and out on the shared state."""
 
-    def __init__(self, state: NodeState, room: Room) -> None:
+    def __init__(self, state: NodeState, room: Room, images: Images) -> None:
         self._state = state
         self._room = room
+        self._images = images
 
     # ------------------------------------------------------------------------------- what could fit
+
+    def places(self, service: Service, ranks: int = 0) -> list[Place]:
+        """Groups of running devices that a service may come in on: those configured, else neighbours.
+
+        Neighbours alone, because neighbouring indexes are what machines connect best, and because all the
+        combinations of 32 devices are too many.
+        """
+        ranks, devices = ranks or service.ranks, self._state.devices
+        wanted: Iterable[Sequence[int]] = service.settings.devices or (
+            range(first, first + ranks) for first in range(len(devices) - ranks + 1)
+        )
+        groups = [
+            [devices[index] for index in group if index in devices] for group in wanted if len(group) == ranks
+        ]
+        return [g for g in groups if len(g) == ranks and all(device.arena is not None for device in g)]
 
     def _least_kv_blocks(self, service: Service) -> int:
         """KV that must fit beside the weights: one request of an explicit context, or a short one."""
         assert service.shape is not None
-        tokens = service.settings.context or min(service.shape.context, 256)
-        return -(-tokens // service.block_tokens)
+        return service.blocks_for(service.settings.context or min(service.shape.context, 256))
 
-    def _arenas(self) -> Iterator[tuple[Device, Arena]]:
-        for device in self._state.devices.values():
-            if device.arena is not None:
-                yield device, device.arena
+    def _need(self, service: Service) -> int:
+        """Blocks that a service needs on each of its devices at least."""
+        return self._state.weights_blocks(service) + self._least_kv_blocks(service)
+
+    def _most_kv(self, service: Service, place: Place) -> int:
+        """KV blocks that it could have on each device of a place if all left that can."""
+        return min(self._state.most_kv_blocks(device, service) for device in place)
 
     def context_limit(self, service: Service) -> int:
         """Most tokens (prompt and output) that a request of the service can ever have."""
         assert service.shape is not None
-        room = [self._state.most_kv_blocks(device, service) for device, _ in self._arenas()]
+        room = [self._most_kv(service, place) for place in self.places(service)]
         if not room:
             return service.shape.context
-        tokens = max(room) * service.block_tokens
-        return min(service.shape.context, tokens)
+        return min(service.shape.context, max(room) // service.run_blocks * service.run_tokens)
 
-    def _misfit(self, service: Service) -> str:
-        """Why no device can ever hold the service; empty when one can, or when that is not known yet."""
-        arenas = [arena for _, arena in self._arenas()]
-        if len(arenas) < len(self._state.devices) or not arenas:
-            return ""
+    def look_at_sizes(self) -> None:
+        """Choose each service's ranks, and refuse what no place can ever hold.
+
+        To be called when a device or a model became known; nothing is judged before all devices are.
+        """
+        if any(device.arena is None for device in self._state.devices.values()):
+            return
+        for service in self._state.services.values():
+            if service.shape is not None and not service.refused and not service.replicas:
+                self._choose_ranks(service)
+
+    def _choose_ranks(self, service: Service) -> None:
+        """As many as configured, or as few as it takes; the first reason for refusal is the best one."""
+        assert service.shape is not None
+        wanted = service.settings.tensor_parallel
+        before, reason = service.ranks, ""
+        for ranks in (wanted,) if wanted else (1, *(shard.ranks for shard in service.shape.shards)):
+            misfit = self._misfit(service, ranks)
+            if not misfit:
+                if service.ranks != before and service.image is Image.READY:
+                    self._images.drop(service)
+                return
+            reason = reason or misfit
+        self.refuse(service, reason)
+
+    def _misfit(self, service: Service, ranks: int) -> str:
+        """Why no place can ever hold the service split over so many ranks; empty when one can."""
+        assert service.shape is not None
+        try:
+            service.split_over(ranks, self._state.settings)
+        except ValueError as error:
+            return str(error)
+        service.former.clear()
         unit = self._state.settings.block_bytes
-        if service.block_tokens == 0:
-            assert service.shape is not None
-            return f"one token's KV takes {service.shape.kv_bytes_per_token} bytes, a block has {unit}"
-        need = self._state.weights_blocks(service) + self._least_kv_blocks(service)
-        most = max(arena.capacity for arena in arenas)
+        if service.run_tokens == 0:
+            return (
+                f"one token's KV takes {service.shape.kv_bytes_per_token // ranks} bytes, a block has {unit}"
+            )
+        places = self.places(service)
+        if not places:
+            return f"it needs {ranks} devices, and this machine has {len(self._state.devices)} to offer it"
+        need = self._need(service)
+        most = max(min(device.arena.capacity for device in place if device.arena) for place in places)
         if need <= most:
             return ""
         need_mib, most_mib = need * unit >> 20, most * unit >> 20
         return f"needs {need_mib} MiB (weights and one context), the largest device has {most_mib} MiB"
-
-    def refuse_misfits(self) -> None:
-        """Refuse what no device can ever hold; to be called when a device or a model became known."""
-        for service in self._state.services.values():
-            if service.shape is not None and not service.refused and (misfit := self._misfit(service)):
-                self.refuse(service, misfit)
 
     # ------------------------------------------------------------------------------- bringing in
 
@@ -77,7 +125,7 @@ class Residency:
         wanted = [s for s in self._state.services.values() if self._is_wanted(s)]
         for service in sorted(wanted, key=self._order):
             if service.image is not Image.READY:
-                self._want_image(service)
+                self._images.want(service)
             else:
                 self._bring_in(service)
         self._replicate_wanted()
@@ -94,23 +142,25 @@ class Residency:
                 self._replicate(service)
 
     def _replicate(self, service: Service) -> None:
-        """Bring a busy service in on an idle device too, taking nothing from anybody."""
-        need = self._state.weights_blocks(service) + self._least_kv_blocks(service)
+        """Bring a busy service in on idle devices too, taking nothing from anybody."""
+        need = self._need(service)
         idle = [
-            (device, arena)
-            for device, arena in self._arenas()
-            if service.name not in device.replicas
-            and is_idle(device)
-            and arena.available >= need
-            and self._state.claim_on(device) is None
+            place
+            for place in self.places(service)
+            if _available(place) >= need
+            and all(
+                service.name not in device.replicas
+                and is_idle(device)
+                and self._state.claim_on(device) is None
+                for device in place
+            )
         ]
         if not idle:
             return
         if service.image is not Image.READY:
-            self._want_image(service)
+            self._images.want(service)
             return
-        device, _ = max(idle, key=lambda place: place[1].available)
-        if self._start(service, device):
+        if self._start(service, max(idle, key=_available)):
             service.pressed_since = None
 
     def _is_wanted(self, service: Service) -> bool:
@@ -127,39 +177,44 @@ class Residency:
         return next(iter(service.waiting), self._state.orders)
 
     def _bring_in(self, service: Service) -> None:
-        need = self._state.weights_blocks(service) + self._least_kv_blocks(service)
-        able = [
-            (device, arena)
-            for device, arena in self._arenas()
-            if self._state.most_kv_blocks(device, service) >= self._least_kv_blocks(service)
-        ]
-        free = [place for place in able if not self._promised(place[0], service)]
+        need, least = self._need(service), self._least_kv_blocks(service)
+        able = [place for place in self.places(service) if self._most_kv(service, place) >= least]
+        free = [place for place in able if not any(self._promised(device, service) for device in place)]
         # Where it fits as things are; where only idle services must leave, the longest unused first.
         # Fewest neighbours first: compute is what services share, and a larger device has no more of it.
-        for device, arena in sorted(free, key=lambda d: (len(d[0].replicas), -d[1].available)):
-            if arena.available >= need and self._start(service, device):
+        for place in sorted(free, key=lambda p: (sum(len(d.replicas) for d in p), -_available(p))):
+            if _available(place) >= need and self._start(service, place):
                 return
         if not service.waiting and not service.load_tickets:
             return  # nobody asks for it now: it takes room, but nobody's
-        for device, _ in sorted(free, key=lambda d: self._idle_age(d[0])):
-            if self._evict_idle_for(service, device, need) and self._start(service, device):
+        for place in sorted(free, key=lambda p: max(map(self._idle_age, p))):
+            if self._evict_idle_for(service, place, need) and self._start(service, place):
                 return
         if self._state.now >= self._patience_ends(service):
             self._ask_for_room(service, need, able)
 
-    def _evict_idle_for(self, service: Service, device: Device, need: int) -> bool:
+    def _evict_idle_for(self, service: Service, place: Place, need: int) -> bool:
         """Evict as few idle services as let this one in, the longest unused first. False if all would not."""
+        leaving = [self._idle_in_the_way(service, device, need) for device in place]
+        if any(replicas is None for replicas in leaving):
+            return False
+        gone: set[int] = set()  # one on several of these devices leaves once
+        for replica in (replica for replicas in leaving for replica in replicas or ()):
+            if replica.copy not in gone:
+                gone.add(replica.copy)
+                self._room.evict(replica, "idle, its memory was wanted")
+        return bool(gone)
+
+    def _idle_in_the_way(self, service: Service, device: Device, need: int) -> list[Replica] | None:
+        """The fewest idle replicas whose leaving lets a service into a device; None if all would not do."""
         arena, idle = device.arena, self._room.idle(device, keep=service.name)
         assert arena is not None
-        sizes = service.segment_blocks
-        for count in range(1, len(idle) + 1):
+        for count in range(len(idle) + 1):
             names = [replica.service for replica in idle[:count]]
             blocks = arena.available + sum(map(arena.weights_of, names))
-            if blocks >= need and arena.fits(sizes, names, kv_stays=True):
-                for replica in idle[:count]:
-                    self._room.evict(replica, "idle, its memory was wanted")
-                return True
-        return False
+            if blocks >= need and arena.fits(service.segment_blocks, names, kv_stays=True):
+                return idle[:count]
+        return None
 
     def _patience_ends(self, service: Service) -> float:
         """When busy services are asked to make room for this one."""
@@ -172,8 +227,8 @@ class Residency:
         """When the most recently used idle service of the device was used last; inf when it has none."""
         return max((r.used for r in self._room.idle(device, keep="")), default=float("inf"))
 
-    def _ask_for_room(self, service: Service, need: int, able: list[tuple[Device, Arena]]) -> None:
-        """Claim a device's memory: nobody junior is admitted there, and busy services drain.
+    def _ask_for_room(self, service: Service, need: int, able: list[Place]) -> None:
+        """Claim a place's memory: nobody junior is admitted there, and busy services drain.
 
         The claim replaces that of a request of a resident service: patience has run out.
         """
@@ -181,16 +236,19 @@ class Residency:
             if all(device.state == "up" for device in self._state.devices.values()):
                 self._cannot(service)
             return
-
         free = [
-            device
-            for device, _ in able
-            if not self._loads_another(device, service) and self._reachable(device) >= need
+            place
+            for place in able
+            if not any(self._loads_another(device, service) for device in place)
+            and all(self._reachable(device) >= need for device in place)
         ]
         if free:
-            device = min(free, key=lambda d: self._asking_costs(d, service))
-            device.claim = Claim(self._order(service), service.name, load=True)
-            self._drain_enough(device, service, need)
+            place = min(free, key=lambda p: self._asking_costs(p, service))
+            for device in place:
+                device.claim = Claim(self._order(service), service.name, load=True)
+            for device in place:
+                if service.demand:  # else it was given up on the device before
+                    self._drain_enough(device, service, need)
 
     def _movable(self, device: Device) -> list[Replica]:
         """Replicas that can be made to leave, those that are leaving first, then the longest resident."""
@@ -203,12 +261,13 @@ class Residency:
         leaving = sum(device.arena.weights_of(r.service) for r in self._movable(device))
         return device.arena.available + device.arena.kv + leaving
 
-    def _asking_costs(self, device: Device, service: Service) -> tuple[bool, int, int]:
-        """What speaks against a device: that another was asked before, and the work it disturbs."""
-        asked = device.claim is not None and device.claim.service == service.name
-        services = [self._state.services[r.service] for r in self._movable(device)]
+    def _asking_costs(self, place: Place, service: Service) -> tuple[bool, int, int]:
+        """What speaks against a place: that another was asked before, and the work it disturbs."""
+        asked = all(d.claim is not None and d.claim.service == service.name for d in place)
+        names = {replica.service for device in place for replica in self._movable(device)}
+        services = [self._state.services[name] for name in names]
         work = sum(len(s.waiting) + sum(1 for _ in s.running) for s in services)
-        return not asked, work, device.index
+        return not asked, work, place[0].index
 
     def _drain_enough(self, device: Device, service: Service, need: int) -> None:
         arena, movable = device.arena, self._movable(device)
@@ -224,7 +283,7 @@ class Residency:
                     replica, admit_below=0, seconds=self._state.settings.scheduler.patience_seconds
                 )
             coming += arena.weights_of(replica.service)
-            coming += len({block for request in replica.running.values() for block in request.blocks})
+            coming += len(_kv_blocks(replica, device))
         if not movable and not arena.kv:
             self._cannot(service)  # all is free that ever will be, and yet no run is long enough
 
@@ -240,98 +299,92 @@ class Residency:
     def _cannot(self, service: Service) -> None:
         self.load_failed(service, "pinned services leave no room for it on any device")
 
-    def _start(self, service: Service, device: Device) -> bool:
+    def _start(self, service: Service, place: Place) -> bool:
         """Take the blocks and send the weights on their way. False when no run of blocks is long enough."""
-        arena, unit = device.arena, self._state.settings.block_bytes
-        assert arena is not None
-        assert service.shape is not None
-        sizes = service.segment_blocks
-        placement = arena.place(service.name, sizes, service.former.get(device.index))
-        if placement is None:
+        starts = self._take_runs(service, place)
+        if starts is None:
             return False
-        self._move_kv(device, placement.moves)
-        if device.claim is not None and device.claim.service == service.name:
-            device.claim = None
-        self._state.copies += 1
-        replica = Replica(service.name, device.index, placement.starts, self._state.copies, self._state.now)
-        device.replicas[service.name] = replica
+        state = self._state
+        state.copies += 1
+        indexes = tuple(device.index for device in place)
+        ranks = Ranks([device.arena for device in place if device.arena is not None])
+        replica = Replica(service.name, indexes, ranks, starts, state.copies, state.now)
         service.replicas.append(replica)
-        service.image_used = self._state.now
-        image_at, extents = 0, []
-        for start, bytes_ in zip(placement.starts, service.shape.segments, strict=True):
+        service.image_used = state.now
+        for rank, device in enumerate(place):
+            device.replicas[service.name] = replica
+            if device.claim is not None and device.claim.service == service.name:
+                device.claim = None
+            state.send(device.index, self._copy_in(service, replica, rank))
+        state.note(service.name, f"copying to {replica.place}")
+        return True
+
+    def _take_runs(self, service: Service, place: Place) -> tuple[tuple[int, ...], ...] | None:
+        """First blocks of the weights' segments on each device; None when one has no place for them."""
+        starts: list[tuple[int, ...]] = []
+        for device in place:
+            assert device.arena is not None
+            former = service.former.get(device.index)
+            placement = device.arena.place(service.name, service.segment_blocks, former)
+            if placement is None:
+                for taken, _ in zip(place, starts, strict=False):
+                    assert taken.arena is not None
+                    taken.arena.free_weights(service.name)
+                return None
+            self._move_kv(device, placement.moves)
+            starts.append(placement.starts)
+        return tuple(starts)
+
+    def _copy_in(self, service: Service, replica: Replica, rank: int) -> CopyIn:
+        assert service.shape is not None
+        unit, size = self._state.settings.block_bytes, len(replica.devices)
+        image_at, extents = rank * sum(service.segments), list[Extent]()
+        for start, bytes_ in zip(replica.starts[rank], service.segments, strict=True):
             extents.append(Extent(image_at, bytes_, start * unit))
             image_at += bytes_
-        self._state.send(
-            device.index,
-            CopyIn(
-                service.name,
-                service.directory,
-                service.shape.dtype,
-                service.shape.context,
-                service.image_path,
-                tuple(extents),
-                replica.copy,
-            ),
+        return CopyIn(
+            service.name,
+            service.directory,
+            service.shape.dtype,
+            service.shape.context,
+            service.image_path,
+            tuple(extents),
+            replica.copy,
+            Group(replica.copy, rank, size) if size > 1 else None,
         )
-        self._state.note(service.name, f"copying to device {device.index}")
-        return True
 
     def _move_kv(self, device: Device, moves: tuple[tuple[int, int], ...]) -> None:
         if not moves:
             return
         renamed = dict(moves)
         for replica in device.replicas.values():
+            rank = replica.devices.index(device.index)
             for request in replica.running.values():
-                request.blocks = [renamed.get(block, block) for block in request.blocks]
+                table = request.tables[rank]
+                table[:] = [renamed.get(block, block) for block in table]
         self._state.send(device.index, MoveBlocks(tuple(renamed), tuple(renamed.values())))
-
-    # ------------------------------------------------------------------------------- host images
-
-    def _want_image(self, service: Service) -> None:
-        if service.image is Image.BUILDING or not self._state.host_up:
-            return
-        assert service.shape is not None
-        self._trim_images(service.shape.weights_bytes)
-        service.image = Image.BUILDING
-        message = BuildImage(service.name, service.directory, service.shape.dtype, service.shape.context)
-        self._state.actions.append(ToHostProcess(message))
-
-    def _trim_images(self, coming_bytes: int) -> None:
-        """Drop the images that were used longest ago until `coming_bytes` more are within the limit."""
-        held = [s for s in self._state.services.values() if s.image is not Image.NONE]
-        total = coming_bytes + sum(s.shape.weights_bytes for s in held if s.shape is not None)
-        for service in sorted(held, key=lambda s: s.image_used):
-            if total <= self._state.settings.host_bytes:
-                return
-            copying = any(r.stage is Stage.COPYING for r in service.replicas)
-            if service.image is not Image.READY or copying or service.shape is None:
-                continue
-            service.image = Image.NONE
-            total -= service.shape.weights_bytes
-            self._state.actions.append(ToHostProcess(DropImage(service.name)))
-            for device, _ in self._arenas():
-                self._state.send(device.index, DropImage(service.name))
 
     # ------------------------------------------------------------------------------- outcomes
 
-    def copied(self, device: Device, name: str, seconds: float) -> None:
-        """A service is resident."""
-        replica, service = device.replicas[name], self._state.services[name]
+    def copied(self, replica: Replica, device: Device, seconds: float) -> None:
+        """A device has its part of a service; with the last part it is resident."""
+        replica.arrived.add(device.index)
+        if len(replica.arrived) < len(replica.devices):
+            return
+        service = self._state.services[replica.service]
         replica.move("copied")
         replica.since = replica.used = self._state.now
         service.progress, service.trouble, service.failures, service.wanted = None, "", 0, False
         service.swaps_in += 1
         service.last_swap_seconds = self._state.now - replica.began
-        self._state.note(name, f"resident on device {device.index}, copied in {seconds:.3f} s")
+        self._state.note(service.name, f"resident on {replica.place}, copied in {seconds:.3f} s")
         self._state.answer(service.load_tickets)
 
-    def copy_failed(self, device: Device, name: str, reason: str) -> None:
+    def copy_failed(self, replica: Replica, reason: str) -> None:
         """A copy came to nothing: its blocks are free again."""
-        service = self._room.remove(device.replicas[name])
-        assert device.arena is not None
-        device.arena.free_weights(name)
+        service = self._room.remove(replica)
         if service.replicas:  # only the replica more came to nothing
-            self._state.note(name, f"no replica on device {device.index}: {reason}")
+            self._state.note(service.name, f"no replica on {replica.place}: {reason}")
             service.pressed_since = None
         else:
             self.load_failed(service, reason)
@@ -359,3 +412,14 @@ class Residency:
             self._state.finish(
                 request, "failed", error, code="model_unavailable", status=503, retry_after=retry_after
             )
+
+
+def _available(place: Place) -> int:
+    """Blocks that can be had at once on each device of a place."""
+    return min(device.arena.available for device in place if device.arena is not None)
+
+
+def _kv_blocks(replica: Replica, device: Device) -> set[int]:
+    """Blocks of a device that hold KV of a replica's requests."""
+    rank = replica.devices.index(device.index)
+    return {block for request in replica.running.values() for block in request.tables[rank]}

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Container
 
 from seallmd.core.messages import DropWeights
-from seallmd.core.state import Device, NodeState, Replica, Request, Service, Stage
+from seallmd.core.request import Request
+from seallmd.core.state import Device, NodeState, Replica, Service, Stage
 
 
 class Room:
@@ -121,9 +122,8 @@ class Room:
                     self._settle(service, replica)
 
     def _settle(self, service: Service, replica: Replica) -> None:
-        device = self._state.devices[replica.device]
-        claim = self._state.claim_on(device)
-        if not service.evict_tickets and (claim is None or not claim.load):
+        claims = [self._state.claim_on(device) for device in self._state.group(replica)]
+        if not service.evict_tickets and not any(claim is not None and claim.load for claim in claims):
             replica.move("keep")
             self._state.answer(service.load_tickets)
             return
@@ -135,23 +135,41 @@ class Room:
             self.evict(replica, "asked by an operator" if service.evict_tickets else "another service waits")
 
     def evict(self, replica: Replica, why: str) -> None:
-        """Take a replica without running requests out of its arena; its memory is free at once."""
-        assert not replica.running, f"{replica.service} still runs requests"
+        """Take a replica without running requests out of its arenas; their memory is free at once."""
         service = self.remove(replica)
-        device = self._state.devices[replica.device]
-        assert device.arena is not None
-        device.arena.free_weights(service.name)
-        service.former[device.index] = replica.starts
+        service.former.update(zip(replica.devices, replica.starts, strict=True))
         self.evictions += 1
-        self._state.send(device.index, DropWeights(service.name))
-        self._state.note(service.name, f"evicted from device {device.index}: {why}")
+        self._state.note(service.name, f"evicted from {replica.place}: {why}")
         if not service.replicas:
             self._state.answer(service.evict_tickets)
 
     def remove(self, replica: Replica) -> Service:
-        """Take a replica off the books of its service and its device; returns the service."""
+        """Take a replica that runs nothing off the books and out of its devices; returns the service."""
+        assert not replica.running, f"{replica.service} still runs requests"
         service = self._state.services[replica.service]
         service.replicas.remove(replica)
         service.progress = None
-        del self._state.devices[replica.device].replicas[service.name]
+        for device, arena in zip(self._state.group(replica), replica.ranks.arenas, strict=True):
+            del device.replicas[service.name]
+            if device.reserved is replica:
+                device.reserved = None
+            arena.free_weights(service.name)
+            self._state.send(device.index, DropWeights(service.name))
         return service
+
+    def _distrust_kv(self, service: Service) -> None:
+        """Rank 0 may have reported a step that another rank never finished: what it wrote there is not KV."""
+        service.breaks += 1
+        for request in service.waiting.values():
+            self._state.drop_saved(request)
+
+    def break_up(self, replica: Replica, error: str, code: str) -> None:
+        """A replica that cannot go on: its requests fail, and it comes in again if it may."""
+        for request in list(replica.running.values()):
+            self._state.finish(request, "failed", error, code=code, status=503, retry_after=1.0)
+        service = self.remove(replica)
+        if len(replica.devices) > 1:
+            self._distrust_kv(service)
+        if not service.replicas:
+            service.wanted = not service.evict_tickets
+            self._state.answer(service.evict_tickets)

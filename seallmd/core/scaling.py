@@ -27,7 +27,7 @@ def wants_replica(state: NodeState, service: Service) -> bool:
 
 def _would_pay(state: NodeState, service: Service) -> bool:
     replicas, limits = service.replicas, state.settings.scheduler
-    if not replicas or len(replicas) >= len(state.devices):
+    if not replicas or (len(replicas) + 1) * service.ranks > len(state.devices):
         return False
     if service.evict_tickets or any(replica.stage is not Stage.RESIDENT for replica in replicas):
         return False

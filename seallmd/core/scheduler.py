@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
 
-from seallmd.core.state import Device, NodeState, Replica, Request, Service
+from seallmd.core.request import Request
+from seallmd.core.state import Device, NodeState, Replica, Service
 
 Policy = Callable[[NodeState, Device, Sequence[Replica]], list[Replica]]
 

@@ -23,6 +23,8 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     KV; "auto" is the checkpoint's own on a GPU and float32 on a CPU. context: limit of prompt plus output in
     tokens; 0 is the model's own limit, lowered to what the largest device can hold. pinned: never evicted to
     make room. preload: brought in at start. max_waiting: requests that may wait before new ones are refused.
+    tensor_parallel: devices that each replica is split over; 0 = one, or as few as it takes. devices: the
+    groups of devices that it may come in on, each as long as tensor_parallel, in rank order; empty = any.
     """
 
     name: Name
@@ -32,6 +34,8 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     pinned: bool = False
     preload: bool = False
     max_waiting: Annotated[int, Meta(ge=1, le=1 << 20)] = 1024
+    tensor_parallel: Annotated[int, Meta(ge=0, le=8)] = 0
+    devices: tuple[tuple[int, ...], ...] = ()
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -68,6 +72,8 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     devices: how many there are; roofline: of what kind, for predictions before anything was measured.
     profiles: what earlier runs learnt of services, by name. block_bytes: the unit of every arena. host_bytes:
     what host images may take together before the least recently used are dropped; one may always be built.
+    host_kv_bytes: host memory of each device for preempted KV. kv_layout: whether a block holds all layers of
+    its tokens ("merged") or one ("split").
     """
 
     services: tuple[ServiceSettings, ...]
@@ -77,3 +83,5 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     roofline: Roofline = ROOFLINES["cpu"]
     profiles: dict[str, ServiceProfile] = {}
     scheduler: SchedulerSettings = SchedulerSettings()
+    host_kv_bytes: int = 0
+    kv_layout: Literal["merged", "split"] = "merged"

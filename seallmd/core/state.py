@@ -1,4 +1,4 @@
-"""What a node knows: requests, services, replicas, devices, and their life cycles.
+"""What a node knows: services, replicas, devices, and their life cycles; requests are in `request`.
 
 Owns the structs and the tables of legal transitions. Must not decide anything: `batcher`, `residency`,
 `scheduler` and `node` do, on these structs, and nobody else may change them.
@@ -6,97 +6,19 @@ Owns the structs and the tables of legal transitions. Must not decide anything: 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
 from seallmd.core.arena import Arena
 from seallmd.core.events import Action, Answer, Finish, Note, ToDevice
-from seallmd.core.messages import Forget, ModelShape, Sampling, ToWorker
+from seallmd.core.host_kv import HostSlots
+from seallmd.core.messages import Forget, ModelShape, SaveBlocks, ToWorker
 from seallmd.core.profile import ServiceProfile
+from seallmd.core.ranks import Ranks
 from seallmd.core.rate import Rate
+from seallmd.core.request import IllegalTransition, Life, Request, SavedKv
 from seallmd.core.settings import NodeSettings, ServiceSettings
-
-
-class IllegalTransition(RuntimeError):
-    """A life cycle was asked for a step that its table does not have; nothing was changed."""
-
-
-# ------------------------------------------------------------------------------------------- requests
-
-
-class Life(Enum):
-    """A request's state."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    DONE = "done"
-
-
-REQUEST_LIFE = {
-    (Life.WAITING, "admit"): Life.RUNNING,
-    (Life.RUNNING, "preempt"): Life.WAITING,
-    (Life.WAITING, "finish"): Life.DONE,
-    (Life.RUNNING, "finish"): Life.DONE,
-}
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """One request, from `Arrived` to its `Finish`.
-
-    order: arrival order, the seniority by which memory is given. tokens: prompt and every generated token
-    that was seen. scheduled, computed: tokens whose KV steps on their way, or done, have written. drawn:
-    generated tokens, those still on their way included. inflight: rows in steps on their way. epoch: counts
-    preemptions, so that rows of an earlier life are told apart. budget, attained: seconds of execution it
-    may take before its rank falls, and that it has taken (SeaLLM's doubling budget).
-    """
-
-    id: int
-    service: str
-    order: int
-    arrived: float
-    tokens: list[int]
-    prompt: int
-    max_tokens: int
-    sampling: Sampling
-    stop_ids: frozenset[int]
-    root: Hashable
-    leader: int
-    life: Life = Life.WAITING
-    device: int = -1
-    blocks: list[int] = field(default_factory=list)
-    scheduled: int = 0
-    computed: int = 0
-    drawn: int = 0
-    inflight: int = 0
-    epoch: int = 0
-    cached: int = 0
-    indexed: int = 0
-    parent: Hashable = None
-    announced: bool = False
-    emitted: bool = False
-    budget: float = 0.0
-    attained: float = 0.0
-    doublings: int = 0
-
-    def move(self, event: str) -> None:
-        """Take one step of the life cycle. Raises IllegalTransition."""
-        try:
-            self.life = REQUEST_LIFE[self.life, event]
-        except KeyError:
-            raise IllegalTransition(f"request {self.id} is {self.life.value}: cannot {event}") from None
-
-    @property
-    def pending(self) -> int:
-        """Tokens known to the worker whose KV no step has been asked to write."""
-        return self.prompt + self.drawn - self.scheduled
-
-    @property
-    def runnable(self) -> bool:
-        """Whether another row makes sense: something is left to draw."""
-        return self.drawn < self.max_tokens
-
 
 # ------------------------------------------------------------------------------------------- services
 
@@ -118,26 +40,40 @@ REPLICA_LIFE = {
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """A service on a device, or on its way there.
+    """A service on a group of devices, or on its way there. More than one: tensor parallel, in rank order.
 
-    starts: first block of each segment. copy: number of the copy that brings it in. running: requests that
-    hold blocks here, by id. since: when it became resident. used: when a step of it was last sent; served:
-    whether one was. drain_until: when running requests are preempted to let it go (None: never, they are
-    finished). admit_below: while draining, requests of a lower order are still admitted.
+    ranks: its arenas. starts: first block of each segment, by rank. copy: number of the copy that brings it
+    in, and of its group. arrived: devices where the copy is done. running: requests that hold blocks here, by
+    id. since: when it became resident. used: when a step of it was last sent; served: whether one was.
+    drain_until: when running requests are preempted to let it go (None: never, they are finished).
+    admit_below: while draining, requests of a lower order are still admitted.
     """
 
     service: str
-    device: int
-    starts: tuple[int, ...]
+    devices: tuple[int, ...]
+    ranks: Ranks
+    starts: tuple[tuple[int, ...], ...]
     copy: int
     began: float
     stage: Stage = Stage.COPYING
+    arrived: set[int] = field(default_factory=set)
     running: dict[int, Request] = field(default_factory=dict)
     since: float = 0.0
     used: float = 0.0
     served: bool = False
     admit_below: int = 0
     drain_until: float | None = None
+
+    @property
+    def leader(self) -> int:
+        """The device of rank 0: its answers count."""
+        return self.devices[0]
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people."""
+        indexes = "+".join(map(str, self.devices))
+        return f"device {indexes}" if len(self.devices) == 1 else f"devices {indexes}"
 
     def move(self, event: str) -> None:
         """Take one step of the life cycle. Raises IllegalTransition."""
@@ -159,18 +95,23 @@ class Image(Enum):
 class Service:
     """One configured service.
 
-    shape, profile: None until probed. segment_blocks: of each weights segment; block_tokens: whose KV one
-    block holds, 0 when not even one fits. refused: why it can never be served. trouble: why its last load
-    failed, and retry_at when the next may be tried. wanted: bring it in unasked (preload, or it was resident
-    when its worker died). pressed_since: since when another replica would pay. former: where its weights lay
-    last, by device. tickets: operators that wait for it.
+    shape, profile: None until probed. ranks: tensor-parallel ranks of each replica. segment_blocks: of each
+    weights segment on one rank; run_tokens, run_blocks: so many tokens have their KV in so many blocks of a
+    rank; run_tokens is 0 when not even one fits. refused: why it can never be served. trouble: why its last
+    load failed, and retry_at when the next may be tried. wanted: bring it in unasked (preload, or it was
+    resident when its worker died). pressed_since: since when another replica would pay. former: where its
+    weights lay last, by device. tickets: operators that wait for it. breaks: how often a group of
+    its ranks fell apart; prefixes from before are not found again.
     """
 
     settings: ServiceSettings
     shape: ModelShape | None = None
     directory: str = ""
+    ranks: int = 1
+    segments: tuple[int, ...] = ()
     segment_blocks: tuple[int, ...] = ()
-    block_tokens: int = 0
+    run_tokens: int = 0
+    run_blocks: int = 1
     refused: str = ""
     trouble: str = ""
     failures: int = 0
@@ -178,6 +119,7 @@ class Service:
     wanted: bool = False
     image: Image = Image.NONE
     image_path: str = ""
+    image_ranks: int = 1
     image_used: float = 0.0
     pressed_since: float | None = None
     replicas: list[Replica] = field(default_factory=list)
@@ -192,6 +134,8 @@ class Service:
     prompt_tokens: int = 0
     output_tokens: int = 0
     preemptions: int = 0
+    saves: int = 0
+    breaks: int = 0
     swaps_in: int = 0
     last_swap_seconds: float = 0.0
 
@@ -216,11 +160,31 @@ class Service:
         """Whether somebody wants it resident."""
         return bool(self.waiting or self.load_tickets or self.wanted)
 
-    def examine(self, directory: str, shape: ModelShape, block_bytes: int) -> None:
-        """Take in what the probe learnt, in units of blocks as well: those are asked for at every step."""
-        self.directory, self.shape, self.progress = directory, shape, None
-        self.segment_blocks = tuple(-(-size // block_bytes) for size in shape.segments)
-        self.block_tokens = block_bytes // shape.kv_bytes_per_token
+    def split_over(self, ranks: int, settings: NodeSettings) -> None:
+        """Have replicas of so many ranks from now on. In units of blocks: those are asked for at every step.
+
+        Raises ValueError when the model cannot be split so.
+        """
+        assert self.shape is not None
+        assert not self.replicas, f"{self.name} is resident with {self.ranks} ranks"
+        shard = self.shape.shard(ranks)
+        self.ranks, self.segments = ranks, shard.segments
+        self.segment_blocks = tuple(-(-size // settings.block_bytes) for size in shard.segments)
+        bytes_ = [
+            self.shape.itemsize * layer.kv_heads * (layer.k_dim + layer.v_dim) for layer in shard.layers
+        ]
+        split = settings.kv_layout == "split"
+        self.run_blocks = len(bytes_) if split else 1
+        self.run_tokens = settings.block_bytes // (max(bytes_) if split else sum(bytes_))
+
+    @property
+    def image_bytes(self) -> int:
+        """Size of the host image: every rank's part."""
+        return self.ranks * sum(self.segments)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks on each rank that hold the KV of so many tokens."""
+        return -(-tokens // self.run_tokens) * self.run_blocks
 
 
 # -------------------------------------------------------------------------------------------- devices
@@ -238,10 +202,15 @@ class SentRow:
 
 @dataclass(slots=True)
 class SentStep:
-    """A step on its way."""
+    """A step on its way, noted on each device of its group.
+
+    copy: of the replica that runs it. leader: the device whose answer counts.
+    """
 
     id: int
     service: str
+    copy: int
+    leader: int
     rows: list[SentRow]
     tokens: int
     context: int
@@ -261,7 +230,10 @@ class Claim:
 
 @dataclass(slots=True, eq=False)
 class Device:
-    """One device and all that is on it. arena is None while its worker is starting or lost."""
+    """One device and all that is on it. arena is None while its worker is starting or lost.
+
+    reserved: a replica on several devices that found one of them full; its step goes next here.
+    """
 
     index: int
     label: str = ""
@@ -269,10 +241,12 @@ class Device:
     state: str = "starting"
     arena: Arena | None = None
     arena_bytes: int = 0
+    host: HostSlots = field(default_factory=lambda: HostSlots(0))
     replicas: dict[str, Replica] = field(default_factory=dict)
     inflight: dict[int, SentStep] = field(default_factory=dict)
     last_served: str = ""
     claim: Claim | None = None
+    reserved: Replica | None = None
     steps: int = 0
 
 
@@ -308,8 +282,12 @@ class NodeState:
         tickets.clear()
 
     def weights_blocks(self, service: Service) -> int:
-        """Blocks of a service's weights."""
+        """Blocks of a service's weights, on each of its ranks."""
         return sum(service.segment_blocks)
+
+    def group(self, replica: Replica) -> list[Device]:
+        """The devices of a replica, in rank order."""
+        return [self.devices[index] for index in replica.devices]
 
     def most_kv_blocks(self, device: Device, service: Service) -> int:
         """KV blocks that a service could have on a device if all left that can: pinned services stay."""
@@ -320,6 +298,11 @@ class NodeState:
             if name != service.name and self.services[name].settings.pinned
         )
         return max(0, device.arena.capacity - pinned - self.weights_blocks(service))
+
+    def most_kv_blocks_of(self, replica: Replica) -> int:
+        """The same for a replica: what each of its ranks could have."""
+        service = self.services[replica.service]
+        return min(self.most_kv_blocks(device, service) for device in self.group(replica))
 
     def claim(self, device: Device, order: int, service: str) -> None:
         """Keep juniors of a request from taking the device's memory; a claim that goes before stays."""
@@ -343,17 +326,25 @@ class NodeState:
                 device.claim = None
         return device.claim
 
-    def leave_device(self, request: Request) -> None:
-        """Give back all that a running request holds: the worker forgets it, its blocks are free."""
-        device = self.devices[request.device]
-        assert device.arena is not None
-        del device.replicas[request.service].running[request.id]
-        device.arena.release(request.blocks)
+    def leave(self, request: Request) -> None:
+        """Give back all that a running request holds: the workers forget it, its blocks are free."""
+        replica = request.replica
+        assert replica is not None
+        del replica.running[request.id]
+        replica.ranks.release(request.tables)
         if request.announced:
-            self.send(device.index, Forget((request.id,)))
-        request.blocks = []
-        request.device = -1
+            for device in replica.devices:
+                self.send(device, Forget((request.id,)))
+        request.tables = ()
+        request.replica = None
         request.announced = False
+
+    def drop_saved(self, request: Request) -> None:
+        """The KV that a waiting request has in host memory, if any, is of no use any more."""
+        if request.saved is not None:
+            for device, slots in zip(request.saved.devices, request.saved.slots, strict=True):
+                self.devices[device].host.release(slots)
+            request.saved = None
 
     def finish(
         self,
@@ -367,21 +358,43 @@ class NodeState:
     ) -> None:
         """End a request, wherever it is. Its rows on the way no longer count."""
         if request.life is Life.RUNNING:
-            self.leave_device(request)
+            self.leave(request)
         else:
+            self.drop_saved(request)
             del self.services[request.service].waiting[request.order]
         request.move("finish")
         del self.requests[request.id]
         self.actions.append(Finish(request.id, reason, error, code, status, retry_after))
 
     def preempt(self, request: Request, why: str) -> None:
-        """Take a running request's memory; it waits, keeps its tokens, and computes its KV again later."""
+        """Take a running request's memory; it waits, keeps its tokens, and its KV where that is cheaper."""
         service = self.services[request.service]
-        self.leave_device(request)
+        saved = self._save(request, service)
+        self.leave(request)
         request.move("preempt")
+        request.saved = saved
         request.epoch += 1
         request.scheduled = request.computed = request.indexed = 0
-        request.parent = None
+        request.parents = []
         service.waiting = dict(sorted([*service.waiting.items(), (request.order, request)]))
         service.preemptions += 1
-        self.note(service.name, f"request {request.id} preempted: {why}")
+        service.saves += saved is not None
+        kept = "its KV goes to host memory" if saved else "its KV will be computed again"
+        self.note(service.name, f"request {request.id} preempted, {kept}: {why}")
+
+    def _save(self, request: Request, service: Service) -> SavedKv | None:
+        """Send a request's KV to host memory, if it has room and computing it again would take longer."""
+        replica = request.replica
+        assert replica is not None
+        assert service.profile is not None
+        blocks, group = len(request.tables[0]), self.group(replica)
+        link = self.settings.roofline.copy_bytes_per_second
+        there_and_back = 2 * blocks * self.settings.block_bytes / link
+        if min(device.host.available for device in group) < blocks:
+            return None
+        if there_and_back >= service.profile.prefill_seconds(request.scheduled):
+            return None
+        slots = tuple(device.host.take(blocks) for device in group)
+        for device, table, kept in zip(group, request.tables, slots, strict=True):
+            self.send(device.index, SaveBlocks(tuple(table), tuple(kept)))
+        return SavedKv(replica.devices, slots, request.scheduled)

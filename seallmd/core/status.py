@@ -16,6 +16,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     """One device. Bytes add up: capacity = weights + kv + free; `cached` (reusable prefixes) is part of free.
 
     state: starting, up, lost. pid: of its worker, 0 while there is none. steps: steps run since it started.
+    host_kv_bytes: preempted KV of this device that lies in host memory.
     """
 
     device: int
@@ -28,6 +29,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     free_bytes: int
     cached_bytes: int
     steps: int
+    host_kv_bytes: int = 0
 
 
 class ServiceStatus(msgspec.Struct, frozen=True):
@@ -35,8 +37,9 @@ class ServiceStatus(msgspec.Struct, frozen=True):
 
     state: probing, refused, absent, reading (image), copying, resident, draining. stage: fraction done of a
     long job (0 to 1), None when none runs. device: where it is or is going, None when nowhere; devices: all
-    of these, one per replica. reason: why it is refused, or why its last load failed. cost_error: how far
-    predicted step times are off, as a share. tokens_per_second: output, over the last seconds.
+    of these; groups: the same by replica, in rank order. saves: preemptions whose KV went to host memory.
+    reason: why it is refused, or why its last load failed. cost_error: how far predicted step times are off,
+    as a share. tokens_per_second: output, over the last seconds.
     """
 
     name: str
@@ -60,6 +63,8 @@ class ServiceStatus(msgspec.Struct, frozen=True):
     reason: str
     cost_error: float = 0.0
     devices: tuple[int, ...] = ()
+    groups: tuple[tuple[int, ...], ...] = ()
+    saves: int = 0
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
@@ -93,13 +98,17 @@ class RequestStatus(msgspec.Struct, frozen=True):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """A service on a device. state: copying, resident, draining. idle_seconds: since its last step."""
+    """A replica of a service. device: of rank 0; devices: of all ranks. state: copying, resident, draining.
+
+    weights_bytes: on each device. idle_seconds: since its last step.
+    """
 
     device: int
     state: str
     weights_bytes: int
     running: int
     idle_seconds: float
+    devices: tuple[int, ...] = ()
 
 
 class ServiceDetail(msgspec.Struct, frozen=True):

@@ -150,7 +150,8 @@ def _service_state(service: Record) -> Text:
 
 
 def _device(service: Record) -> str:
-    return "-" if service["device"] is None else str(service["device"])
+    """Devices of each replica; those of a tensor-parallel one are joined: 0+1,2+3."""
+    return ",".join("+".join(map(str, group)) for group in service["groups"]) or "-"
 
 
 def _swaps(service: Record) -> str:

@@ -104,6 +104,8 @@ def _build_engine(config: Config) -> Engine:
         host_bytes=plan.host_bytes,
         scheduler=config.scheduler,
         roofline=plan.roofline,
+        host_kv_bytes=plan.host_kv_bytes,
+        kv_layout=config.devices.kv_layout,
         profiles=profiles.load(plan.cache / PROFILES, config.service, plan.roofline.name),
     )
     journal = None

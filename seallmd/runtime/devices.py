@@ -10,12 +10,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pynvml
 
 from seallmd.config import DeviceSettings, Size
 from seallmd.core.cost import ROOFLINES, Roofline
 from seallmd.core.messages import WorkerSettings
 from seallmd.errors import ConfigError
+from seallmd.runtime import rendezvous
 
 MIB = 1 << 20
 
@@ -24,14 +26,17 @@ MIB = 1 << 20
 class DevicePlan:
     """What to start: one worker per device, one host process; the unit of every arena; the kind of device.
 
-    cache: directory for what may be lost: converted models, profiles of services.
+    host_kv_bytes: host memory for KV of each device. cache: directory for what may be lost: converted models,
+    profiles of services. rendezvous: directory for tensor-parallel groups.
     """
 
     workers: tuple[WorkerSettings, ...]
     host: WorkerSettings
     block_bytes: int
     host_bytes: int
+    host_kv_bytes: int
     cache: Path
+    rendezvous: Path
     roofline: Roofline
 
 
@@ -44,12 +49,18 @@ def plan(settings: DeviceSettings) -> DevicePlan:
     memory = machine_bytes()
     cache = settings.cache or str(Path("~/.cache/seallmd").expanduser())
     workers = _gpu_workers(settings, gpus, block) if gpus else _cpu_workers(settings, block, memory)
+    host_kv = Size(settings.host_kv).bytes_ or (4 << 30 if gpus else workers[0].arena_bytes // 4)
+    meeting = rendezvous.directory_of(Path(cache))
+    common = {"host_kv_bytes": host_kv, "kv_layout": settings.kv_layout, "rendezvous": str(meeting)}
+    workers = tuple(msgspec.structs.replace(worker, **common) for worker in workers)
     return DevicePlan(
         workers=workers,
         host=WorkerSettings("host", "cuda" if gpus else "cpu", block_bytes=block, threads=1, cache=cache),
         block_bytes=block,
         host_bytes=Size(settings.host_memory).bytes_ or memory // 2,
+        host_kv_bytes=host_kv,
         cache=Path(cache),
+        rendezvous=meeting,
         roofline=_roofline(gpus[0]) if gpus else ROOFLINES["cpu"],
     )
 

@@ -24,7 +24,7 @@ from seallmd.core.settings import NodeSettings
 from seallmd.core.state import Service
 from seallmd.core.status import NodeStatus, RequestStatus, ServiceDetail
 from seallmd.errors import ControlError, RequestError
-from seallmd.runtime import profiles
+from seallmd.runtime import profiles, rendezvous
 from seallmd.runtime.children import Child, Entry
 from seallmd.runtime.devices import DevicePlan
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
@@ -91,6 +91,7 @@ class Engine:
     async def start(self) -> None:
         """Start every child; returns before they are ready."""
         self.set_hung_seconds(self._hung_seconds)
+        rendezvous.make(self._plan.rendezvous)
         for child in self._children:
             await child.start()
         self._look()
@@ -139,6 +140,7 @@ class Engine:
             if timer is not None:
                 timer.cancel()
         await asyncio.gather(*(child.stop() for child in self._children))
+        rendezvous.remove(self._plan.rendezvous)
         if self._journal is not None:
             self._journal.close()
         path = self._plan.cache / PROFILES

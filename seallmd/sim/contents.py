@@ -6,7 +6,7 @@ block of weights whose they are, and a step that reads anything else raises `Cor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from seallmd.core import messages as msg
@@ -47,12 +47,20 @@ def expected_output(service: str, prompt: tuple[int, ...], count: int, vocab: in
     return known.tokens[len(prompt) :]
 
 
-class Contents:
-    """The memory of one device. block_tokens: tokens of one block, by service. vocab: ids that are drawn."""
+def _run_at(table: Sequence[int], run: int, blocks: int) -> Sequence[int]:
+    """The blocks of one run of tokens: one for all layers, or one per layer."""
+    return table[run * blocks : (run + 1) * blocks]
 
-    def __init__(self, block_bytes: int, block_tokens: dict[str, int], vocab: int) -> None:
+
+class Contents:
+    """The memory of one device.
+
+    runs: by service, tells the tokens and blocks of a run of KV. vocab: how many ids can be drawn.
+    """
+
+    def __init__(self, block_bytes: int, runs: dict[str, Callable[[], tuple[int, int]]], vocab: int) -> None:
         self._block_bytes = block_bytes
-        self._block_tokens = block_tokens
+        self._runs_of = runs
         self._vocab = vocab
         self.reset()
 
@@ -116,21 +124,22 @@ class Contents:
         known = self._requests.get(row.request)
         if known is None:  # an earlier step of it failed
             return 0 if row.sample else None
-        size = self._block_tokens[known.service]
+        size, blocks = self._runs_of[known.service]()
         known.table += row.blocks
         # Blocks that were shared hold their part already; a row starts behind it.
         if row.start + row.count > len(known.tokens):
             raise Corruption(f"request {row.request} runs tokens that nobody knows")
         for position in range(row.start, row.start + row.count):
-            block = known.table[position // size]
-            slots = self._memory.get(block)
-            if not isinstance(slots, list) or position % size == 0:
-                slots = self._memory[block] = list[object]([None] * size)
-            slots[position % size] = known.digests[position]
+            for layer, block in enumerate(_run_at(known.table, position // size, blocks)):
+                slots = self._memory.get(block)
+                if not isinstance(slots, list) or position % size == 0:
+                    slots = self._memory[block] = list[object]([None] * size)
+                slots[position % size] = (layer, known.digests[position])
         for position in range(row.start + row.count):
-            slots = self._memory.get(known.table[position // size])
-            if not isinstance(slots, list) or slots[position % size] != known.digests[position]:
-                raise Corruption(f"request {row.request} position {position} was overwritten")
+            for layer, block in enumerate(_run_at(known.table, position // size, blocks)):
+                slots = self._memory.get(block)
+                if not isinstance(slots, list) or slots[position % size] != (layer, known.digests[position]):
+                    raise Corruption(f"request {row.request} position {position} was overwritten")
         known.done = row.start + row.count
         if not row.sample:
             return None

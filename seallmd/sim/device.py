@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
+from seallmd.sim.group import Meetings
 from seallmd.sim.timing import Timing
 
 GOES_ON, STOP = 0, 1
@@ -117,11 +118,13 @@ class SimDevice:
         arena_bytes: int,
         timing: Timing,
         memory: Memory,
+        meetings: Meetings,
         on_span: Callable[[Span], None] | None = None,
     ) -> None:
         self._clock = clock
         self._timing = timing
         self._memory = memory
+        self._meetings = meetings
         self._on_span = on_span
         self.index = index
         self.arena_bytes = arena_bytes
@@ -137,6 +140,7 @@ class SimDevice:
         self._busy = False
         self._link_free_at = 0.0
         self._copying: dict[str, int] = {}
+        self._groups: dict[str, msg.Group] = {}
         self._memory.reset()
 
     def start(self) -> None:
@@ -151,6 +155,8 @@ class SimDevice:
             return
         self.alive = False
         self.generation += 1
+        for group in self._groups.values():
+            self._meetings.break_up(group)
         self._clock.happen(ev.WorkerLost(self.index, "killed"))
         self._clock.after(restart_after, self.start)
 
@@ -181,6 +187,7 @@ class SimDevice:
                     self._copy_in(message)
                 case msg.DropWeights(service):
                     self._copying.pop(service, None)
+                    self._groups.pop(service, None)
                     self._memory.drop(service)
                 case msg.MoveBlocks(src, dst):
                     self._memory.move(src, dst)
@@ -194,6 +201,8 @@ class SimDevice:
     def _copy_in(self, message: msg.CopyIn) -> None:
         self._memory.copy_begins(message)
         self._copying[message.service] = message.copy
+        if message.group is not None:
+            self._groups[message.service] = message.group
         # One link per device: copies queue on it.
         began = max(self._clock.now, self._link_free_at)
         seconds = self._timing.copy(self.index, sum(e.bytes_ for e in message.extents))
@@ -221,16 +230,36 @@ class SimDevice:
             tokens += row.count
             context += row.start + row.count
         seconds = self._timing.step(self.index, step.service, tokens, context)
-        self._later(seconds, lambda: self._end_step(step, seconds))
+        group = self._groups.get(step.service)
 
-    def _end_step(self, step: msg.Step, seconds: float) -> None:
+        def start(seconds: float) -> None:
+            self._later(seconds, lambda: self._end_step(step, group, seconds))
+
+        if group is None:
+            start(seconds)
+        else:
+            generation = self.generation
+            self._meetings.join(
+                group, step.step, seconds, lambda s: start(s) if self.generation == generation else None
+            )
+
+    def _end_step(self, step: msg.Step, group: msg.Group | None, seconds: float) -> None:
         self._busy = False
         self.busy_seconds += seconds
         self._span(step.service, "step", self._clock.now - seconds)
-        if self.fail_steps:
-            self.fail_steps -= 1
+        if self._fails(group):
             self._memory.forget([row.request for row in step.rows])
             self._say(msg.StepFailed(step.step, "made to fail"))
         else:
-            self._say(msg.StepDone(step.step, self._memory.run(step), seconds))
+            tokens = self._memory.run(step)
+            self._say(msg.StepDone(step.step, tokens if group is None or group.rank == 0 else (), seconds))
         self._work()
+
+    def _fails(self, group: msg.Group | None) -> bool:
+        """Whether the step at hand fails: made to, or because another rank is gone or failed."""
+        if self.fail_steps:
+            self.fail_steps -= 1
+            if group is not None:
+                self._meetings.break_up(group)
+            return True
+        return group is not None and self._meetings.is_broken(group)

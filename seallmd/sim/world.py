@@ -18,6 +18,7 @@ from seallmd.core.node import Node
 from seallmd.core.settings import NodeSettings
 from seallmd.sim.contents import Contents, Corruption, expected_output
 from seallmd.sim.device import Blank, Memory, SimDevice, Span
+from seallmd.sim.group import Meetings
 from seallmd.sim.timing import Costs, Timing
 
 __all__ = ["Corruption", "Costs", "SimHost", "World", "expected_output"]
@@ -116,13 +117,14 @@ class World:
         known = {name: shape for name, shape in shapes.items() if isinstance(shape, msg.ModelShape)}
         vocab = min((shape.vocab for shape in known.values()), default=2)
         unit = settings.block_bytes
-        block_tokens = {name: unit // shape.kv_bytes_per_token for name, shape in known.items()}
+        runs = {name: self._run_of(name) for name in known}
 
         def memory() -> Memory:
-            return Contents(unit, block_tokens, vocab) if lengths is None else Blank(lengths)
+            return Contents(unit, runs, vocab) if lengths is None else Blank(lengths)
 
+        meetings = Meetings()
         self.devices = [
-            SimDevice(self, index, size, self.timing, memory(), on_span)
+            SimDevice(self, index, size, self.timing, memory(), meetings, on_span)
             for index, size in enumerate(arena_bytes)
         ]
         self.history: list[tuple[float, ev.Event]] = []
@@ -133,6 +135,15 @@ class World:
         self._tick_at: float | None = None
         self._pending: deque[ev.Event] = deque()
         self._handling = False
+
+    def _run_of(self, service: str) -> Callable[[], tuple[int, int]]:
+        """Tokens and blocks of a run of a service's KV, which follow from its ranks."""
+
+        def run() -> tuple[int, int]:
+            known = self.node.state.services[service]
+            return known.run_tokens, known.run_blocks
+
+        return run
 
     def start(self) -> None:
         """Start every process; they come up after `timing.start`."""

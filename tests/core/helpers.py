@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from seallmd.core import events as ev
-from seallmd.core.messages import LayerShape, ModelShape, Sampling
+from seallmd.core.messages import LayerShape, ModelShape, Sampling, Shard
 from seallmd.core.settings import NodeSettings, SchedulerSettings, ServiceSettings
 from seallmd.sim.world import Costs, World, expected_output
 
@@ -14,11 +15,24 @@ VOCAB = 50
 
 
 def shape(
-    token_bytes: int = 64, segments: tuple[int, ...] = (512, 256, 256), context: int = 64
+    token_bytes: int = 64,
+    segments: tuple[int, ...] = (512, 256, 256),
+    context: int = 64,
+    layers: int = 1,
+    ranks: tuple[int, ...] = (),
 ) -> ModelShape:
-    """A model whose KV takes `token_bytes` per token (4 tokens per block by default)."""
-    layer = LayerShape(kv_heads=1, k_dim=token_bytes // 8, v_dim=token_bytes // 8)
-    return ModelShape("tiny", "float32", 4, (layer,), segments, VOCAB, context)
+    """A model whose KV takes `token_bytes` per token (4 tokens per block by default).
+
+    ranks: how it can be split by tensor parallelism; then it has as many KV heads as the most of these.
+    """
+    heads = max(ranks, default=1)
+    dim = token_bytes // layers // heads // 8
+    shards = tuple(
+        Shard(n, (LayerShape(heads // n, dim, dim),) * layers, tuple(-(-size // n) for size in segments))
+        for n in ranks
+    )
+    layer = LayerShape(heads, dim, dim)
+    return ModelShape("tiny", "float32", 4, (layer,) * layers, segments, VOCAB, context, (), shards)
 
 
 @dataclass
@@ -91,19 +105,31 @@ def world(
     check_every_event: bool = True,
     context: int = 0,
     host_bytes: int = 1 << 30,
+    host_kv: int = 0,
+    kv_layout: Literal["merged", "split"] = "merged",
+    tensor_parallel: dict[str, int] | None = None,
+    groups: dict[str, tuple[tuple[int, ...], ...]] | None = None,
     **scheduler: object,
 ) -> Recorder:
-    """A started world. arenas: blocks of each device."""
+    """A started world. arenas: blocks of each device. host_kv: blocks of host memory for KV of each."""
     settings = NodeSettings(
         services=tuple(
             ServiceSettings(
-                name=name, model=name, pinned=name in pinned, preload=name in preload, context=context
+                name=name,
+                model=name,
+                pinned=name in pinned,
+                preload=name in preload,
+                context=context,
+                tensor_parallel=(tensor_parallel or {}).get(name, 0),
+                devices=(groups or {}).get(name, ()),
             )
             for name in services
         ),
         devices=len(arenas),
         block_bytes=BLOCK,
         host_bytes=host_bytes,
+        host_kv_bytes=host_kv * BLOCK,
+        kv_layout=kv_layout,
         scheduler=SchedulerSettings(**scheduler),  # type: ignore[arg-type]
     )
     recorder = Recorder(check_every_event=check_every_event)

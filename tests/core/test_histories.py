@@ -27,12 +27,35 @@ SERVICES: dict[str, ModelShape | str] = {
 }
 
 
+# Groups of two and three devices that overlap with each other and with the services above.
+PARALLEL: dict[str, ModelShape | str] = {
+    "a": shape(64),
+    "b": shape(32, segments=(1024, 256, 512)),
+    "pair": shape(64, ranks=(2,)),
+    "large": shape(64, segments=(8192, 6144), layers=2, ranks=(2, 4)),  # one device cannot hold it
+    "trio": shape(96, segments=(1536, 768), ranks=(3,)),
+}
+
+
 class History:
     """A world and the random things that are done to it."""
 
-    def __init__(self, seed: int, arenas: tuple[int, ...] = (48, 44), **scheduler: object) -> None:
+    def __init__(
+        self,
+        seed: int,
+        arenas: tuple[int, ...] = (48, 44),
+        services: dict[str, ModelShape | str] = SERVICES,
+        **options: object,
+    ) -> None:
         self.random = random.Random(seed)
-        self.recorder = world(SERVICES, arenas, min_residency_seconds=0.1, patience_seconds=0.5, **scheduler)
+        self.services = list(services)
+        self.recorder = world(
+            services,
+            arenas,
+            min_residency_seconds=0.1,
+            patience_seconds=0.5,
+            **options,  # type: ignore[arg-type]
+        )
         self.world = self.recorder.world
         self.count = 0
         self.tickets = 0
@@ -40,7 +63,7 @@ class History:
     def arrive(self) -> None:
         """One request, or n choices of one prompt; prompts often share a beginning."""
         draw = self.random
-        service = draw.choice(list(SERVICES))
+        service = draw.choice(self.services)
         length = draw.randint(1, 40)
         prompt = tuple(range(length)) if draw.random() < 0.5 else tuple(draw.choices(range(50), k=length))
         leader = 0
@@ -64,12 +87,12 @@ class History:
 
     def load(self) -> None:
         self.tickets += 1
-        self.world.happen(ev.LoadWanted(self.tickets, self.random.choice([*SERVICES, "nobody"])))
+        self.world.happen(ev.LoadWanted(self.tickets, self.random.choice([*self.services, "nobody"])))
 
     def evict(self) -> None:
         self.tickets += 1
         now = self.random.random() < 0.5
-        self.world.happen(ev.EvictWanted(self.tickets, self.random.choice([*SERVICES, "nobody"]), now))
+        self.world.happen(ev.EvictWanted(self.tickets, self.random.choice([*self.services, "nobody"]), now))
 
     def kill_worker(self) -> None:
         self.random.choice(self.world.devices).kill(restart_after=self.random.random() * 3)
@@ -127,6 +150,35 @@ def test_long_history_with_faults(seed: int, policy: str) -> None:
         history.act(history.random.choice(ACTIONS))
     history.finish()
     assert len(history.world.history) > 2000
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_overlapping_groups_with_faults(seed: int) -> None:
+    """Tensor-parallel replicas share devices with each other and with others: nothing deadlocks or leaks."""
+    wanted = {"pair": 2, "trio": 3}
+    history = History(
+        seed, (48, 44, 46), PARALLEL, tensor_parallel=wanted, pipeline_depth=1 + seed % 2, step_tokens=16
+    )
+    for _ in range(1200):
+        history.act(history.random.choice(ACTIONS))
+    history.finish()
+    swaps = {service.name: service.swaps_in for service in history.world.node.status(0).services}
+    assert all(swaps[name] > 0 for name in PARALLEL), swaps
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_split_layout_with_faults(seed: int) -> None:
+    """Runs of several blocks, one per layer: prefixes are shared whole, tables stay whole."""
+    services: dict[str, ModelShape | str] = {
+        "a": shape(64, layers=2),
+        "b": shape(96, segments=(1024, 256, 512), layers=3),
+        "c": shape(32),
+    }
+    history = History(seed, (48, 44), services, kv_layout="split", step_tokens=16)
+    for _ in range(1000):
+        history.act(history.random.choice(ACTIONS))
+    history.finish()
+    assert any(history.recorder.cached.values()), "no prefix was reused"
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from seallmd.core import events as ev
-from seallmd.core.state import IllegalTransition, Replica, Request
+from seallmd.core.arena import Arena
+from seallmd.core.ranks import Ranks
+from seallmd.core.request import IllegalTransition, Request
+from seallmd.core.state import Replica
 from tests.core.helpers import Recorder, shape, world
 
 MODELS = {"a": shape(), "b": shape(), "c": shape()}
@@ -273,7 +276,7 @@ def test_draining_refuses_newcomers_and_finishes_the_rest() -> None:
 
 def test_illegal_transitions_raise_and_change_nothing() -> None:
     """Life cycles are tables."""
-    replica = Replica("a", 0, (0,), 1, 0.0)
+    replica = Replica("a", (0,), Ranks([Arena(1)]), ((0,),), 1, 0.0)
     with pytest.raises(IllegalTransition):
         replica.move("drain")
     assert replica.stage.value == "copying"

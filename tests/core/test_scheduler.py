@@ -14,9 +14,10 @@ from seallmd.core.cost import ROOFLINES, StepCosts
 from seallmd.core.events import ToDevice
 from seallmd.core.messages import Step
 from seallmd.core.profile import ServiceProfile
+from seallmd.core.request import Request
 from seallmd.core.scheduler import charge
 from seallmd.core.settings import ServiceSettings
-from seallmd.core.state import Request, Service
+from seallmd.core.state import Service
 from tests.core.helpers import shape, world
 
 CPU = ROOFLINES["cpu"]

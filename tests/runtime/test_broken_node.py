@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 
 import pytest
 
@@ -20,10 +19,10 @@ def nothing(settings: bytes, sock: socket.socket) -> None:
     """A child's entry that is never called here."""
 
 
-async def test_a_broken_invariant_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_broken_invariant_ends_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Exit code 1, at once, whatever the event loop would have made of the exception."""
     worker = WorkerSettings("cpu0", "cpu")
-    plan = DevicePlan((worker,), worker, 4096, 1 << 20, Path("cache"), ROOFLINES["cpu"])
+    plan = DevicePlan((worker,), worker, 4096, 1 << 20, 0, tmp_path, tmp_path / "meet", ROOFLINES["cpu"])
     settings = NodeSettings(
         services=(ServiceSettings(name="a", model="a"),), devices=1, block_bytes=4096, host_bytes=1 << 20
     )

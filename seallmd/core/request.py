@@ -1,0 +1,106 @@
+"""A request: what a node knows of it, and its life cycle.
+
+Owns the struct and the table of legal transitions. Must not decide anything, nor change others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from seallmd.core.messages import Sampling
+from seallmd.core.ranks import Tables
+
+if TYPE_CHECKING:
+    from seallmd.core.state import Replica
+
+
+class IllegalTransition(RuntimeError):
+    """A life cycle was asked for a step that its table does not have; nothing was changed."""
+
+
+class Life(Enum):
+    """A request's state."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+
+
+REQUEST_LIFE = {
+    (Life.WAITING, "admit"): Life.RUNNING,
+    (Life.RUNNING, "preempt"): Life.WAITING,
+    (Life.WAITING, "finish"): Life.DONE,
+    (Life.RUNNING, "finish"): Life.DONE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SavedKv:
+    """A preempted request's KV in host memory. tokens: how many; slots: on each of `devices`, by rank."""
+
+    devices: tuple[int, ...]
+    slots: Tables
+    tokens: int
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request, from `Arrived` to its `Finish`.
+
+    order: arrival order, the seniority by which memory is given. tokens: prompt and every generated token
+    that was seen. replica: where it runs; tables: its block table on each rank there. scheduled, computed:
+    tokens whose KV steps on their way, or done, have written. drawn: generated tokens, those still on their
+    way included. inflight: rows in steps on their way. epoch: counts preemptions, so that rows of an earlier
+    life are told apart. saved: its KV in host memory, while it waits. indexed: runs of blocks that others may
+    share, and parents: what the next one follows, by rank. budget, attained: seconds of execution it may take
+    before its rank falls, and that it has taken (SeaLLM's doubling budget).
+    """
+
+    id: int
+    service: str
+    order: int
+    arrived: float
+    tokens: list[int]
+    prompt: int
+    max_tokens: int
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    root: Hashable
+    leader: int
+    life: Life = Life.WAITING
+    replica: Replica | None = None
+    tables: Tables = ()
+    saved: SavedKv | None = None
+    scheduled: int = 0
+    computed: int = 0
+    drawn: int = 0
+    inflight: int = 0
+    epoch: int = 0
+    cached: int = 0
+    indexed: int = 0
+    parents: list[Hashable] = field(default_factory=list)
+    announced: bool = False
+    emitted: bool = False
+    budget: float = 0.0
+    attained: float = 0.0
+    doublings: int = 0
+
+    def move(self, event: str) -> None:
+        """Take one step of the life cycle. Raises IllegalTransition."""
+        try:
+            self.life = REQUEST_LIFE[self.life, event]
+        except KeyError:
+            raise IllegalTransition(f"request {self.id} is {self.life.value}: cannot {event}") from None
+
+    @property
+    def pending(self) -> int:
+        """Tokens known to the worker whose KV no step has been asked to write."""
+        return self.prompt + self.drawn - self.scheduled
+
+    @property
+    def runnable(self) -> bool:
+        """Whether another row makes sense: something is left to draw."""
+        return self.drawn < self.max_tokens
