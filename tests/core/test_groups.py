@@ -1,0 +1,131 @@
+"""Replicas on several devices: every rank has its part, and all of them step, come and go together."""
+
+from __future__ import annotations
+
+from seallmd.core import events as ev
+from seallmd.core.messages import CopyIn, Step
+from seallmd.core.status import ServiceStatus
+from tests.core.helpers import Recorder, shape, world
+
+
+def status_of(recorder: Recorder, name: str) -> ServiceStatus:
+    return next(s for s in recorder.world.node.status(recorder.world.now).services if s.name == name)
+
+
+def test_a_model_that_fits_no_device_is_split() -> None:
+    """As few ranks as it takes, without anybody asking for it; each rank has the blocks of its part."""
+    big = shape(64, segments=(8192, 4096), ranks=(2, 4))
+    recorder = world({"big": big, "a": shape()}, arenas=(40, 40))
+    recorder.arrive(1, "big", (1, 2, 3), 10)
+    recorder.world.run()
+    recorder.assert_output(1)
+    assert status_of(recorder, "big").groups == ((0, 1),)
+    devices = recorder.world.node.status(0).devices
+    assert [device.weights_bytes for device in devices] == [6144, 6144]
+
+
+def test_a_model_that_cannot_be_split_is_refused() -> None:
+    """With the size that it needs; and one that is to be split in a way it cannot be, with that."""
+    services = {"big": shape(64, segments=(16384,)), "a": shape()}
+    recorder = world(services, arenas=(40, 40), tensor_parallel={"a": 2})
+    assert "needs" in status_of(recorder, "big").reason
+    assert "cannot be split over 2 devices" in status_of(recorder, "a").reason
+
+
+def test_parts_of_the_image_go_to_their_ranks() -> None:
+    """Rank r copies the r-th part of the host image, and knows its place in the group."""
+    recorder = world({"a": shape(segments=(512, 256), ranks=(2,))}, (40, 40), tensor_parallel={"a": 2})
+    sent: list[tuple[int, CopyIn]] = []
+
+    def observe(_event: ev.Event, actions: list[ev.Action]) -> None:
+        sent.extend(
+            (a.device, a.message)
+            for a in actions
+            if isinstance(a, ev.ToDevice) and isinstance(a.message, CopyIn)
+        )
+
+    recorder.world._observe = observe
+    recorder.arrive(1, "a", (1,), 2)
+    recorder.world.run()
+    assert [device for device, _ in sent] == [0, 1]
+    assert [copy.extents[0].image_at for _, copy in sent] == [0, 384]
+    groups = [copy.group for _, copy in sent]
+    assert [(g.rank, g.ranks) for g in groups if g is not None] == [(0, 2), (1, 2)]
+
+
+def test_configured_places_are_kept() -> None:
+    """Manual placement: a service comes in on the groups that were named, in their rank order."""
+    recorder = world(
+        {"a": shape(ranks=(2,)), "b": shape()},
+        (40, 40, 40),
+        tensor_parallel={"a": 2},
+        groups={"a": ((2, 0),), "b": ((1,),)},
+    )
+    recorder.arrive(1, "a", (1,), 5)
+    recorder.arrive(2, "b", (1,), 5)
+    recorder.world.run()
+    assert status_of(recorder, "a").groups == ((2, 0),)
+    assert status_of(recorder, "b").groups == ((1,),)
+
+
+def test_a_busy_neighbour_delays_a_group_by_steps_not_for_ever() -> None:
+    """One service keeps device 0 full; the group's steps still get their turn there."""
+    recorder = world(
+        {"pair": shape(ranks=(2,)), "busy": shape()},
+        (120, 120),
+        tensor_parallel={"pair": 2},
+        groups={"busy": ((0,),)},
+        policy="round-robin",
+    )
+    order: list[str] = []
+
+    def observe(_event: ev.Event, actions: list[ev.Action]) -> None:
+        order.extend(
+            a.message.service
+            for a in actions
+            if isinstance(a, ev.ToDevice) and isinstance(a.message, Step) and a.device == 0
+        )
+
+    recorder.arrive(1, "pair", (1,), 20)
+    recorder.arrive(2, "busy", (1,), 30)
+    recorder.world._observe = observe
+    recorder.world.run()
+    first = order.index("pair")
+    together = order[first : len(order) - order[::-1].index("pair")]
+    assert together.count("pair") == 20
+    assert together.count("busy") <= 21, "the group waited for more than one step of its neighbour"
+
+
+def test_the_loss_of_one_rank_ends_the_group_and_it_comes_back() -> None:
+    """Requests fail once; the other rank's memory is free again; the service returns by itself."""
+    recorder = world({"a": shape(ranks=(2,))}, (40, 40), tensor_parallel={"a": 2})
+    recorder.arrive(1, "a", (1, 2), 40)
+    recorder.world.run(until=recorder.world.now + 0.1)
+    assert status_of(recorder, "a").running == 1
+    recorder.world.devices[1].kill(restart_after=1.0)
+    assert recorder.finished[1].code == "worker_lost"
+    assert recorder.world.node.status(0).devices[0].weights_bytes == 0
+    recorder.world.run()
+    assert status_of(recorder, "a").groups == ((0, 1),)
+    recorder.arrive(2, "a", (1, 2), 20)
+    recorder.world.run()
+    recorder.assert_output(2)
+
+
+def test_prefixes_of_a_broken_group_are_not_trusted() -> None:
+    """Rank 0 finished a step that rank 1 did not: what that step wrote is never shared."""
+    recorder = world({"a": shape(ranks=(2,))}, (60, 60), tensor_parallel={"a": 2})
+    prompt = tuple(range(24))
+    recorder.arrive(1, "a", prompt, 1)
+    recorder.world.run()
+    recorder.arrive(2, "a", prompt, 1)
+    recorder.world.run()
+    assert recorder.cached[2] > 0
+    recorder.world.devices[1].fail_steps = 1
+    recorder.arrive(3, "a", prompt, 10)
+    recorder.world.run()
+    assert recorder.finished[3].reason == "failed"
+    recorder.arrive(4, "a", prompt, 5)
+    recorder.world.run()
+    assert recorder.cached[4] == 0
+    recorder.assert_output(4)
