@@ -74,11 +74,21 @@ class _Arrival:
 
 
 class Worker:
-    """Everything a worker process does, without the process. send: takes answers in order."""
+    """Everything a worker process does, without the process.
 
-    def __init__(self, device: Device, block_bytes: int, send: Callable[[Message], None]) -> None:
+    send: takes answers in order. kv_layout: as in `WorkerSettings`.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        block_bytes: int,
+        send: Callable[[Message], None],
+        kv_layout: str = "merged",
+    ) -> None:
         self._device = device
         self._block_bytes = block_bytes
+        self._kv_layout = kv_layout
         self._send = send
         self._requests = Requests()
         self._models: dict[str, _Model] = {}
@@ -130,7 +140,7 @@ class Worker:
         if resident is None or resident.kv is None:
             raise RuntimeError(f"{step.service} is not resident")
         self._requests.admit(step.service, step.admit, resident.model.get_input_embeddings().weight.shape[0])
-        packed = self._requests.pack(step.service, step.rows, resident.kv.tokens_per_block)
+        packed = self._requests.pack(step.service, step.rows, resident.kv.page)
         drawn = self._forward(resident.model, resident.kv, packed) if packed.rows else []
         return self._requests.commit(step.rows, packed, drawn)
 
@@ -236,7 +246,9 @@ class Worker:
         if self._native is not None:
             known.fast = FastModel(known.model, self._native)
             known.fast.install(shapes)
-        known.kv = KvView(self._device.arena, self._block_bytes, shapes, DTYPES[wanted.dtype])
+        known.kv = KvView(
+            self._device.arena, self._block_bytes, shapes, DTYPES[wanted.dtype], self._kv_layout
+        )
 
     def _build(self, wanted: CopyIn, config: PreTrainedConfig) -> _Model:
         dtype = DTYPES[wanted.dtype]
