@@ -60,7 +60,7 @@ class _Chunk(NamedTuple):
 
 
 class _Single(NamedTuple):
-    """A row of one token. first_key: the oldest key that it sees. table: its blocks from that key's page on."""
+    """A row of one token. first_key: the oldest key that it sees. table: blocks from that key's page on."""
 
     span: Span
     first_key: int

@@ -27,6 +27,8 @@ from seallmd.core.messages import (
     LayerShape,
     Message,
     MoveBlocks,
+    RestoreBlocks,
+    SaveBlocks,
     Step,
     StepDone,
     StepFailed,
@@ -116,6 +118,10 @@ class Worker:
                 self._device.drop_image(message.service)
             case MoveBlocks():
                 self._move(message)
+            case SaveBlocks(src, dst):
+                self._device.save(src, dst)
+            case RestoreBlocks(src, dst):
+                self._device.restore(src, dst)
             case Forget():
                 self._requests.forget(message.requests)
             case _:
@@ -141,6 +147,7 @@ class Worker:
             raise RuntimeError(f"{step.service} is not resident")
         self._requests.admit(step.service, step.admit, resident.model.get_input_embeddings().weight.shape[0])
         packed = self._requests.pack(step.service, step.rows, resident.kv.page)
+        self._device.wait_for(span.table for span in packed.spans)
         drawn = self._forward(resident.model, resident.kv, packed) if packed.rows else []
         return self._requests.commit(step.rows, packed, drawn)
 
@@ -165,6 +172,7 @@ class Worker:
             return tokens
 
     def _move(self, message: MoveBlocks) -> None:
+        self._device.wait_for((message.src, message.dst))
         blocks = self._device.arena.view(-1, self._block_bytes)
         for src, dst in zip(message.src, message.dst, strict=True):
             blocks[dst].copy_(blocks[src])

@@ -11,8 +11,9 @@ import torch
 
 from seallmd.core import messages as msg
 from seallmd.core.messages import LayerShape
+from seallmd.worker.device import CpuDevice, _rows
 from seallmd.worker.kv import KvView, page_of
-from tests.worker.helpers import VOCABULARY, Rig, Talk, plain, run_step, save_tiny
+from tests.worker.helpers import VOCABULARY, Rig, Talk, plain, plain_logits, run_step, save_tiny
 
 LAYOUTS: list[Literal["merged", "split"]] = ["merged", "split"]
 SHAPES = [LayerShape(2, 8, 8), LayerShape(1, 8, 4), LayerShape(3, 8, 8)]  # 32, 12 and 48 elements a token
@@ -111,3 +112,70 @@ def test_half_a_page_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     admit = msg.Admit(1, (3, 4, 5), 3, msg.Sampling(temperature=0.0))
     failed = rig.step("s", [admit], [msg.Row(1, 0, 3, True, (*blocks, rig.free.pop()))])
     assert isinstance(failed, msg.StepFailed)
+
+
+# ------------------------------------------------------------------------------------- host memory
+
+
+@pytest.mark.usefixtures("with_operations")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saved_and_restored(
+    layout: Literal["merged", "split"], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A preempted request goes on from other blocks with what it had, as if nothing had happened."""
+    directory = save_tiny(tmp_path / "m")
+    model = plain(directory)
+    rig = Rig(monkeypatch, tmp_path / "cache", 4096, SMALL_BLOCK_BYTES, layout, 64 * SMALL_BLOCK_BYTES)
+    rig.load("s", directory)
+    talk, other = Talk(rig, 1, "s", prompt(38)), Talk(rig, 2, "s", prompt(9))
+    run_step(rig, model, [(talk, 38), (other, 9)])
+    slots = [*range(7, 7 + len(talk.table) - 2), 3, 2]  # a run of neighbours and two apart
+    rig.worker.handle(msg.SaveBlocks(tuple(talk.table), tuple(slots)))
+    rig.worker.handle(msg.Forget((1,)))
+    rig.spoil(talk.table)
+    rig.free = talk.table + rig.free  # taken last: the request comes back to other blocks
+    run_step(rig, model, [(other, 1)])
+    blocks = tuple(rig.free.pop() for _ in slots)
+    rig.worker.handle(msg.RestoreBlocks(tuple(slots), blocks))
+    admit = msg.Admit(1, tuple(talk.tokens), talk.prompt, msg.Sampling(temperature=0.0))
+    done = rig.step("s", [admit], [msg.Row(1, talk.run, 1, True, blocks)])
+    assert done.tokens == (int(plain_logits(model, talk.tokens).argmax()),)
+    talk.tokens.append(done.tokens[0])
+    talk.run, talk.table = talk.run + 1, list(blocks)
+    for _ in range(3):
+        run_step(rig, model, [(talk, 1), (other, 1)])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        msg.SaveBlocks((0,), (2,)),
+        msg.SaveBlocks((0, -1), (0, 1)),
+        msg.RestoreBlocks((2,), (0,)),
+        msg.RestoreBlocks((0,), (16,)),
+        msg.RestoreBlocks((0, 1), (0,)),
+    ],
+)
+def test_blocks_and_slots_that_are_not_there(
+    message: msg.Message, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A defect of the daemon ends the worker; it does not copy what others own."""
+    rig = Rig(monkeypatch, tmp_path / "cache", 16, SMALL_BLOCK_BYTES, host_kv_bytes=2 * SMALL_BLOCK_BYTES + 5)
+    with pytest.raises((RuntimeError, ValueError)):
+        rig.worker.handle(message)
+
+
+def test_host_memory_that_is_not_there(tmp_path: Path) -> None:
+    """More than the machine has is refused at start, instead of being killed while it is touched."""
+    settings = msg.WorkerSettings("t", "cpu", 1 << 20, 0, 1 << 16, cache=str(tmp_path), host_kv_bytes=1 << 50)
+    with pytest.raises(MemoryError, match="host memory for KV"):
+        CpuDevice(settings)
+
+
+def test_neighbours_are_copied_together() -> None:
+    """One copy per run of blocks that lie side by side on both ends, and none that crosses a gap."""
+    source, target = torch.zeros(9, 4), torch.zeros(9, 4)
+    pairs = list(_rows(source, (1, 2, 3, 5, 6, 0), target, (4, 5, 6, 7, 2, 3)))
+    assert [len(rows) for rows, _ in pairs] == [3, 1, 1, 1]
+    assert [to.storage_offset() // 4 for _, to in pairs] == [4, 7, 2, 3]
+    assert list(_rows(source, (), target, ())) == []
