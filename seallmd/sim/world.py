@@ -122,7 +122,7 @@ class World:
             return Contents(unit, block_tokens, vocab) if lengths is None else Blank(lengths)
 
         self.devices = [
-            SimDevice(self, index, size, self.timing, memory(), on_span)
+            SimDevice(self, index, size, self.timing, memory(), on_span, unit)
             for index, size in enumerate(arena_bytes)
         ]
         self.history: list[tuple[float, ev.Event]] = []

@@ -112,12 +112,12 @@ def _rows(
     for rows, matrix in ((src, source), (dst, target)):
         if rows and not 0 <= min(rows) <= max(rows) < len(matrix):
             raise RuntimeError(f"a block or slot of {min(rows)} to {max(rows)} is none of {len(matrix)}")
+    copies = list(zip(src, dst, strict=True))
     begin = 0
-    for end, (row, to) in enumerate(zip(src, dst, strict=True), start=1):
-        if end < len(src) and (src[end], dst[end]) == (row + 1, to + 1):
-            continue
-        yield source[src[begin] : row + 1], target[dst[begin] : to + 1]
-        begin = end
+    for end, (row, to) in enumerate(copies, start=1):
+        if end == len(copies) or copies[end] != (row + 1, to + 1):
+            yield source[src[begin] : row + 1], target[dst[begin] : to + 1]
+            begin = end
 
 
 def _resident(size: int) -> torch.Tensor:
