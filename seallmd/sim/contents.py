@@ -1,7 +1,8 @@
 """What memory holds, written and checked: the mode in which tests look for corruption.
 
-Owns the contents of one simulated device: each KV slot remembers which prefix was written into it, each
-block of weights whose they are, and a step that reads anything else raises `Corruption`. Must not know time.
+Owns the contents of one simulated device: each token's place in a KV block remembers which prefix was written
+into it, on its way to host memory and back too, each block of weights whose they are; a step that reads
+anything else raises `Corruption`. Must not know time.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ class Contents:
         self.reset()
 
     def reset(self) -> None:
-        """An empty arena, and no request known."""
+        """An empty arena, empty host memory, and no request known."""
         self._memory: dict[int, object] = {}
+        self._saved: dict[int, list[object]] = {}
         self._weights: dict[str, list[tuple[int, int]]] = {}
         self._requests: dict[int, _Known] = {}
 
@@ -95,6 +97,21 @@ class Contents:
         renamed = dict(zip(src, dst, strict=True))
         for known in self._requests.values():
             known.table = [renamed.get(block, block) for block in known.table]
+
+    def save(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """KV blocks are copied to slots of host memory. Raises Corruption for a block that holds no KV."""
+        for block, slot in zip(src, dst, strict=True):
+            held = self._memory.get(block)
+            if not isinstance(held, list):
+                raise Corruption(f"block {block} is saved as KV, but holds {held!r:.60}")
+            self._saved[slot] = list(held)
+
+    def restore(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """Slots of host memory are copied to blocks. Raises Corruption for a slot that was never filled."""
+        for slot, block in zip(src, dst, strict=True):
+            if slot not in self._saved:
+                raise Corruption(f"slot {slot} is restored, but nothing was saved there")
+            self._memory[block] = list(self._saved[slot])
 
     def forget(self, requests: Sequence[int]) -> None:
         """Requests that are over, preempted or failed."""

@@ -50,6 +50,12 @@ class Memory(Protocol):
     def move(self, src: Sequence[int], dst: Sequence[int]) -> None:
         """Blocks are copied and renamed."""
 
+    def save(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """Blocks are copied to slots of host memory."""
+
+    def restore(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """Slots of host memory are copied to blocks."""
+
     def forget(self, requests: Sequence[int]) -> None:
         """Requests that are over."""
 
@@ -82,6 +88,12 @@ class Blank:
     def move(self, src: Sequence[int], dst: Sequence[int]) -> None:
         """Nothing is kept."""
 
+    def save(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """Nothing is kept."""
+
+    def restore(self, src: Sequence[int], dst: Sequence[int]) -> None:
+        """Nothing is kept."""
+
     def forget(self, requests: Sequence[int]) -> None:
         """Nothing is kept."""
 
@@ -108,7 +120,9 @@ class Span(NamedTuple):
 class SimDevice:
     """A worker process and its device. Steps run one after another; copies too, beside the steps.
 
-    busy_seconds: of all steps that ended. on_span: told of each step and copy that ended.
+    A step that is given blocks which are still being saved or restored waits for them, as on a GPU.
+    block_bytes: of what one of them copies. busy_seconds: of all steps that ended. on_span: told of each step
+    and each copy of weights that ended.
     """
 
     def __init__(
@@ -120,8 +134,10 @@ class SimDevice:
         memory: Memory,
         meetings: Meetings,
         on_span: Callable[[Span], None] | None = None,
+        block_bytes: int = 0,
     ) -> None:
         self._clock = clock
+        self._block_bytes = block_bytes
         self._timing = timing
         self._memory = memory
         self._meetings = meetings
@@ -139,6 +155,7 @@ class SimDevice:
         self._queue: deque[msg.ToWorker] = deque()
         self._busy = False
         self._link_free_at = 0.0
+        self._copied_at: dict[int, float] = {}  # blocks that are being saved or restored
         self._copying: dict[str, int] = {}
         self._groups: dict[str, msg.Group] = {}
         self._memory.reset()
@@ -191,6 +208,17 @@ class SimDevice:
                     self._memory.drop(service)
                 case msg.MoveBlocks(src, dst):
                     self._memory.move(src, dst)
+                    self._copied_at |= {
+                        to: self._copied_at[block]
+                        for block, to in zip(src, dst, strict=True)
+                        if block in self._copied_at
+                    }
+                case msg.SaveBlocks(src, dst):
+                    self._memory.save(src, dst)
+                    self._copy_kv(src)
+                case msg.RestoreBlocks(src, dst):
+                    self._memory.restore(src, dst)
+                    self._copy_kv(dst)
                 case msg.Forget(requests):
                     self._memory.forget(requests)
                 case _:
@@ -203,11 +231,21 @@ class SimDevice:
         self._copying[message.service] = message.copy
         if message.group is not None:
             self._groups[message.service] = message.group
-        # One link per device: copies queue on it.
-        began = max(self._clock.now, self._link_free_at)
-        seconds = self._timing.copy(self.index, sum(e.bytes_ for e in message.extents))
-        self._link_free_at = began + seconds
-        self._later(self._link_free_at - self._clock.now, lambda: self._end_copy(message, began, seconds))
+        seconds = self._take_link(sum(e.bytes_ for e in message.extents))
+        ends = self._link_free_at
+        self._later(ends - self._clock.now, lambda: self._end_copy(message, ends - seconds, seconds))
+
+    def _take_link(self, bytes_: int) -> float:
+        """Copy something, behind what is being copied: one link per device. Seconds of the copy itself."""
+        seconds = self._timing.copy(self.index, bytes_)
+        self._link_free_at = max(self._clock.now, self._link_free_at) + seconds
+        return seconds
+
+    def _copy_kv(self, blocks: Sequence[int]) -> None:
+        self._take_link(len(blocks) * self._block_bytes)
+        now = self._clock.now
+        self._copied_at = {block: at for block, at in self._copied_at.items() if at > now}
+        self._copied_at.update(dict.fromkeys(blocks, self._link_free_at))
 
     def _end_copy(self, message: msg.CopyIn, began: float, seconds: float) -> None:
         if self._copying.get(message.service) != message.copy:
@@ -230,10 +268,12 @@ class SimDevice:
             tokens += row.count
             context += row.start + row.count
         seconds = self._timing.step(self.index, step.service, tokens, context)
+        copied = (self._copied_at.get(block, 0.0) for row in step.rows for block in row.blocks)
+        waits = max(0.0, max(copied, default=0.0) - self._clock.now)
         group = self._groups.get(step.service)
 
         def start(seconds: float) -> None:
-            self._later(seconds, lambda: self._end_step(step, group, seconds))
+            self._later(waits + seconds, lambda: self._end_step(step, group, seconds))
 
         if group is None:
             start(seconds)

@@ -124,7 +124,7 @@ class World:
 
         meetings = Meetings()
         self.devices = [
-            SimDevice(self, index, size, self.timing, memory(), meetings, on_span)
+            SimDevice(self, index, size, self.timing, memory(), meetings, on_span, unit)
             for index, size in enumerate(arena_bytes)
         ]
         self.history: list[tuple[float, ev.Event]] = []

@@ -1,4 +1,4 @@
-"""One device: its arena, and copies of weights into it.
+"""One device: its arena, copies of weights into it, and copies of KV to host memory and back.
 
 Owns allocation, mapping of host images, streams and synchronisation; the rest of the worker is the same on
 CPU and CUDA. Must not know models or messages.
@@ -13,7 +13,7 @@ import os
 import platform
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,8 @@ from seallmd.worker.process import require_memory
 
 # One chunk is copied between two steps of the residents: about 5 ms on a CPU, 1 ms over PCIe.
 CHUNK_BYTES = 64 << 20
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # source and target of a copy
 
 
 class Copy(ABC):
@@ -38,11 +40,15 @@ class Copy(ABC):
 
 
 class Device(ABC):
-    """arena: uint8 [bytes], a multiple of the block size, on `torch_device`. label: a name for people."""
+    """arena: uint8 [bytes], a multiple of the block size, on `torch_device`. label: a name for people.
+
+    host_kv: uint8 [slots, block_bytes] in host memory, for the KV of preempted requests.
+    """
 
     torch_device: torch.device
     label: str
     arena: torch.Tensor
+    host_kv: torch.Tensor
 
     @abstractmethod
     def copy_in(self, service: str, path: str, extents: tuple[Extent, ...]) -> Copy:
@@ -50,6 +56,28 @@ class Device(ABC):
 
     def drop_image(self, service: str) -> None:  # noqa: B027 - only devices that keep images have to
         """Forget what is kept of a service's image."""
+
+    def save(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        """Copy blocks of the arena to slots of `host_kv`, after all that was enqueued.
+
+        What `host_kv` holds is for `restore` alone to read, and the copy may still be under way: `wait_for`.
+        Raises RuntimeError for a block or slot that is not there.
+        """
+        self._copy_kv(_rows(self._blocks(), blocks, self.host_kv, slots), blocks)
+
+    def restore(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        """Copy slots of `host_kv` to blocks of the arena, after all that was enqueued. Raises as `save`."""
+        self._copy_kv(_rows(self.host_kv, slots, self._blocks(), blocks), blocks)
+
+    def wait_for(self, tables: Iterable[Sequence[int]]) -> None:  # noqa: B027 - only where copies are late
+        """Have what is enqueued from here on wait for the saving and restoring of these blocks."""
+
+    def _blocks(self) -> torch.Tensor:
+        return self.arena.view(-1, self.host_kv.shape[1])
+
+    @abstractmethod
+    def _copy_kv(self, pairs: Iterable[Pair], blocks: Sequence[int]) -> None:
+        """Copy each pair. blocks: those of the arena that are read or written."""
 
 
 def open_device(settings: WorkerSettings) -> Device:
@@ -77,6 +105,37 @@ def _check(extents: tuple[Extent, ...], image_bytes: int, arena_bytes: int) -> N
             raise RuntimeError("an extent lies outside the image or the arena")
 
 
+def _rows(
+    source: torch.Tensor, src: Sequence[int], target: torch.Tensor, dst: Sequence[int]
+) -> Iterator[Pair]:
+    """Rows of two matrices, neighbours together: a copy of a small block takes long to start."""
+    for rows, matrix in ((src, source), (dst, target)):
+        if rows and not 0 <= min(rows) <= max(rows) < len(matrix):
+            raise RuntimeError(f"a block or slot of {min(rows)} to {max(rows)} is none of {len(matrix)}")
+    copies = list(zip(src, dst, strict=True))
+    begin = 0
+    for end, (row, to) in enumerate(copies, start=1):
+        if end == len(copies) or copies[end] != (row + 1, to + 1):
+            yield source[src[begin] : row + 1], target[dst[begin] : to + 1]
+            begin = end
+
+
+def _resident(size: int) -> torch.Tensor:
+    """Host memory of zeros, every page of it there already."""
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Huge pages: touching 2 GiB took 1.1 s instead of 3.7 s, and linear layers miss the TLB less.
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8).zero_()  # touched once: no page faults later
+
+
+def _host_kv(settings: WorkerSettings) -> torch.Tensor:
+    slots = settings.host_kv_bytes // settings.block_bytes
+    require_memory(slots * settings.block_bytes, "host memory for KV")
+    return _resident(slots * settings.block_bytes).view(slots, settings.block_bytes)
+
+
 # -------------------------------------------------------------------------------------------------- CPU
 
 
@@ -90,10 +149,8 @@ class CpuDevice(Device):
         if size <= 0:
             raise MemoryError("a CPU device needs arena_bytes of at least one block")
         require_memory(size, "the arena")
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # Huge pages: touching 2 GiB took 1.1 s instead of 3.7 s, and linear layers miss the TLB less.
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        self.arena = torch.frombuffer(memory, dtype=torch.uint8).zero_()  # touched once: no page faults later
+        self.arena = _resident(size)
+        self.host_kv = _host_kv(settings)
         self.label = f"cpu: {_cpu_name()}, {settings.threads} threads"
 
     def copy_in(self, service: str, path: str, extents: tuple[Extent, ...]) -> Copy:  # noqa: ARG002
@@ -101,6 +158,11 @@ class CpuDevice(Device):
         image = _map(path, shared=False)
         _check(extents, image.numel(), self.arena.numel())
         return _CpuCopy(self.arena, image, extents)
+
+    def _copy_kv(self, pairs: Iterable[Pair], blocks: Sequence[int]) -> None:  # noqa: ARG002
+        """As `Device._copy_kv`; done when it returns."""
+        for source, target in pairs:
+            target.copy_(source)
 
 
 class _CpuCopy(Copy):
@@ -144,15 +206,18 @@ class CudaDevice(Device):
         if size <= 0:
             raise MemoryError("the GPU has no memory left for an arena")
         self.arena = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.host_kv = _host_kv(settings)
+        if len(self.host_kv):
+            _page_lock(self.host_kv, "host memory for KV")
         self._stream = torch.cuda.Stream(device)
+        self._kv_copies: deque[tuple[torch.cuda.Event, frozenset[int]]] = deque()  # in order; their blocks
         self._images: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}
 
     def copy_in(self, service: str, path: str, extents: tuple[Extent, ...]) -> Copy:
         """As `Device.copy_in`."""
         image = self._locked(service, path)
         _check(extents, image.numel(), self.arena.numel())
-        # The ledger reuses blocks that steps enqueued before this copy may still read.
-        self._stream.wait_event(torch.cuda.current_stream(self.torch_device).record_event())
+        self._after_steps()
         return _CudaCopy(self._stream, self.arena, image, extents)
 
     def drop_image(self, service: str) -> None:
@@ -162,6 +227,30 @@ class CudaDevice(Device):
             self._stream.synchronize()  # a copy may still read it
             torch.cuda.cudart().cudaHostUnregister(known[1].data_ptr())
 
+    def _copy_kv(self, pairs: Iterable[Pair], blocks: Sequence[int]) -> None:
+        """As `Device._copy_kv`, on the copy stream: copies are carried out in order, weights included."""
+        self._after_steps()
+        with torch.cuda.stream(self._stream):
+            for source, target in pairs:
+                target.copy_(source, non_blocking=True)
+        self._kv_copies.append((self._stream.record_event(), frozenset(blocks)))
+
+    def wait_for(self, tables: Iterable[Sequence[int]]) -> None:
+        """As `Device.wait_for`. Steps whose blocks are not being copied do not wait."""
+        while self._kv_copies and self._kv_copies[0][0].query():
+            self._kv_copies.popleft()
+        if not self._kv_copies:
+            return
+        wanted = frozenset().union(*tables)
+        for event, blocks in reversed(self._kv_copies):
+            if not blocks.isdisjoint(wanted):  # earlier copies of the stream are done by then too
+                torch.cuda.current_stream(self.torch_device).wait_event(event)
+                return
+
+    def _after_steps(self) -> None:
+        """Copies from here on wait: the ledger reuses blocks that earlier steps may still read."""
+        self._stream.wait_event(torch.cuda.current_stream(self.torch_device).record_event())
+
     def _locked(self, service: str, path: str) -> torch.Tensor:
         status = os.stat(path)
         identity = (status.st_dev, status.st_ino)  # not the path: its descriptor number is used again
@@ -170,11 +259,15 @@ class CudaDevice(Device):
             return known[1]
         self.drop_image(service)
         image = _map(path, shared=True)  # page-locking a private mapping would copy it
-        error = int(torch.cuda.cudart().cudaHostRegister(image.data_ptr(), image.numel(), 0))
-        if error != 0:
-            raise RuntimeError(f"the host image cannot be page-locked (CUDA error {error})")
+        _page_lock(image, "the host image")
         self._images[service] = (identity, image)
         return image
+
+
+def _page_lock(memory: torch.Tensor, name: str) -> None:
+    error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+    if error != 0:
+        raise RuntimeError(f"{name} cannot be page-locked (CUDA error {error})")
 
 
 class _CudaCopy(Copy):

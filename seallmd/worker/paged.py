@@ -12,13 +12,14 @@ of this module is what they are compared with, and what runs elsewhere. On CUDA 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from seallmd.worker.attention import Call
-from seallmd.worker.kv import KvView
+from seallmd.worker.kv import KvView, Page
 from seallmd.worker.ops.native import Attention, Native, Step, cache_struct
 
 # Single-token rows are padded to the longest of their group; a row whose padding would exceed both figures
@@ -28,7 +29,10 @@ _PADDING_TOKENS = 256
 
 
 class Span(NamedTuple):
-    """A request's part of the packed step. first: its first packed row. context: tokens up to its last."""
+    """A request's part of the packed step. first: its first packed row. context: tokens up to its last.
+
+    table: its blocks, page after page (see `kv`).
+    """
 
     first: int
     tokens: int
@@ -40,7 +44,7 @@ class _Group(NamedTuple):
     """Single-token rows read together. rows: packed rows, None when it is all of them in order."""
 
     rows: torch.Tensor | None
-    blocks: torch.Tensor  # [rows * blocks per row]
+    pages: torch.Tensor  # [rows * pages per row, blocks per page]
     size: int  # rows
     mask: torch.Tensor  # [rows, 1, 1, keys], added to the scores
 
@@ -50,9 +54,17 @@ class _Chunk(NamedTuple):
 
     first: int
     tokens: int
-    blocks: torch.Tensor
+    pages: torch.Tensor  # [pages, blocks per page]
     keys: int
     mask: torch.Tensor | None  # [tokens, keys]
+
+
+class _Single(NamedTuple):
+    """A row of one token. first_key: the oldest key that it sees. table: blocks from that key's page on."""
+
+    span: Span
+    first_key: int
+    table: Sequence[int]
 
 
 class _Plan(NamedTuple):
@@ -74,25 +86,15 @@ class PagedBatch:
         self._spans = spans
         self._longest = max(span.context for span in spans)
         self._plans: dict[int | None, _Plan] = {}
-        size, blocks, offsets = kv.tokens_per_block, [], []
-        for _, tokens, context, table in spans:
-            positions = range(context - tokens, context)
-            blocks += [table[p // size] for p in positions]
-            offsets += [p % size for p in positions]
         self._native = native
-        self.step: Step | None = None
-        if native is not None:
-            self.step = Step(spans, torch.tensor([blocks, offsets], dtype=torch.int32))
-        else:
-            self._slots = torch.tensor([blocks, offsets], device=device)
+        self.step = None if native is None else Step(spans)
 
     def attend(self, call: Call) -> torch.Tensor:
         """As `Answerer.attend`."""
         if self._native is not None and self.step is not None:
             return self._compiled(self._native, self.step, call)
-        kv = self._kv
-        block, offset = self._slots
-        kv.write(call.layer, block, offset, call.key[0].transpose(0, 1), call.value[0].transpose(0, 1))
+        key, value = call.key[0].transpose(0, 1), call.value[0].transpose(0, 1)
+        self._kv.write(call.layer, *self._slots, key, value)
         plan = self._plan(call.window)
         query = call.query[0].transpose(0, 1)  # [tokens, query heads, dim]
         if len(plan.groups) == 1 and plan.groups[0].rows is None:
@@ -111,7 +113,7 @@ class PagedBatch:
         )
         sinks = None if call.sinks is None else call.sinks.float().contiguous()
         what = Attention(
-            cache_struct(*self._kv.views(call.layer)),
+            cache_struct(self._kv, call.layer),
             None if sinks is None else sinks.data_ptr(),
             query.shape[1],
             call.window or 0,
@@ -121,7 +123,7 @@ class PagedBatch:
         return native.attention(what, step, query, key, value).to(call.query.dtype)
 
     def _decode(self, call: Call, group: _Group, query: torch.Tensor) -> torch.Tensor:
-        key, value = self._kv.read(call.layer, group.blocks)
+        key, value = self._kv.read(call.layer, group.pages)
         key = key.unflatten(0, (group.size, -1)).transpose(1, 2)  # [rows, KV heads, keys, dim]
         value = value.unflatten(0, (group.size, -1)).transpose(1, 2)
         folded = query.unflatten(1, (key.shape[1], -1))  # [rows, KV heads, queries per KV head, dim]
@@ -132,7 +134,7 @@ class PagedBatch:
         return out.flatten(1, 2)
 
     def _chunk(self, call: Call, chunk: _Chunk, query: torch.Tensor) -> torch.Tensor:
-        key, value = self._kv.read(call.layer, chunk.blocks)
+        key, value = self._kv.read(call.layer, chunk.pages)
         key = key[None, : chunk.keys].transpose(1, 2)  # [1, KV heads, keys, dim]
         value = value[None, : chunk.keys].transpose(1, 2)
         heads = query.transpose(0, 1)[None]  # [1, query heads, tokens, dim]
@@ -162,42 +164,62 @@ class PagedBatch:
             plan = self._plans[window] = _Plan(self._plan_groups(singles, window), chunks)
         return plan
 
+    @cached_property
+    def _slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where each packed token's K and V go: its page [tokens, blocks per page], its offset there."""
+        (size, blocks), pages, offsets = self._kv.page, list[int](), list[int]()
+        for _, tokens, context, table in self._spans:
+            for position in range(context - tokens, context):
+                first = position // size * blocks
+                pages += table[first : first + blocks]
+                offsets.append(position % size)
+        return self._pages(pages), torch.tensor(offsets, device=self._device)
+
+    def _pages(self, table: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(table, device=self._device).view(-1, self._kv.page.blocks)
+
+    def _seen(self, span: Span, first_key: int) -> Sequence[int]:
+        """The part of a table from the page of `first_key` to that of the last token."""
+        page = self._kv.page
+        skipped = first_key // page.tokens
+        return span.table[skipped * page.blocks : page.holding(span.context) * page.blocks]
+
     def _plan_chunk(self, span: Span, window: int | None) -> _Chunk:
-        size, start = self._kv.tokens_per_block, span.context - span.tokens
-        skipped = _first_key(start, window) // size
-        keys = span.context - skipped * size
-        blocks = torch.tensor(span.table[skipped : -(-span.context // size)], device=self._device)
+        size, start = self._kv.page.tokens, span.context - span.tokens
+        first = _first_key(start, window)
+        base = first // size * size
         mask = None
         if start > 0 or (window is not None and window < span.tokens):
-            positions = torch.arange(skipped * size, span.context)
+            positions = torch.arange(base, span.context)
             mask = self._mask(torch.arange(start, span.context)[:, None], positions, window)
-        return _Chunk(span.first, span.tokens, blocks, keys, mask)
+        pages = self._pages(self._seen(span, first))
+        return _Chunk(span.first, span.tokens, pages, span.context - base, mask)
 
     def _plan_groups(self, spans: list[Span], window: int | None) -> list[_Group]:
-        size = self._kv.tokens_per_block
-        needed: list[tuple[Span, int, Sequence[int]]] = []  # span, its first key, blocks that hold its keys
+        needed: list[_Single] = []
         for span in spans:
             first = _first_key(span.context - 1, window)
-            needed.append((span, first, span.table[first // size : -(-span.context // size)]))
-        parts = _split(sorted(needed, key=lambda item: -len(item[2])), size)
+            needed.append(_Single(span, first, self._seen(span, first)))
+        parts = _split(sorted(needed, key=lambda item: -len(item.table)), self._kv.page)
         if len(parts) == 1 and len(spans) == len(self._spans):
             return [self._group(needed, whole=True)]
         return [self._group(part, whole=False) for part in parts]
 
-    def _group(self, items: list[tuple[Span, int, Sequence[int]]], whole: bool) -> _Group:
-        size = self._kv.tokens_per_block
-        width = max(len(blocks) for _, _, blocks in items)
+    def _group(self, items: list[_Single], whole: bool) -> _Group:
+        size, blocks = self._kv.page
+        width = max(len(item.table) for item in items)
         padded: list[int] = []
-        for _, _, blocks in items:
-            padded += blocks
-            padded += [blocks[0]] * (width - len(blocks))  # its own block: finite values under the mask
-        base = torch.tensor([first // size * size for _, first, _ in items])[:, None]
-        low = torch.tensor([first for _, first, _ in items])[:, None]
-        high = torch.tensor([span.context for span, _, _ in items])[:, None]
-        positions = base + torch.arange(width * size)
+        for item in items:
+            own = item.table[:blocks]  # finite values under the mask
+            padded += item.table
+            padded += [*own] * ((width - len(item.table)) // blocks)
+        base = torch.tensor([item.first_key // size * size for item in items])[:, None]
+        low = torch.tensor([item.first_key for item in items])[:, None]
+        high = torch.tensor([item.span.context for item in items])[:, None]
+        positions = base + torch.arange(width // blocks * size)
         mask = self._additive((positions >= low) & (positions < high))[:, None, None]
-        rows = None if whole else torch.tensor([span.first for span, _, _ in items], device=self._device)
-        return _Group(rows, torch.tensor(padded, device=self._device), len(items), mask)
+        rows = None if whole else torch.tensor([item.span.first for item in items], device=self._device)
+        return _Group(rows, self._pages(padded), len(items), mask)
 
     def _mask(self, queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
         keep = keys <= queries
@@ -214,16 +236,14 @@ def _first_key(position: int, window: int | None) -> int:
     return 0 if window is None else max(0, position - window + 1)
 
 
-def _split(
-    items: list[tuple[Span, int, Sequence[int]]], size: int
-) -> list[list[tuple[Span, int, Sequence[int]]]]:
+def _split(items: list[_Single], page: Page) -> list[list[_Single]]:
     """Cut rows (longest first) where padding to the longest of the group would cost more than a group."""
-    parts: list[list[tuple[Span, int, Sequence[int]]]] = []
+    parts: list[list[_Single]] = []
     for item in items:
-        blocks = len(item[2])
+        blocks = len(item.table)
         if parts:
-            longest = len(parts[-1][0][2])
-            padding = (longest - blocks) * size
+            longest = len(parts[-1][0].table)
+            padding = (longest - blocks) // page.blocks * page.tokens
             if longest <= _PADDING_FACTOR * blocks or padding <= _PADDING_TOKENS:
                 parts[-1].append(item)
                 continue

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from seallmd.core.messages import Admit, Row, Sampling
+from seallmd.worker.kv import Page
 from seallmd.worker.paged import Span
 from seallmd.worker.sampler import Draw
 
@@ -85,7 +86,7 @@ class Requests:
         for request in self._known.values():
             request.table = [final.get(block, block) for block in request.table]
 
-    def pack(self, service: str, rows: Sequence[Row], tokens_per_block: int) -> Packed:
+    def pack(self, service: str, rows: Sequence[Row], page: Page) -> Packed:
         """Append the rows' blocks to their tables and lay the rows side by side, less those to be skipped.
 
         After an error the step's requests are to be failed: their tables may have grown.
@@ -99,7 +100,7 @@ class Requests:
                 raise RuntimeError(f"request {row.request} is not known to {service}, or has two rows")
             seen.add(row.request)
             request.table += row.blocks
-            self._append(packed, request, row, tokens_per_block)
+            self._append(packed, request, row, page)
         return packed
 
     def commit(self, rows: Iterable[Row], packed: Packed, drawn: Iterable[int]) -> tuple[int, ...]:
@@ -119,7 +120,7 @@ class Requests:
         return tuple(answer)
 
     @staticmethod
-    def _append(packed: Packed, request: Request, row: Row, tokens_per_block: int) -> None:
+    def _append(packed: Packed, request: Request, row: Row, page: Page) -> None:
         end = row.start + row.count
         if row.count < 1 or row.start < 0 or (request.run is not None and row.start != request.run):
             raise RuntimeError(
@@ -129,10 +130,10 @@ class Requests:
             raise RuntimeError(f"request {row.request}: row ends at {end} of {len(request.tokens)} tokens")
         if row.sample and end != len(request.tokens):
             raise RuntimeError(f"request {row.request}: sampling at {end} of {len(request.tokens)} tokens")
-        if len(request.table) * tokens_per_block < end:
+        if len(request.table) < page.holding(end) * page.blocks or len(request.table) % page.blocks:
             raise RuntimeError(f"request {row.request}: {len(request.table)} blocks cannot hold {end} tokens")
-        # Appended blocks that begin before the row hold KV computed by another request with this prefix.
-        first_fresh = max(-(-row.start // tokens_per_block), len(request.table) - len(row.blocks))
+        # Appended pages that begin before the row hold KV computed by another request with this prefix.
+        first_fresh = max(page.holding(row.start) * page.blocks, len(request.table) - len(row.blocks))
         packed.fresh += request.table[first_fresh:]
         packed.rows.append(row)
         packed.spans.append(Span(len(packed.ids), row.count, end, request.table))

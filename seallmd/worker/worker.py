@@ -27,6 +27,8 @@ from seallmd.core.messages import (
     LayerShape,
     Message,
     MoveBlocks,
+    RestoreBlocks,
+    SaveBlocks,
     Step,
     StepDone,
     StepFailed,
@@ -74,11 +76,21 @@ class _Arrival:
 
 
 class Worker:
-    """Everything a worker process does, without the process. send: takes answers in order."""
+    """Everything a worker process does, without the process.
 
-    def __init__(self, device: Device, block_bytes: int, send: Callable[[Message], None]) -> None:
+    send: takes answers in order. kv_layout: as in `WorkerSettings`.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        block_bytes: int,
+        send: Callable[[Message], None],
+        kv_layout: str = "merged",
+    ) -> None:
         self._device = device
         self._block_bytes = block_bytes
+        self._kv_layout = kv_layout
         self._send = send
         self._requests = Requests()
         self._models: dict[str, _Model] = {}
@@ -106,6 +118,10 @@ class Worker:
                 self._device.drop_image(message.service)
             case MoveBlocks():
                 self._move(message)
+            case SaveBlocks(src, dst):
+                self._device.save(src, dst)
+            case RestoreBlocks(src, dst):
+                self._device.restore(src, dst)
             case Forget():
                 self._requests.forget(message.requests)
             case _:
@@ -130,7 +146,8 @@ class Worker:
         if resident is None or resident.kv is None:
             raise RuntimeError(f"{step.service} is not resident")
         self._requests.admit(step.service, step.admit, resident.model.get_input_embeddings().weight.shape[0])
-        packed = self._requests.pack(step.service, step.rows, resident.kv.tokens_per_block)
+        packed = self._requests.pack(step.service, step.rows, resident.kv.page)
+        self._device.wait_for(span.table for span in packed.spans)
         drawn = self._forward(resident.model, resident.kv, packed) if packed.rows else []
         return self._requests.commit(step.rows, packed, drawn)
 
@@ -155,6 +172,7 @@ class Worker:
             return tokens
 
     def _move(self, message: MoveBlocks) -> None:
+        self._device.wait_for((message.src, message.dst))
         blocks = self._device.arena.view(-1, self._block_bytes)
         for src, dst in zip(message.src, message.dst, strict=True):
             blocks[dst].copy_(blocks[src])
@@ -236,7 +254,9 @@ class Worker:
         if self._native is not None:
             known.fast = FastModel(known.model, self._native)
             known.fast.install(shapes)
-        known.kv = KvView(self._device.arena, self._block_bytes, shapes, DTYPES[wanted.dtype])
+        known.kv = KvView(
+            self._device.arena, self._block_bytes, shapes, DTYPES[wanted.dtype], self._kv_layout
+        )
 
     def _build(self, wanted: CopyIn, config: PreTrainedConfig) -> _Model:
         dtype = DTYPES[wanted.dtype]

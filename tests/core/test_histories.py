@@ -145,11 +145,15 @@ ACTIONS = (
 @pytest.mark.parametrize("seed", range(6))
 def test_long_history_with_faults(seed: int, policy: str) -> None:
     """Thousands of events with every kind of fault."""
-    history = History(seed, policy=policy, pipeline_depth=1 + seed % 3, step_tokens=8 + 8 * seed)
+    history = History(
+        seed, policy=policy, pipeline_depth=1 + seed % 3, step_tokens=8 + 8 * seed, host_kv=seed * 6
+    )
     for _ in range(1500):
         history.act(history.random.choice(ACTIONS))
     history.finish()
     assert len(history.world.history) > 2000
+    services = history.world.node.status(0).services
+    assert seed == 0 or sum(service.saves for service in services) > 10, "no KV went to host memory"
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -157,7 +161,13 @@ def test_overlapping_groups_with_faults(seed: int) -> None:
     """Tensor-parallel replicas share devices with each other and with others: nothing deadlocks or leaks."""
     wanted = {"pair": 2, "trio": 3}
     history = History(
-        seed, (48, 44, 46), PARALLEL, tensor_parallel=wanted, pipeline_depth=1 + seed % 2, step_tokens=16
+        seed,
+        (48, 44, 46),
+        PARALLEL,
+        tensor_parallel=wanted,
+        pipeline_depth=1 + seed % 2,
+        step_tokens=16,
+        host_kv=20,
     )
     for _ in range(1200):
         history.act(history.random.choice(ACTIONS))
@@ -174,7 +184,7 @@ def test_split_layout_with_faults(seed: int) -> None:
         "b": shape(96, segments=(1024, 256, 512), layers=3),
         "c": shape(32),
     }
-    history = History(seed, (48, 44), services, kv_layout="split", step_tokens=16)
+    history = History(seed, (48, 44), services, kv_layout="split", step_tokens=16, host_kv=30)
     for _ in range(1000):
         history.act(history.random.choice(ACTIONS))
     history.finish()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -16,6 +17,7 @@ from seallmd.core import messages as msg
 from seallmd.worker import worker as worker_module
 from seallmd.worker.device import CpuDevice
 from seallmd.worker.host import Host
+from seallmd.worker.kv import page_of
 from seallmd.worker.worker import Worker
 
 VOCABULARY = 97
@@ -116,14 +118,28 @@ def plain_logits(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
 class Rig:
     """Host and worker of one CPU device, called directly; `logits`: of the last step's sampling rows."""
 
-    def __init__(self, monkeypatch: Any, cache: Path, blocks: int = 1024) -> None:
+    def __init__(
+        self,
+        monkeypatch: Any,
+        cache: Path,
+        blocks: int = 1024,
+        block_bytes: int = BLOCK_BYTES,
+        kv_layout: Literal["merged", "split"] = "merged",
+        host_kv_bytes: int = 0,
+    ) -> None:
+        self.block_bytes, self.kv_layout = block_bytes, kv_layout
         self.said: list[msg.Message] = []
         settings = msg.WorkerSettings(
-            "t", "cpu", arena_bytes=blocks * BLOCK_BYTES, block_bytes=BLOCK_BYTES, cache=str(cache)
+            "t",
+            "cpu",
+            arena_bytes=blocks * block_bytes,
+            block_bytes=block_bytes,
+            cache=str(cache),
+            host_kv_bytes=host_kv_bytes,
         )
         self.host = Host(settings, self.said.append, lambda item: self.host.handle(item))
         self.device = CpuDevice(settings)
-        self.worker = Worker(self.device, BLOCK_BYTES, self.said.append)
+        self.worker = Worker(self.device, block_bytes, self.said.append, kv_layout)
         self.free = list(range(blocks))
         random.Random(7).shuffle(self.free)
         self.shapes: dict[str, msg.ModelShape] = {}
@@ -164,7 +180,9 @@ class Rig:
         """Copy to scattered runs of blocks and wait for the end."""
         extents, at = [], 0
         for size in probed.shape.segments:
-            extents.append(msg.Extent(at, size, self.take_run(-(-size // BLOCK_BYTES)) * BLOCK_BYTES))
+            extents.append(
+                msg.Extent(at, size, self.take_run(-(-size // self.block_bytes)) * self.block_bytes)
+            )
             at += size
         shape = probed.shape
         copy = msg.CopyIn(service, probed.directory, shape.dtype, shape.context, image, tuple(extents), 5)
@@ -181,12 +199,9 @@ class Rig:
         copy = self.sent.pop(service)
         self.worker.handle(msg.DropWeights(service))
         for extent in copy.extents:
-            blocks = range(
-                extent.arena_at // BLOCK_BYTES, -(-(extent.arena_at + extent.bytes_) // BLOCK_BYTES)
-            )
-            self.device.arena[blocks.start * BLOCK_BYTES : blocks.stop * BLOCK_BYTES] = (
-                255  # NaN in any float
-            )
+            unit = self.block_bytes
+            blocks = range(extent.arena_at // unit, -(-(extent.arena_at + extent.bytes_) // unit))
+            self.spoil(blocks)
             self.free += blocks
         return msg.Probed(service, copy.directory, self.shapes[service]), copy.image
 
@@ -200,8 +215,13 @@ class Rig:
 
     def blocks(self, service: str, have: int, tokens: int) -> tuple[int, ...]:
         """New blocks for a request that has `have` and is to hold `tokens`."""
-        size = BLOCK_BYTES // self.shapes[service].kv_bytes_per_token
-        return tuple(self.free.pop() for _ in range(-(-tokens // size) - have))
+        shape = self.shapes[service]
+        page = page_of(shape.layers, shape.itemsize, self.block_bytes, self.kv_layout)
+        return tuple(self.free.pop() for _ in range(page.holding(tokens) * page.blocks - have))
+
+    def spoil(self, blocks: Iterable[int]) -> None:
+        """Overwrite blocks as another owner would: with bytes that are NaN in any float."""
+        self.device.arena.view(-1, self.block_bytes)[list(blocks)] = 255
 
     def step(self, service: str, admit: list[msg.Admit], rows: list[msg.Row]) -> Any:
         """Run a step and return what the worker said."""

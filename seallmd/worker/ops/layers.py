@@ -65,7 +65,7 @@ class FastLayer:
         for name, linear in self._parts.projections.items():
             setattr(struct, name, c.linear_struct(linear.weight, linear.bias))
         struct.attention = c.Attention(
-            c.cache_struct(*kv.views(self.layer)),
+            c.cache_struct(kv, self.layer),
             None,
             call.query.shape[1],
             call.window or 0,

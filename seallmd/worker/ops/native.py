@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from seallmd.worker.kv import KvView
 from seallmd.worker.ops import reference
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -55,7 +56,9 @@ class Cache(Structure):
         ("kv_heads", c_int32),
         ("k_dim", c_int32),
         ("v_dim", c_int32),
-        ("tokens_per_block", c_int32),
+        ("page_tokens", c_int32),
+        ("page_blocks", c_int32),
+        ("block_of_page", c_int32),
         ("dtype", c_int32),
         ("pad", c_int32),
     )
@@ -82,7 +85,6 @@ class _Step(Structure):
     _fields_ = (
         ("spans", c_void_p),
         ("tables", c_void_p),
-        ("slots", c_void_p),
         ("n_spans", c_int32),
         ("tokens", c_int32),
     )
@@ -128,23 +130,18 @@ class SpanLike(Protocol):
 
 
 class Step:
-    """Where the packed tokens of one step belong; shared by all layers. slots: int32 [2, tokens]."""
+    """Where the packed tokens of one step belong; shared by all layers."""
 
-    def __init__(self, spans: Sequence[SpanLike], slots: torch.Tensor) -> None:
-        ours, tables = (_Span * len(spans))(), []
+    def __init__(self, spans: Sequence[SpanLike]) -> None:
+        ours, tables, tokens = (_Span * len(spans))(), [], 0
         for at, span in enumerate(spans):
             ours[at] = (span.first, span.tokens, span.context, len(tables))
             tables += span.table
+            tokens += span.tokens
         # Everything pointed to must live as long as the pointers.
-        self._kept = (ours, (c_int32 * len(tables))(*tables), slots)
-        self.tokens = slots.shape[1]
-        self.struct = _Step(
-            ctypes.addressof(self._kept[0]),
-            ctypes.addressof(self._kept[1]),
-            slots.data_ptr(),
-            len(spans),
-            self.tokens,
-        )
+        self._kept = (ours, torch.tensor(tables, dtype=torch.int32))
+        self.tokens = tokens
+        self.struct = _Step(ctypes.addressof(ours), self._kept[1].data_ptr(), len(spans), tokens)
 
 
 def linear_struct(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -161,8 +158,9 @@ def norm_struct(weight: torch.Tensor, eps: float, offset: float) -> Norm:
     return Norm(weight.data_ptr(), weight.numel(), DTYPE_CODES[weight.dtype], eps, offset)
 
 
-def cache_struct(key: torch.Tensor, value: torch.Tensor) -> Cache:
-    """key and value: strided views [block, token, head, dim] of the arena, merged within a block."""
+def cache_struct(kv: KvView, layer: int) -> Cache:
+    """Where a layer's K and V lie."""
+    key, value = kv.views(layer)
     _, tokens, heads, k_dim = key.shape
     return Cache(
         key.data_ptr(),
@@ -172,6 +170,8 @@ def cache_struct(key: torch.Tensor, value: torch.Tensor) -> Cache:
         k_dim,
         value.shape[-1],
         tokens,
+        kv.page.blocks,
+        kv.block_of_page(layer),
         DTYPE_CODES[key.dtype],
     )
 

@@ -90,6 +90,11 @@ inline float soften(float* s, int keys, int from, int to, float scale, float sof
     return sum(total);
 }
 
+// The element at which the block begins that holds a position's K or V.
+inline int64_t block_of(const Cache& c, const int32_t* table, int position) {
+    return table[position / c.page_tokens * c.page_blocks + c.block_of_page] * c.block_stride;
+}
+
 struct Item {
     int span, kv_head, first, tokens;  // query tokens, counted from the span's first
 };
@@ -117,13 +122,13 @@ void attend_item(const Attention& a, const Step& step, const Item& item, const f
     }
     const int end = start + item.tokens;
     int position = a.window ? std::max(0, start - a.window + 1) : 0;
-    const int offset = position % c.tokens_per_block;
+    const int offset = position % c.page_tokens;
     position -= offset % SEGMENT;  // segments begin at multiples of their length in a block
     const ptrdiff_t ks = static_cast<ptrdiff_t>(c.kv_heads) * c.k_dim, vs = static_cast<ptrdiff_t>(c.kv_heads) * c.v_dim;
     while (position < end) {
-        const int in_block = position % c.tokens_per_block;
-        const int keys = std::min({SEGMENT, c.tokens_per_block - in_block, end - position});
-        const int64_t block = table[position / c.tokens_per_block] * c.block_stride;
+        const int in_block = position % c.page_tokens;
+        const int keys = std::min({SEGMENT, c.page_tokens - in_block, end - position});
+        const int64_t block = block_of(c, table, position);
         const T* k = static_cast<const T*>(c.key) + block + in_block * ks + item.kv_head * c.k_dim;
         const T* v = static_cast<const T*>(c.value) + block + in_block * vs + item.kv_head * c.v_dim;
         dot_block(k, ks, keys, at.query.data(), c.k_dim, m, c.k_dim, at.score.data(), SEGMENT);
@@ -156,16 +161,19 @@ void attend_item(const Attention& a, const Step& step, const Item& item, const f
     }
 }
 
-// Store K and V [tokens][kv_heads][dim] in their slots.
+// Store K and V [tokens][kv_heads][dim] where their positions belong.
 template <class T> void write(const Cache& c, const Step& step, const float* key, const float* value) {
-    for (int t = 0; t < step.tokens; t++) {
-        const int64_t block = step.slots[t] * c.block_stride, offset = step.slots[step.tokens + t];
-        const int k = c.kv_heads * c.k_dim, v = c.kv_heads * c.v_dim;
-        T* keys = static_cast<T*>(c.key) + block + offset * k;
-        T* values = static_cast<T*>(c.value) + block + offset * v;
-        for (int i = 0; i < k; i++) narrow(key[static_cast<int64_t>(t) * k + i], keys + i);
-        for (int i = 0; i < v; i++) narrow(value[static_cast<int64_t>(t) * v + i], values + i);
-    }
+    const int64_t k = c.kv_heads * c.k_dim, v = c.kv_heads * c.v_dim;
+    for (const Span* span = step.spans; span < step.spans + step.n_spans; span++)
+        for (int t = 0; t < span->tokens; t++) {
+            const int position = span->context - span->tokens + t;
+            const int64_t block = block_of(c, step.tables + span->table, position), offset = position % c.page_tokens;
+            const int64_t row = span->first + t;
+            T* keys = static_cast<T*>(c.key) + block + offset * k;
+            T* values = static_cast<T*>(c.value) + block + offset * v;
+            for (int i = 0; i < k; i++) narrow(key[row * k + i], keys + i);
+            for (int i = 0; i < v; i++) narrow(value[row * v + i], values + i);
+        }
 }
 
 // q [tokens][heads][k_dim] -> out [tokens][heads][v_dim]; K and V of these tokens are written first.

@@ -20,12 +20,13 @@ struct Norm {
     float eps, offset;
 };
 
-// How one layer's K and V lie in the arena: [block][token][head][dim], strides in elements.
+// How one layer's K and V lie in the arena: [block][token][head][dim], strides in elements. A table is a list
+// of pages of page_blocks blocks, which hold page_tokens tokens; block_of_page holds this layer.
 struct Cache {
     void* key;
     void* value;
     int64_t block_stride;
-    int32_t kv_heads, k_dim, v_dim, tokens_per_block, dtype, pad;
+    int32_t kv_heads, k_dim, v_dim, page_tokens, page_blocks, block_of_page, dtype, pad;
 };
 
 // One layer's attention. window 0: none. softcap 0: none. sinks [heads] or null.
@@ -40,11 +41,10 @@ struct Span {
     int32_t first, tokens, context, table;  // table: where its blocks begin in Step.tables
 };
 
-// The packed tokens of one step. slots: [2][tokens], block and offset of each.
+// The packed tokens of one step.
 struct Step {
     const Span* spans;
     const int32_t* tables;
-    const int32_t* slots;
     int32_t n_spans, tokens;
 };
 
