@@ -137,7 +137,7 @@ def _counters(status: Record) -> list[tuple[str, str]]:
         ("KV", human_bytes(status["kv_bytes"])),
         ("output now", f"{status['tokens_per_second']:.1f} tokens/s"),
         ("tokens", f"{status['prompt_tokens']} in prompts, {status['output_tokens']} generated"),
-        ("preempted", str(status["preemptions"])),
+        ("preempted", f"{status['preemptions']}, {status['saves']} of them to host memory"),
         ("brought in", f"{status['swaps_in']} times, last in {status['last_swap_seconds']:.2f} s"),
     ]
 

@@ -49,7 +49,9 @@ def plan(settings: DeviceSettings) -> DevicePlan:
     memory = machine_bytes()
     cache = settings.cache or str(Path("~/.cache/seallmd").expanduser())
     workers = _gpu_workers(settings, gpus, block) if gpus else _cpu_workers(settings, block, memory)
-    host_kv = Size(settings.host_kv).bytes_ or (4 << 30 if gpus else workers[0].arena_bytes // 4)
+    host_kv = 4 << 30 if gpus else workers[0].arena_bytes // 4
+    if settings.host_kv:  # "0 B" is a choice too
+        host_kv = Size(settings.host_kv).bytes_
     meeting = rendezvous.directory_of(Path(cache))
     common = {"host_kv_bytes": host_kv, "kv_layout": settings.kv_layout, "rendezvous": str(meeting)}
     workers = tuple(msgspec.structs.replace(worker, **common) for worker in workers)

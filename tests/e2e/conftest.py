@@ -65,10 +65,11 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 
 @pytest.fixture
-def small_daemon(tmp_path: Path, model: str) -> Iterator[Daemon]:
+def small_daemon(tmp_path: Path, model: str, host_kv: str) -> Iterator[Daemon]:
     """One device with little room for KV beside the model's weights: requests preempt each other."""
     memory = {SMOL: "600 MiB", GEMMA: "1072 MiB"}[model]
     config = f'[devices]\nkind = "cpu"\ncpu_workers = 1\nmemory = "{memory}"\n'
+    config += f'host_kv = "{host_kv}"\n'
     config += "[scheduler]\nstep_tokens = 256\n"
     config += service(model, model, dtype="float32", preload=True)
     yield from _run(Daemon(tmp_path, config))

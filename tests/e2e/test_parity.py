@@ -76,11 +76,18 @@ def test_both_models_at_once(daemon: Daemon, reference: Reference) -> None:
     assert asyncio.run(run()) == [reference[SMOL], reference[GEMMA]]
 
 
-@both
-def test_after_forced_preemption(small_daemon: Daemon, reference: Reference, model: str) -> None:
-    """Too little memory for all: requests are preempted, computed again, and end the same."""
+@pytest.mark.parametrize(
+    ("model", "host_kv"), [(SMOL, "0 B"), (SMOL, "64 MiB"), (GEMMA, "64 MiB")], ids=lambda value: value
+)
+def test_after_forced_preemption(
+    small_daemon: Daemon, reference: Reference, model: str, host_kv: str
+) -> None:
+    """Too little memory for all: requests are preempted, their KV computed again or restored from host
+    memory, and end the same."""
     assert together(small_daemon, model, 20) == reference[model]
-    assert small_daemon.service(model)["preemptions"] > 0, "nothing was preempted: the test shows nothing"
+    status = small_daemon.service(model)
+    assert status["preemptions"] > 0, "nothing was preempted: the test shows nothing"
+    assert (status["saves"] > 0) == (host_kv != "0 B")
 
 
 @both
