@@ -26,7 +26,9 @@ from seallmd.core import messages as msg
 from seallmd.worker import ops
 from seallmd.worker.device import CpuDevice
 from seallmd.worker.host import Host
+from seallmd.worker.kv import KvView
 from seallmd.worker.process import quiet_libraries
+from seallmd.worker.skeleton import DTYPES
 from seallmd.worker.worker import Worker
 
 _BLOCK_BYTES = 512 << 10
@@ -43,9 +45,14 @@ class Times(NamedTuple):
 
 
 class Engine:
-    """Host and worker of one service, called directly. compiled: with the compiled operations or not."""
+    """Host and worker of one service, called directly. compiled: with the compiled operations or not.
 
-    def __init__(self, directory: Path, dtype: str, tokens: int, cache: Path, compiled: bool) -> None:
+    tokens, kv_bytes: room for KV, together.
+    """
+
+    def __init__(
+        self, directory: Path, dtype: str, tokens: int, cache: Path, compiled: bool, kv_bytes: int = 0
+    ) -> None:
         if not compiled:
             ops.stop()
         else:
@@ -59,16 +66,17 @@ class Engine:
         host.handle(msg.BuildImage("bench"))
         image = self._last(msg.ImageReady)
         shape = probed.shape
-        self._block_tokens = _BLOCK_BYTES // shape.kv_bytes_per_token
+        self.shape = shape
         extents, first, at = [], 0, 0
         for size in shape.segments:
             extents.append(msg.Extent(at, size, first * _BLOCK_BYTES))
             first, at = first + -(-size // _BLOCK_BYTES), at + size
-        blocks = first + tokens // self._block_tokens + 64
+        blocks = first + tokens // (_BLOCK_BYTES // shape.kv_bytes_per_token) + 64
+        blocks += kv_bytes // _BLOCK_BYTES
         arena = msg.WorkerSettings("b", "cpu", arena_bytes=blocks * _BLOCK_BYTES, block_bytes=_BLOCK_BYTES)
-        self._worker = Worker(CpuDevice(arena), _BLOCK_BYTES, self._said.append)
-        self._free = list(range(first, blocks))
-        random.Random(0).shuffle(self._free)
+        self._device = CpuDevice(arena)
+        self._worker = Worker(self._device, _BLOCK_BYTES, self._said.append)
+        self._kv_at = first * _BLOCK_BYTES
         copy = msg.CopyIn("bench", probed.directory, shape.dtype, shape.context, image.path, tuple(extents))
         self._worker.handle(copy)
         while self._worker.copying:
@@ -78,13 +86,26 @@ class Engine:
         self.weight_bytes = sum(shape.segments)
         resident = self._worker._resident["bench"]
         # Prefill needs logits of its last row alone: the vocabulary layer is no part of its work.
-        model = resident.model
+        self.model = model = resident.model
         ends = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.lm_head)}
         self.layer_weights = sum(p.numel() for p in model.parameters()) - sum(ends.values())
         fast = resident.fast
         self.what = (
             "plain torch" if fast is None else f"{len(fast.layers)} of {len(shape.layers)} layers whole"
         )
+        self.lay_out("merged", _BLOCK_BYTES)
+
+    def lay_out(self, layout: str, block_bytes: int) -> None:
+        """Lay out KV in this way from here on; what there is of it is lost."""
+        resident, arena = self._worker._resident["bench"], self._device.arena
+        arena = arena[: len(arena) // block_bytes * block_bytes]
+        kv = KvView(arena, block_bytes, self.shape.layers, DTYPES[self.shape.dtype], layout)
+        resident.kv = kv
+        if resident.fast is not None:
+            resident.fast.bind(kv)
+        self.page = kv.page
+        self.free = list(range(-(-self._kv_at // block_bytes), len(arena) // block_bytes))
+        random.Random(0).shuffle(self.free)
 
     def _last(self, kind: type) -> Any:
         said = self._said[-1]
@@ -99,14 +120,14 @@ class Engine:
         self._requests += len(prompts)
         started = time.perf_counter()
         for request, prompt in zip(ids, prompts, strict=True):
-            need = -(-(len(prompt) + new) // self._block_tokens)
-            tables.append([self._free.pop() for _ in range(need)])
+            need = self.page.holding(len(prompt) + new) * self.page.blocks
+            tables.append([self.free.pop() for _ in range(need)])
             for at in range(0, len(prompt), _STEP_TOKENS):
                 count = min(_STEP_TOKENS, len(prompt) - at)
                 greedy = msg.Sampling(temperature=0.0)
                 admit = (msg.Admit(request, tuple(prompt), len(prompt), greedy),) if at == 0 else ()
                 table = tuple(tables[-1]) if at == 0 else ()
-                self._step(admit, (msg.Row(request, at, count, at + count == len(prompt), table),))
+                self.step(admit, (msg.Row(request, at, count, at + count == len(prompt), table),))
         prefilled = time.perf_counter()
         steps = []
         for n in range(new - 1):
@@ -115,14 +136,15 @@ class Engine:
                 msg.Row(request, len(prompt) + n, 1, True)
                 for request, prompt in zip(ids, prompts, strict=True)
             )
-            self._step((), tuple(rows))
+            self.step((), tuple(rows))
             steps.append(time.perf_counter() - begun)
         ended = time.perf_counter()
         self._worker.handle(msg.Forget(tuple(ids)))
-        self._free += [block for table in tables for block in table]
+        self.free += [block for table in tables for block in table]
         return Times(prefilled - started, statistics.median(steps), ended - started)
 
-    def _step(self, admit: tuple[msg.Admit, ...], rows: tuple[msg.Row, ...]) -> None:
+    def step(self, admit: tuple[msg.Admit, ...], rows: tuple[msg.Row, ...]) -> None:
+        """Run one step."""
         self._steps += 1
         self._worker.handle(msg.Step(self._steps, "bench", admit, rows))
         self._last(msg.StepDone)

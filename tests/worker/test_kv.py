@@ -88,20 +88,18 @@ def test_split_equals_plain_forward(family: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize(("family", "layers"), [("llama", 4), ("gemma3_text", 6)])
-def test_layouts_give_the_same_bits(
-    family: str, layers: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Where both layouts hold as many tokens in a page, the compiled attention sums in the same order."""
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_blocks_change_no_bit(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The compiled attention sums in the same order whatever the layout and the size of blocks."""
     directory, logits = save_tiny(tmp_path / "m", family), []
-    for layout in LAYOUTS:
-        block_bytes = SMALL_BLOCK_BYTES * (layers if layout == "merged" else 1)
-        rig = Rig(monkeypatch, tmp_path / "cache", 1024, block_bytes, layout)
+    for layout, block_bytes in (("merged", 2048), ("merged", 10240), ("split", 2048), ("split", 1 << 16)):
+        rig = Rig(monkeypatch, tmp_path / "cache", 512, block_bytes, layout)  # type: ignore[arg-type]
         rig.load("s", directory)
-        talk = Talk(rig, 1, "s", prompt(70))
+        talk = Talk(rig, 1, "s", prompt(200))
+        run_step(rig, plain(directory), [(talk, 130)])
         run_step(rig, plain(directory), [(talk, 70)])
         logits.append(rig.logits)
-    assert torch.equal(*logits)
+    assert all(torch.equal(logits[0], other) for other in logits[1:])
 
 
 def test_half_a_page_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

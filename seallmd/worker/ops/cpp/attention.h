@@ -1,8 +1,9 @@
 // Attention of a step's packed tokens over the K and V blocks of the arena, read where they lie.
 //
 // One work item is a few query tokens of one request with all query heads that share a KV head. Softmax is
-// computed online over segments of keys (Milakov and Gimelshein 2018; FlashAttention). Segments begin at
-// fixed tokens of a block, so a token's result depends neither on the batch nor on how a prompt was chunked.
+// computed online over segments of keys (Milakov and Gimelshein 2018; FlashAttention). Segments begin at fixed
+// positions, whatever blocks they lie in, so a token's result depends neither on the batch, nor on how a prompt
+// was chunked, nor on blocks and their layout.
 #pragma once
 
 #include <cmath>
@@ -121,17 +122,22 @@ void attend_item(const Attention& a, const Step& step, const Item& item, const f
         std::memcpy(&at.query[t * group * c.k_dim], q + row * c.k_dim, group * c.k_dim * sizeof(float));
     }
     const int end = start + item.tokens;
-    int position = a.window ? std::max(0, start - a.window + 1) : 0;
-    const int offset = position % c.page_tokens;
-    position -= offset % SEGMENT;  // segments begin at multiples of their length in a block
+    const int first_key = a.window ? std::max(0, start - a.window + 1) : 0;
     const ptrdiff_t ks = static_cast<ptrdiff_t>(c.kv_heads) * c.k_dim, vs = static_cast<ptrdiff_t>(c.kv_heads) * c.v_dim;
-    while (position < end) {
-        const int in_block = position % c.page_tokens;
-        const int keys = std::min({SEGMENT, c.page_tokens - in_block, end - position});
-        const int64_t block = block_of(c, table, position);
-        const T* k = static_cast<const T*>(c.key) + block + in_block * ks + item.kv_head * c.k_dim;
-        const T* v = static_cast<const T*>(c.value) + block + in_block * vs + item.kv_head * c.v_dim;
-        dot_block(k, ks, keys, at.query.data(), c.k_dim, m, c.k_dim, at.score.data(), SEGMENT);
+    // Calls f(first key, keys, element of their block, token in it) for each block's part of a segment.
+    const auto each_block = [&](int begin, int end, const auto& f) {
+        for (int part; begin < end; begin += part) {
+            const int token = begin % c.page_tokens;
+            part = std::min(end - begin, c.page_tokens - token);
+            f(begin, part, block_of(c, table, begin), token);
+        }
+    };
+    for (int position = first_key / SEGMENT * SEGMENT; position < end; position += SEGMENT) {
+        const int seen = std::max(position, first_key), keys = std::min(SEGMENT, end - position);
+        each_block(seen, position + keys, [&](int key, int part, int64_t block, int token) {
+            const T* k = static_cast<const T*>(c.key) + block + token * ks + item.kv_head * c.k_dim;
+            dot_block(k, ks, part, at.query.data(), c.k_dim, m, c.k_dim, &at.score[key - position], SEGMENT);
+        });
         for (int i = 0; i < m; i++) {
             const int own = start + i / group - position;  // its own key, seen from this segment
             const int from = a.window ? std::max(0, own - a.window + 1) : 0, to = std::min(keys, own + 1);
@@ -146,8 +152,10 @@ void attend_item(const Attention& a, const Step& step, const Item& item, const f
             if (shrink != 1.0f)
                 for (int j = 0; j < os; j += W) store(&at.out[i * os + j], load(&at.out[i * os + j]) * shrink);
         }
-        mix(at.score.data(), m, keys, v, vs, c.v_dim, at.out.data(), os);
-        position += keys;
+        each_block(seen, position + keys, [&](int key, int part, int64_t block, int token) {
+            const T* v = static_cast<const T*>(c.value) + block + token * vs + item.kv_head * c.v_dim;
+            mix(&at.score[key - position], m, part, v, vs, c.v_dim, at.out.data(), os);
+        });
     }
     for (int i = 0; i < m; i++) {
         const int head = item.kv_head * group + i % group;
