@@ -6,13 +6,16 @@ the module tree alone, so host and workers agree without talking. Must not know 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from seallmd.core.messages import Extent
+from seallmd.worker.parallel import divide, sit
 
 ALIGN_BYTES = 256
 # Remaining tensors from here on are a segment each, so that no run of blocks need be longer than one layer.
@@ -68,6 +71,14 @@ def layout_of(model: nn.Module) -> Layout:
             at += -(-size // ALIGN_BYTES) * ALIGN_BYTES
         segments.append(at - start)
     return Layout(tuple(places), tuple(segments))
+
+
+def layout_of_rank(model: PreTrainedModel, ranks: int) -> Layout:
+    """Layout of what one of `ranks` tensor-parallel ranks holds of `model`, a whole one on meta; the same for
+    each of them. Raises Indivisible."""
+    tree = copy.deepcopy(model)
+    sit(tree, divide(tree, 0, ranks))
+    return layout_of(tree)
 
 
 def bind(model: nn.Module, layout: Layout, extents: tuple[Extent, ...], arena: torch.Tensor) -> None:

@@ -37,7 +37,7 @@ def run(settings_json: bytes, sock: socket.socket) -> None:
     channel = Channel(sock, ToWorker)
     try:
         channel.send(Hello(os.getpid(), device.label, device.arena.numel()))
-        _serve(channel, Worker(device, settings.block_bytes, channel.send))
+        _serve(channel, Worker(device, settings.block_bytes, channel.send, settings.rendezvous))
     except Closed as end:
         if end.__cause__ is not None and not isinstance(end.__cause__, OSError):
             raise
