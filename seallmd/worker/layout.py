@@ -83,9 +83,10 @@ def layout_of_rank(model: PreTrainedModel, ranks: int) -> Layout:
 
 def bind(model: nn.Module, layout: Layout, extents: tuple[Extent, ...], arena: torch.Tensor) -> None:
     """Make every weight of `model` a view of `arena`, where `extents` put its segment."""
+    part_at = extents[0].image_at  # a rank's part of the image begins anywhere, with its first segment
     for place in layout.places:
         extent = extents[place.segment]
-        at = extent.arena_at + place.at - extent.image_at
+        at = extent.arena_at + place.at - (extent.image_at - part_at)
         _put(model, place, arena[at : at + place.bytes_].view(place.dtype).view(place.shape))
 
 
