@@ -54,9 +54,11 @@ class Ranks:
         """One call per rank, side by side."""
         return list(self._threads.map(call, *arguments))
 
-    def prepare(self, service: str, directory: Path, **fields: Any) -> tuple[msg.Probed, str]:
-        """Probe, and build the image for all ranks; returns what `copy_in` needs."""
-        ranks = len(self.rigs)
+    def prepare(
+        self, service: str, directory: Path, ranks: int | None = None, **fields: Any
+    ) -> tuple[msg.Probed, str]:
+        """Probe, and build the image for `ranks` (default: all); returns what `copy_in` needs."""
+        ranks = ranks or len(self.rigs)
         probed = self.rigs[0].probe(service, directory, **fields)
         assert isinstance(probed, msg.Probed), probed
         shard = next(shard for shard in probed.shape.shards if shard.ranks == ranks)
@@ -81,16 +83,23 @@ class Ranks:
             done = rig.take()
             assert isinstance(done, msg.CopyDone), done
 
-    def say_copy_in(self, service: str, probed: msg.Probed, image: str, members: Sequence[int]) -> None:
-        """Tell these ranks to copy in and join the latest group."""
+    def say_copy_in(
+        self,
+        service: str,
+        probed: msg.Probed,
+        image: str,
+        members: Sequence[int],
+        ranks: Sequence[int] | None = None,
+    ) -> None:
+        """Tell these devices to copy in and join the latest group. ranks: theirs, default: their numbers."""
         part, shape = probed.shape.weights_bytes, probed.shape
-        for rank in members:
-            rig, at, extents = self.rigs[rank], rank * part, []
+        for member, rank in zip(members, ranks or members, strict=True):
+            rig, at, extents = self.rigs[member], rank * part, []
             rig.shapes[service] = shape
             for size in shape.segments:
                 extents.append(msg.Extent(at, size, rig.take_run(-(-size // BLOCK_BYTES)) * BLOCK_BYTES))
                 at += size
-            group = msg.Group(self.groups, rank, len(self.rigs))
+            group = msg.Group(self.groups, rank, len(self.rigs) if ranks is None else len(ranks))
             rig.sent[service] = msg.CopyIn(
                 service,
                 probed.directory,
