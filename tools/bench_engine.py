@@ -75,7 +75,7 @@ class Engine:
         blocks += kv_bytes // _BLOCK_BYTES
         arena = msg.WorkerSettings("b", "cpu", arena_bytes=blocks * _BLOCK_BYTES, block_bytes=_BLOCK_BYTES)
         self._device = CpuDevice(arena)
-        self._worker = Worker(self._device, _BLOCK_BYTES, self._said.append)
+        self._worker = Worker(self._device, arena, self._said.append)
         self._kv_at = first * _BLOCK_BYTES
         copy = msg.CopyIn("bench", probed.directory, shape.dtype, shape.context, image.path, tuple(extents))
         self._worker.handle(copy)

@@ -109,10 +109,10 @@ class Host:
         try:
             model = self._known(wanted)
             held = self._images.get(service)
-            if held is not None and held.model is not model:
+            if held is not None and (held.model is not model or held.ranks != wanted.ranks):
                 self._drop_image(service)
                 held = None
-            image = held or Image(service, model, partial(self._progress(service), "read"))
+            image = held or Image(service, model, wanted.ranks, partial(self._progress(service), "read"))
         except Exception as error:  # noqa: BLE001 - as above
             self._send(ImageFailed(service, one_line(error)))
             return

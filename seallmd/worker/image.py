@@ -1,4 +1,4 @@
-"""The host image: all weights of a service, flattened in shared memory.
+"""The host image: all weights of a service, flattened in shared memory, one part for each rank.
 
 Owns its making. Workers map it through this process's descriptor table, so it lives as long as this process
 or a mapping does. Must not know who asks for it.
@@ -7,7 +7,8 @@ or a mapping does. Must not know who asks for it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -16,7 +17,8 @@ from transformers.core_model_loading import WeightRenaming
 
 from seallmd.errors import ModelRefused
 from seallmd.worker.attention import NAME
-from seallmd.worker.layout import Place
+from seallmd.worker.layout import Layout, layout_of_rank
+from seallmd.worker.parallel import Cut, Indivisible, divide
 from seallmd.worker.probe import Probed, check_loaded
 from seallmd.worker.process import require_memory
 
@@ -24,18 +26,25 @@ from seallmd.worker.process import require_memory
 class Image:
     """An anonymous file with the weights of `probed`. Raises ModelRefused or MemoryError.
 
+    ranks: tensor-parallel ranks; the r-th of as many equal parts is rank r's, in the layout of its tree.
     progress: called with (bytes done, bytes in all).
     """
 
-    def __init__(self, service: str, probed: Probed, progress: Callable[[int, int], None]) -> None:
-        self.model = probed
-        self.bytes_ = probed.layout.bytes_
+    def __init__(
+        self, service: str, probed: Probed, ranks: int, progress: Callable[[int, int], None]
+    ) -> None:
+        self.model, self.ranks = probed, ranks
+        try:
+            parts = _parts(probed, ranks)
+        except Indivisible as error:
+            raise ModelRefused(f"it cannot be split over {ranks} devices: {error}") from error
+        self.bytes_ = sum(part.layout.bytes_ for part in parts)
         require_memory(self.bytes_, "the host image")
         self._fd = os.memfd_create(f"seallmd-{service}", os.MFD_CLOEXEC)
         try:
             os.posix_fallocate(self._fd, 0, self.bytes_)  # an error now rather than SIGBUS while writing
             memory = torch.from_file(self.path, shared=True, size=self.bytes_, dtype=torch.uint8)
-            _fill(memory, probed, progress)
+            _fill(memory, probed, parts, progress)
         except BaseException:
             self.close()
             raise
@@ -50,34 +59,63 @@ class Image:
         os.close(self._fd)
 
 
-def _fill(memory: torch.Tensor, probed: Probed, progress: Callable[[int, int], None]) -> None:
+class _Part(NamedTuple):
+    """One rank's part. at: its first byte. cuts: of the weights that are divided."""
+
+    at: int
+    layout: Layout
+    cuts: dict[str, Cut]
+
+    def of(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """What the part holds of a weight."""
+        cut = self.cuts.get(name)
+        return whole if cut is None else cut.of(whole)
+
+
+def _parts(probed: Probed, ranks: int) -> list[_Part]:
+    if ranks == 1:
+        return [_Part(0, probed.layout, {})]
+    layout = layout_of_rank(probed.skeleton, ranks)
+    divisions = [divide(probed.skeleton, rank, ranks) for rank in range(ranks)]
+    return [_Part(d.rank * layout.bytes_, layout, d.cuts) for d in divisions]
+
+
+def _fill(
+    memory: torch.Tensor, probed: Probed, parts: list[_Part], progress: Callable[[int, int], None]
+) -> None:
+    """Copy every weight to its places. Tensors come as views of mapped files, so that a rank's slice is read
+    straight from there, and each file once, whatever the number of ranks."""
     total, done = memory.numel(), 0
-    places = {name: place for place in probed.layout.places for name in place.names}
-    missing = set(probed.layout.places)
-    for name, tensor in _weights(probed, places):
-        place = places[name]
-        target = memory[place.at : place.at + place.bytes_].view(place.dtype).view(place.shape)
-        if tensor.shape != place.shape:  # the files were exchanged since the probe
+    shapes = {name: place.shape for place in probed.layout.places for name in place.names}
+    places = [{name: place for place in part.layout.places for name in place.names} for part in parts]
+    written: set[int] = set()  # places, by their first byte in the image
+    for name, tensor in _weights(probed, shapes):
+        if tensor.shape != shapes[name]:  # the files were exchanged since the probe
             raise ModelRefused(f"the checkpoint has another shape for {name}")
-        if place in missing:
-            target.copy_(tensor)
-            missing.remove(place)
-            done += place.bytes_
-            progress(done, total)
-        elif not torch.equal(target, tensor.to(place.dtype)):
-            raise ModelRefused(
-                f"{name} is tied to {place.names[0]} by the configuration, but differs from it"
-            )
+        for part, place in zip(parts, (of_part[name] for of_part in places), strict=True):
+            at = part.at + place.at
+            target = memory[at : at + place.bytes_].view(place.dtype).view(place.shape)
+            held = part.of(name, tensor)
+            if at not in written:
+                target.copy_(held)
+                written.add(at)
+                done += place.bytes_
+                progress(done, total)
+            elif not torch.equal(target, held.to(place.dtype)):
+                raise ModelRefused(
+                    f"{name} is tied to {place.names[0]} by the configuration, but differs from it"
+                )
+    missing = [place for place in parts[0].layout.places if place.at not in written]
     if missing:
         raise ModelRefused(f"the checkpoint lacks {min(place.names[0] for place in missing)}")
     progress(total, total)
 
 
-def _weights(probed: Probed, places: dict[str, Place]) -> Iterator[tuple[str, torch.Tensor]]:
+def _weights(probed: Probed, wanted: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name in the model, tensor), straight from the files where nothing has to be renamed or merged."""
     checkpoint = probed.checkpoint
     transforms = get_model_conversion_mapping(probed.skeleton)
-    stored = checkpoint.names & set(places)
+    stored = checkpoint.names & set(wanted)
     whole = all(any(name in stored for name in place.names) for place in probed.layout.places)
     if whole and all(isinstance(transform, WeightRenaming) for transform in transforms):
         yield from checkpoint.read(stored)

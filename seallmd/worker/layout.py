@@ -6,13 +6,16 @@ the module tree alone, so host and workers agree without talking. Must not know 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from seallmd.core.messages import Extent
+from seallmd.worker.parallel import divide, sit
 
 ALIGN_BYTES = 256
 # Remaining tensors from here on are a segment each, so that no run of blocks need be longer than one layer.
@@ -70,11 +73,20 @@ def layout_of(model: nn.Module) -> Layout:
     return Layout(tuple(places), tuple(segments))
 
 
+def layout_of_rank(model: PreTrainedModel, ranks: int) -> Layout:
+    """Layout of what one of `ranks` tensor-parallel ranks holds of `model`, a whole one on meta; the same for
+    each of them. Raises Indivisible."""
+    tree = copy.deepcopy(model)
+    sit(tree, divide(tree, 0, ranks))
+    return layout_of(tree)
+
+
 def bind(model: nn.Module, layout: Layout, extents: tuple[Extent, ...], arena: torch.Tensor) -> None:
     """Make every weight of `model` a view of `arena`, where `extents` put its segment."""
+    part_at = extents[0].image_at  # a rank's part of the image begins anywhere, with its first segment
     for place in layout.places:
         extent = extents[place.segment]
-        at = extent.arena_at + place.at - extent.image_at
+        at = extent.arena_at + place.at - (extent.image_at - part_at)
         _put(model, place, arena[at : at + place.bytes_].view(place.dtype).view(place.shape))
 
 

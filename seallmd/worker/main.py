@@ -37,8 +37,7 @@ def run(settings_json: bytes, sock: socket.socket) -> None:
     channel = Channel(sock, ToWorker)
     try:
         channel.send(Hello(os.getpid(), device.label, device.arena.numel()))
-        worker = Worker(device, settings.block_bytes, channel.send, settings.kv_layout)
-        _serve(channel, worker)
+        _serve(channel, Worker(device, settings, channel.send))
     except Closed as end:
         if end.__cause__ is not None and not isinstance(end.__cause__, OSError):
             raise

@@ -7,6 +7,7 @@ is known to pass this test and still compute something else. Must not know image
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from seallmd.core.messages import LayerShape, ModelShape
+from seallmd.core.messages import LayerShape, ModelShape, Shard
 from seallmd.errors import ModelRefused
 from seallmd.worker.attention import NAME, LayerCall, run_recorded
 from seallmd.worker.checkpoint import Checkpoint
-from seallmd.worker.layout import Layout, layout_of
+from seallmd.worker.layout import Layout, layout_of, layout_of_rank
+from seallmd.worker.parallel import MAX_RANKS, Indivisible, divide, sit
 from seallmd.worker.process import one_line
 from seallmd.worker.resolve import eos_ids
 from seallmd.worker.skeleton import DTYPES, build_skeleton, fix_rope, ignore_padding, load_config
@@ -64,7 +66,7 @@ def probe(directory: Path, dtype: str, context: int, device: str) -> Probed:
     limit = _context(config, context)
     resolved = _dtype(config, checkpoint, dtype, device)
     try:
-        calls, vocabulary = _rehearse(directory, config, limit)
+        rehearsed, calls, vocabulary = _rehearse(directory, config, limit)
         skeleton = build_skeleton(config, resolved, torch.device("cpu"))
         layout = layout_of(skeleton)
     except ModelRefused:
@@ -76,17 +78,23 @@ def probe(directory: Path, dtype: str, context: int, device: str) -> Probed:
         architecture=type(skeleton).__name__,
         dtype=str(resolved).removeprefix("torch."),
         itemsize=resolved.itemsize,
-        layers=tuple(LayerShape(call.kv_heads, call.k_dim, call.v_dim) for call in calls),
+        layers=_layers(calls),
         segments=layout.segments,
         vocab=vocabulary,
         context=limit,
         eos=eos_ids(directory),
+        shards=_shards(rehearsed, skeleton, _layers(calls)),
     )
     return Probed(checkpoint, config, resolved, skeleton, layout, shape)
 
 
-def _rehearse(directory: Path, config: PreTrainedConfig, context: int) -> tuple[list[LayerCall], int]:
-    """Load on the meta device, so that names and shapes are checked without reading weights, and run."""
+def _rehearse(
+    directory: Path, config: PreTrainedConfig, context: int
+) -> tuple[PreTrainedModel, list[LayerCall], int]:
+    """Load on the meta device, so that names and shapes are checked without reading weights, and run.
+
+    Returns the model, its attention calls, and the rows of its output layer.
+    """
     model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
         directory,
         config=config,
@@ -106,7 +114,54 @@ def _rehearse(directory: Path, config: PreTrainedConfig, context: int) -> tuple[
     if getattr(model, "_is_stateful", False) or any(isinstance(m, nn.Conv1d) for m in model.modules()):
         raise ModelRefused(f"{config.model_type} keeps recurrent state besides KV")
     calls, logits = run_recorded(model, tokens=3)
-    return calls, logits.shape[-1]
+    return model, calls, logits.shape[-1]
+
+
+def _layers(calls: list[LayerCall]) -> tuple[LayerShape, ...]:
+    return tuple(LayerShape(call.kv_heads, call.k_dim, call.v_dim) for call in calls)
+
+
+def _shards(
+    rehearsed: PreTrainedModel, skeleton: PreTrainedModel, whole: tuple[LayerShape, ...]
+) -> tuple[Shard, ...]:
+    """How the model can be split. whole: KV of its layers on one device.
+
+    As above, what counts is that it runs. A run takes some 0.1 s, and what runs with eight parts has heads
+    for four and two: only numbers of ranks that divide none of those that ran are run themselves.
+    """
+    ran: dict[int, tuple[LayerShape, ...]] = {}
+    shards = []
+    for ranks in range(MAX_RANKS, 1, -1):
+        try:
+            divide(skeleton, 0, ranks)
+            more = next((more for more in ran if more % ranks == 0), None)
+            if more is None:
+                ran[ranks] = layers = _rehearse_rank(rehearsed, whole, ranks)
+            else:
+                layers = tuple(map(_merged, whole, ran[more], [ranks] * len(whole)))
+            shards.append(Shard(ranks, layers, layout_of_rank(skeleton, ranks).segments))
+        except Exception:  # noqa: BLE001 - what cannot be divided, or does not run in parts, is served whole
+            continue
+    return tuple(reversed(shards))
+
+
+def _rehearse_rank(
+    rehearsed: PreTrainedModel, whole: tuple[LayerShape, ...], ranks: int
+) -> tuple[LayerShape, ...]:
+    """KV of each layer on one of `ranks` ranks, as a run shows it."""
+    tree = copy.deepcopy(rehearsed)
+    sit(tree, divide(tree, 0, ranks))
+    layers = _layers(run_recorded(tree, tokens=3)[0])
+    for one, part in zip(whole, layers, strict=True):
+        divided = LayerShape(max(1, one.kv_heads // ranks), one.k_dim, one.v_dim)
+        if part not in (one, divided):  # a plan may leave attention, and its KV, whole
+            raise Indivisible("its KV is not divided by heads")
+    return layers
+
+
+def _merged(one: LayerShape, part: LayerShape, ranks: int) -> LayerShape:
+    """KV of a layer on one of fewer ranks. one: without division; part: with more ranks."""
+    return one if part == one else LayerShape(max(1, one.kv_heads // ranks), one.k_dim, one.v_dim)
 
 
 def check_loaded(info: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -32,18 +33,31 @@ from seallmd.core.messages import (
     Step,
     StepDone,
     StepFailed,
+    WorkerSettings,
 )
 from seallmd.worker import ops
 from seallmd.worker.attention import answered_by, run_recorded
 from seallmd.worker.device import Copy, Device
+from seallmd.worker.group import GroupLost, Joining, ProcessGroup
 from seallmd.worker.kv import KvView
 from seallmd.worker.layout import Layout, bind, layout_of, unbind
 from seallmd.worker.ops.model import FastModel, runs_wide, wide_skeleton
 from seallmd.worker.paged import PagedBatch
+from seallmd.worker.parallel import Seat, divide, sit
 from seallmd.worker.process import one_line
 from seallmd.worker.requests import Packed, Requests
 from seallmd.worker.sampler import sample
 from seallmd.worker.skeleton import DTYPES, build_skeleton, fix_rope, load_config
+
+
+class _Origin(NamedTuple):
+    """What a module tree follows from. rank and ranks: 0 and 1 without tensor parallelism."""
+
+    directory: str
+    dtype: str
+    context: int
+    rank: int
+    ranks: int
 
 
 @dataclass
@@ -52,15 +66,32 @@ class _Model:
 
     kv: None until the first forward pass has shown what its layers store. wide: the same tree for float32
     arithmetic on 16-bit weights, until the first binding has shown whether it runs. fast: what of the tree
-    was replaced by compiled operations.
+    was replaced by compiled operations. seats: of the tensor-parallel rank, one in each tree. group: its
+    process group while it is resident.
     """
 
-    origin: tuple[str, str, int]  # directory, dtype, context
+    origin: _Origin
     model: PreTrainedModel
     layout: Layout
     kv: KvView | None = None
     wide: PreTrainedModel | None = None
     fast: FastModel | None = None
+    seats: tuple[Seat, ...] = ()
+    group: ProcessGroup | None = None
+
+    def join(self, group: ProcessGroup) -> None:
+        """From here on the layers talk to the other ranks."""
+        self.group = group
+        for seat in self.seats:
+            seat.peers = group
+
+    def leave(self) -> None:
+        """Nobody may wait for this rank any longer."""
+        if self.group is not None:
+            self.group.leave()
+        self.group = None
+        for seat in self.seats:
+            seat.peers = None
 
 
 @dataclass
@@ -70,27 +101,31 @@ class _Arrival:
     wanted: CopyIn
     copy: Copy
     config: Future[PreTrainedConfig] | None  # None when its module tree is at hand
+    joining: Joining | None  # None for a service on one device
     started: float | None = None
     done_bytes: int = 0
     copied: bool = False
 
+    def waits(self) -> bool:
+        """Whether it is here but for an import, or for the other ranks."""
+        importing = self.config is not None and not self.config.done()
+        return importing or (self.joining is not None and not self.joining.done())
+
+    def stop(self) -> None:
+        """It is not wanted any more."""
+        self.copy.stop()
+        if self.joining is not None:
+            self.joining.give_up()
+
 
 class Worker:
-    """Everything a worker process does, without the process.
+    """Everything a worker process does, without the process. send: takes answers in order."""
 
-    send: takes answers in order. kv_layout: as in `WorkerSettings`.
-    """
-
-    def __init__(
-        self,
-        device: Device,
-        block_bytes: int,
-        send: Callable[[Message], None],
-        kv_layout: str = "merged",
-    ) -> None:
+    def __init__(self, device: Device, settings: WorkerSettings, send: Callable[[Message], None]) -> None:
         self._device = device
-        self._block_bytes = block_bytes
-        self._kv_layout = kv_layout
+        self._rendezvous = Path(settings.rendezvous)
+        self._block_bytes = settings.block_bytes
+        self._kv_layout = settings.kv_layout
         self._send = send
         self._requests = Requests()
         self._models: dict[str, _Model] = {}
@@ -137,6 +172,7 @@ class Worker:
             raise  # the CUDA context is lost with everything in it: only a new process helps
         except Exception as error:  # noqa: BLE001 - a failed step is reported, the other services go on
             self._requests.fail([admit.request for admit in step.admit] + [row.request for row in step.rows])
+            self._leave(step.service)  # others may be waiting for this rank, and would for long
             self._send(StepFailed(step.step, one_line(error)))
         else:
             self._send(StepDone(step.step, tokens, time.perf_counter() - started))
@@ -145,13 +181,24 @@ class Worker:
         resident = self._resident.get(step.service)
         if resident is None or resident.kv is None:
             raise RuntimeError(f"{step.service} is not resident")
-        self._requests.admit(step.service, step.admit, resident.model.get_input_embeddings().weight.shape[0])
+        group = resident.group
+        if resident.seats and group is None:
+            raise GroupLost("its tensor-parallel group is broken")
+        self._requests.admit(step.service, step.admit, resident.model.get_input_embeddings().num_embeddings)
         packed = self._requests.pack(step.service, step.rows, resident.kv.page)
         self._device.wait_for(span.table for span in packed.spans)
-        drawn = self._forward(resident.model, resident.kv, packed) if packed.rows else []
-        return self._requests.commit(step.rows, packed, drawn)
+        drawn = self._forward(resident.model, resident.kv, packed, group) if packed.rows else []
+        tokens = self._requests.commit(step.rows, packed, drawn)
+        return tokens if group is None or group.rank == 0 else ()
 
-    def _forward(self, model: PreTrainedModel, kv: KvView, packed: Packed) -> list[int]:
+    def _leave(self, service: str) -> None:
+        resident = self._resident.get(service)
+        if resident is not None:
+            resident.leave()
+
+    def _forward(
+        self, model: PreTrainedModel, kv: KvView, packed: Packed, group: ProcessGroup | None
+    ) -> list[int]:
         device = self._device.torch_device
         native = self._native
         with torch.inference_mode(), answered_by(PagedBatch(kv, packed.spans, device, native)):
@@ -165,11 +212,17 @@ class Worker:
                 logits_to_keep=last,
             ).logits[0]
             if not packed.sampling:
+                if group is not None:
+                    group.finish()
                 return []
             if logits.shape[0] != len(packed.last):  # a family that computes all logits
                 logits = logits[last]
-            tokens: list[int] = sample(logits, packed.draws()).tolist()
-            return tokens
+            if group is None or group.rank == 0:
+                tokens = sample(logits, packed.draws())
+            else:
+                tokens = torch.empty_like(last)
+            drawn: list[int] = tokens.tolist() if group is None else group.agree(tokens)
+            return drawn
 
     def _move(self, message: MoveBlocks) -> None:
         self._device.wait_for((message.src, message.dst))
@@ -195,10 +248,13 @@ class Worker:
         config = None
         if known is None or known.origin != _origin(wanted):
             config = self._importer.submit(load_config, Path(wanted.directory))
-        self._arriving.append(_Arrival(wanted, copy, config))
+        joining = None
+        if wanted.group is not None:
+            joining = Joining(wanted.group, self._device.torch_device, self._rendezvous)
+        self._arriving.append(_Arrival(wanted, copy, config, joining))
 
     def advance(self) -> bool:
-        """Do a piece of the oldest copy; False when there is nothing to do but wait for its import."""
+        """Do a piece of the oldest copy; False when there is nothing to do but wait for others."""
         arrival = self._arriving[0]
         if arrival.started is None:
             arrival.started = time.perf_counter()
@@ -210,7 +266,7 @@ class Worker:
                 total = sum(extent.bytes_ for extent in arrival.wanted.extents)
                 self._send(JobProgress(arrival.wanted.service, "copy", arrival.done_bytes, total))
             return True
-        if arrival.config is not None and not arrival.config.done():
+        if arrival.waits():
             return False
         self._arriving.popleft()
         service = arrival.wanted.service
@@ -220,6 +276,8 @@ class Worker:
             raise
         except Exception as error:  # noqa: BLE001 - a model that cannot be bound must not end its neighbours
             self._models.pop(service, None)
+            if arrival.joining is not None:
+                arrival.joining.give_up()
             self._send(CopyFailed(service, one_line(error), arrival.wanted.copy))
         else:
             seconds = time.perf_counter() - arrival.started
@@ -239,6 +297,8 @@ class Worker:
             self._settle(known, wanted)
         if known.fast is not None and known.kv is not None:
             known.fast.bind(known.kv)
+        if arrival.joining is not None:
+            known.join(arrival.joining.take())
         return known
 
     def _settle(self, known: _Model, wanted: CopyIn) -> None:
@@ -262,23 +322,30 @@ class Worker:
         dtype = DTYPES[wanted.dtype]
         model = build_skeleton(config, dtype, self._device.torch_device)
         fix_rope(model, wanted.context)
-        known = _Model(_origin(wanted), model, layout_of(model))
+        wide = None
         if self._native is not None and dtype.itemsize == 2:
-            known.wide = wide_skeleton(config, model)
-            fix_rope(known.wide, wanted.context)
-        return known
+            wide = wide_skeleton(config, model)
+            fix_rope(wide, wanted.context)
+        seats = ()
+        if wanted.group is not None:
+            division = divide(model, wanted.group.rank, wanted.group.ranks)
+            seats = tuple(sit(tree, division) for tree in (model, wide) if tree is not None)
+        return _Model(_origin(wanted), model, layout_of(model), wide=wide, seats=seats)
 
     def _drop(self, service: str) -> None:
         for arrival in list(self._arriving):
             if arrival.wanted.service == service:
-                arrival.copy.stop()
+                arrival.stop()
                 self._arriving.remove(arrival)
         resident = self._resident.pop(service, None)
         if resident is not None:
             if resident.fast is not None:
                 resident.fast.unbind()
+            resident.leave()
             unbind(resident.model, resident.layout)
 
 
-def _origin(wanted: CopyIn) -> tuple[str, str, int]:
-    return (wanted.directory, wanted.dtype, wanted.context)
+def _origin(wanted: CopyIn) -> _Origin:
+    group = wanted.group
+    rank, ranks = (0, 1) if group is None else (group.rank, group.ranks)
+    return _Origin(wanted.directory, wanted.dtype, wanted.context, rank, ranks)

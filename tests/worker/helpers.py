@@ -136,10 +136,12 @@ class Rig:
             block_bytes=block_bytes,
             cache=str(cache),
             host_kv_bytes=host_kv_bytes,
+            kv_layout=kv_layout,
+            rendezvous=str(cache / "rendezvous"),
         )
         self.host = Host(settings, self.said.append, lambda item: self.host.handle(item))
         self.device = CpuDevice(settings)
-        self.worker = Worker(self.device, block_bytes, self.said.append, kv_layout)
+        self.worker = Worker(self.device, settings, self.said.append)
         self.free = list(range(blocks))
         random.Random(7).shuffle(self.free)
         self.shapes: dict[str, msg.ModelShape] = {}

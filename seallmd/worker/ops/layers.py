@@ -134,6 +134,8 @@ def _parts(layer: nn.Module) -> Parts | None:
     owned = {id(p) for module in (*present, *projections.values()) for p in module.parameters()}
     if {id(p) for p in layer.parameters()} != owned:
         return None
+    if any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules()):  # tensor parallelism
+        return None
     return Parts(norms, projections, activation)  # type: ignore[arg-type]
 
 
