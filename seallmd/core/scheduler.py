@@ -69,7 +69,7 @@ def _next_step(state: NodeState, replica: Replica) -> tuple[float, float]:
     profile, now, ageing = service.profile, state.now, limits.ageing
     assert profile is not None
     token, left = profile.token_seconds(), limits.step_tokens
-    worth, tokens, context = 0.0, 0, 0
+    worth, tokens, context, rows = 0.0, 0, 0, 0
     # The node's innermost loop, over every request of every service (tools/bench_node.py).
     for request in islice(chain(replica.running.values(), service.waiting.values()), limits.max_rows):
         drawn, scheduled = request.drawn, request.scheduled
@@ -86,7 +86,8 @@ def _next_step(state: NodeState, replica: Replica) -> tuple[float, float]:
         left -= count
         tokens += count
         context += scheduled + count
-    return worth, profile.costs.predict(tokens, context)
+        rows += 1
+    return worth, profile.costs.predict(tokens, context, rows)
 
 
 def charge(request: Request, service: Service) -> None:

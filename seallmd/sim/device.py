@@ -216,11 +216,12 @@ class SimDevice:
 
     def _step(self, step: msg.Step) -> None:
         self._busy = True
-        tokens = context = 0
+        tokens = context = rows = 0
         for row in step.rows:
             tokens += row.count
             context += row.start + row.count
-        seconds = self._timing.step(self.index, step.service, tokens, context)
+            rows += row.sample
+        seconds = self._timing.step(self.index, step.service, tokens, context, rows)
         self._later(seconds, lambda: self._end_step(step, seconds))
 
     def _end_step(self, step: msg.Step, seconds: float) -> None:

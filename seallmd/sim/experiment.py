@@ -15,14 +15,14 @@ import msgspec
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
-from seallmd.core.cost import Roofline
+from seallmd.core.cost import Roofline, Work
 from seallmd.core.scheduler import POLICIES
 from seallmd.core.settings import NodeSettings, SchedulerSettings, ServiceSettings
 from seallmd.sim import metrics
 from seallmd.sim.device import STOP, Span
 from seallmd.sim.metrics import Report, Served
 from seallmd.sim.models import SimError, block_bytes_for
-from seallmd.sim.timing import RooflineTiming, isolated_seconds, lumped
+from seallmd.sim.timing import RooflineTiming, isolated_seconds
 from seallmd.sim.workload import Arrival, fitted
 from seallmd.sim.world import World
 
@@ -56,11 +56,11 @@ class Setup:
 
     def isolated(self) -> dict[str, metrics.Isolated]:
         """T_iso by service: on the device where it is shortest."""
-        return {name: self._isolated(lumped(shape)) for name, shape in self.shapes.items()}
+        return {name: self._isolated(Work.of(shape)) for name, shape in self.shapes.items()}
 
-    def _isolated(self, shape: msg.ModelShape) -> metrics.Isolated:
+    def _isolated(self, work: Work) -> metrics.Isolated:
         kinds = set(self.devices)
-        return lambda prompt, output: min(isolated_seconds(kind, shape, prompt, output) for kind in kinds)
+        return lambda prompt, output: min(isolated_seconds(kind, work, prompt, output) for kind in kinds)
 
 
 @dataclass(frozen=True)

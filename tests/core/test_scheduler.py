@@ -81,14 +81,16 @@ def test_step_costs_are_learnt() -> None:
     rng = random.Random(0)
     costs = StepCosts.guess(CPU, shape())
 
-    def truth(tokens: int, context: int) -> float:
-        return 0.05 + 0.004 * tokens + 0.00002 * context
+    def truth(tokens: int, context: int, rows: int) -> float:
+        return 0.05 + 0.004 * tokens + 0.00002 * context + 0.006 * rows
 
     for _ in range(500):
-        tokens, context = rng.randint(1, 64), rng.randint(1, 8000)
-        costs.learn(tokens, context, truth(tokens, context) * rng.uniform(0.9, 1.1))
-    for tokens, context in ((1, 100), (16, 4000), (64, 8000)):
-        assert costs.predict(tokens, context) == pytest.approx(truth(tokens, context), rel=0.05)
+        rows = rng.randint(1, 32)
+        tokens, context = rows + rng.choice((0, 0, rng.randint(1, 200))), rng.randint(1, 8000)
+        costs.learn(tokens, context, rows, truth(tokens, context, rows) * rng.uniform(0.9, 1.1))
+    for step in ((1, 100, 1), (16, 4000, 16), (32, 8000, 32), (200, 200, 1), (220, 3000, 20)):
+        assert costs.predict(*step) == pytest.approx(truth(*step), rel=0.05)
+    assert costs.predict(16, 4000) == costs.predict(16, 4000, 16)
     assert costs.error < 0.08
 
 
@@ -96,9 +98,9 @@ def test_step_costs_follow_a_change() -> None:
     """A device that gets slower (another process took a core) is noticed."""
     costs = StepCosts.guess(CPU, shape())
     for _ in range(300):
-        costs.learn(8, 1000, 0.1)
+        costs.learn(8, 1000, 8, 0.1)
     for _ in range(300):
-        costs.learn(8, 1000, 0.3)
+        costs.learn(8, 1000, 8, 0.3)
     assert costs.predict(8, 1000) == pytest.approx(0.3, rel=0.15)
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from seallmd.core.cost import ROOFLINES, Roofline
+from seallmd.core.cost import ROOFLINES, Roofline, Work
 from seallmd.core.events import Action, Arrived, Event
 from seallmd.core.messages import LayerShape, ModelShape, Sampling
 from seallmd.core.settings import NodeSettings, SchedulerSettings, ServiceSettings
@@ -25,7 +25,8 @@ BLOCK = 1 << 16
 SHAPE = ModelShape("tiny", "float16", 2, (LayerShape(1, 64, 64),), (BLOCK * 4,), 100, 4096)
 DEVICE = Roofline("unit", 1e12, 1e7, 1e9, step_seconds=0.1, memory_bytes=BLOCK * 2000, efficiency=1.0)
 PROMPT = 20
-STEP_SECONDS = DEVICE.step(SHAPE, PROMPT, PROMPT)  # one request: its prompt, and its only token
+WORK = Work.of(SHAPE)
+STEP_SECONDS = DEVICE.step(WORK, PROMPT, PROMPT, 1)  # one request: its prompt, and its only token
 ONE_BY_ONE = SchedulerSettings(max_rows=1, pipeline_depth=1)
 
 
@@ -193,8 +194,8 @@ def test_a_window_of_steps_and_samples_of_memory() -> None:
 
 def test_isolated_time_by_hand() -> None:
     """Protects T_iso's formula: prompt at once, then one step per further token."""
-    step = DEVICE.step(SHAPE, 1, 10 + 2)
-    assert isolated_seconds(DEVICE, SHAPE, 10, 4) == pytest.approx(DEVICE.step(SHAPE, 10, 10) + 3 * step)
+    step = DEVICE.step(WORK, 1, 10 + 2, 1)
+    assert isolated_seconds(DEVICE, WORK, 10, 4) == pytest.approx(DEVICE.step(WORK, 10, 10, 1) + 3 * step)
 
 
 def test_nonsense_is_refused() -> None:
