@@ -1,17 +1,23 @@
 """Which replica of a device steps next.
 
-Owns the policies, each a pure choice among replicas that have work, and the doubling budget. Must not form
-steps (`batcher`) nor move models (`residency`). The policy is chosen in `[scheduler] policy`.
+Owns the policies by name, most of them pure choices among replicas that have work, and the doubling budget.
+Must not form steps (`batcher`) nor move models (`residency`). The policy is chosen in `[scheduler] policy`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
+from typing import NamedTuple
 
+from seallmd.core import dedicated
+from seallmd.core.adbs import Adbs
 from seallmd.core.state import Device, NodeState, Replica, Request, Service
 
-Policy = Callable[[NodeState, Device, Sequence[Replica]], list[Replica]]
+ADBS = "adbs"
+
+Order = Callable[[NodeState, Device, Sequence[Replica]], list[Replica]]
+Admits = Callable[[NodeState, Device, Replica, Request], bool]
 
 
 def round_robin(_state: NodeState, device: Device, ready: Sequence[Replica]) -> list[Replica]:
@@ -93,14 +99,39 @@ def _next_step(state: NodeState, replica: Replica) -> tuple[float, float]:
 def charge(request: Request, service: Service) -> None:
     """A token was generated: charge it. Who has used up its budget falls in rank, by one twice as large.
 
-    With p the execution time that a request really needs and b the first budget: at most ceil(log2(p / b))
-    doublings, and the last budget is below 2 * max(b, p).
+    With p the execution time that a request really needs and b the first budget: at most
+    max(0, ceil(log2(p / b))) doublings, and the last budget is below 2 * max(b, p). Several at once when a
+    token costs more than the whole budget, which was set before the costs were learnt.
     """
     assert service.profile is not None
     request.attained += service.profile.token_seconds()
-    if request.attained >= request.budget:
+    while request.attained > request.budget:
         request.budget *= 2
         request.doublings += 1
 
 
-POLICIES: dict[str, Policy] = {"budget": budget, "round-robin": round_robin, "fcfs": fcfs}
+POLICIES: dict[str, Order] = {"budget": budget, "round-robin": round_robin, "fcfs": fcfs}
+
+
+class Policy(NamedTuple):
+    """What is asked of a policy.
+
+    order: replicas of a device that have work, the one that is to step first. admits: whether a waiting
+    request may be taken in, memory permitting.
+    """
+
+    order: Order
+    admits: Admits
+
+
+def make_policy(name: str) -> Policy:
+    """The policy of one node: `adbs` keeps quotas, the others are pure orders that admit everybody."""
+    if name == ADBS:
+        adbs = Adbs()
+        return Policy(adbs.order, adbs.admits)
+    # A dedicated device has one service: any order would do.
+    return Policy(fcfs if name == dedicated.NAME else POLICIES[name], _admits_all)
+
+
+def _admits_all(_state: NodeState, _device: Device, _replica: Replica, _request: Request) -> bool:
+    return True
