@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from seallmd.sim import metrics
-from seallmd.sim.metrics import Report, Served
+from seallmd.sim.metrics import Report, Seen, Served
 from seallmd.sim.models import SimError
 from seallmd.sim.workload import Arrival, fitted, from_traces, read_trace
 from tools.replay_client import Line, Service, calibrate, is_loopback
@@ -40,12 +40,16 @@ _CALIBRATION_OUTPUT = 64  # most tokens of a calibration's answer: one by one th
 
 
 class ReplayFile(msgspec.Struct):
-    """What `--json` writes. isolated: T_iso by service. late_seconds: how late the client itself was."""
+    """What `--json` writes. isolated: T_iso by service. late_seconds: how late the client itself was.
+
+    requests: each of them, for `tools.simulate --compare`.
+    """
 
     reports: list[Report]
     isolated: dict[str, Line]
     late_seconds: float
     errors: dict[str, int]
+    requests: list[Seen] = []
 
 
 class _IsolatedFile(msgspec.Struct):
@@ -157,7 +161,8 @@ async def _replay(
     functions: dict[str, metrics.Isolated] = {name: lines[name].seconds for name in by_name}
     errors = [record.error for record in served if record.error]
     report = metrics.report(options.name, served, functions, rate=len(arrivals) / options.seconds)
-    return ReplayFile([report], lines, late, {text: errors.count(text) for text in sorted(set(errors))})
+    counts = {text: errors.count(text) for text in sorted(set(errors))}
+    return ReplayFile([report], lines, late, counts, metrics.seen(served))
 
 
 def _typical(arrivals: Sequence[Arrival], name: str) -> tuple[list[int], list[int]]:

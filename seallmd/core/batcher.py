@@ -14,15 +14,20 @@ from seallmd.core.messages import Admit, RestoreBlocks, Row, Step
 from seallmd.core.ranks import Tables
 from seallmd.core.request import Life, Request, SavedKv
 from seallmd.core.room import Room
+from seallmd.core.scheduler import Admits
 from seallmd.core.state import Device, NodeState, Replica, SentRow, SentStep, Service, Stage
 
 
 class Batcher:
-    """Forms steps on the shared state. `room` is asked to make some when blocks run out."""
+    """Forms steps on the shared state.
 
-    def __init__(self, state: NodeState, room: Room) -> None:
+    room: makes some when blocks run out. admits: the policy's say in who is taken in.
+    """
+
+    def __init__(self, state: NodeState, room: Room, admits: Admits) -> None:
         self._state = state
         self._room = room
+        self._admits = admits
 
     # ------------------------------------------------------------------------------- what could run
 
@@ -53,7 +58,7 @@ class Batcher:
 
     def form(self, replica: Replica) -> list[tuple[Device, Step]]:
         """The replica's next step for each of its devices, with its memory taken; empty if none can run."""
-        former = _StepFormer(self._state, self._room, replica)
+        former = _StepFormer(self._state, self._room, self._admits, replica)
         for request in sorted(replica.running.values(), key=lambda r: r.order):
             former.add(request)
         for request in list(self._admissible(replica)):
@@ -65,9 +70,10 @@ class Batcher:
 class _StepFormer:
     """One step in the making."""
 
-    def __init__(self, state: NodeState, room: Room, replica: Replica) -> None:
+    def __init__(self, state: NodeState, room: Room, admits: Admits, replica: Replica) -> None:
         self._state = state
         self._room = room
+        self._policy_admits = admits
         self._group = state.group(replica)
         self._replica = replica
         self._ranks = replica.ranks
@@ -100,6 +106,9 @@ class _StepFormer:
             return True
         if any(self._state.claimed(device, request.order) for device in self._group):
             return False  # somebody senior waits for the memory that this one would take
+        admits, replica = self._policy_admits, self._replica
+        if not all(admits(self._state, device, replica, request) for device in self._group):
+            return False
         shared = self._shared_prefix(request)  # held at once, so that making room cannot reclaim it
         done = len(shared[0]) // self._service.run_blocks * self._service.run_tokens
         saved = self._worth_restoring(request.saved, done)

@@ -40,8 +40,8 @@ class Node:
         self._room = Room(self._state)
         self._images = Images(self._state)
         self._residency = Residency(self._state, self._room, self._images)
-        self._batcher = Batcher(self._state, self._room)
-        self._policy = POLICIES[settings.scheduler.policy]
+        self._policy = POLICIES[settings.scheduler.policy]()
+        self._batcher = Batcher(self._state, self._room, self._policy.admits)
 
     @property
     def state(self) -> NodeState:
@@ -131,7 +131,7 @@ class Node:
 
     def _in_turn(self, device: Device, ready: list[Replica]) -> list[Replica]:
         """The policy's order; a replica on several devices that has been waiting for another goes first."""
-        order = self._policy(self._state, device, ready)
+        order = self._policy.order(self._state, device, ready)
         if device.reserved in ready:
             order = [device.reserved, *(replica for replica in order if replica is not device.reserved)]
         return order

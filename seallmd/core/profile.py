@@ -37,7 +37,7 @@ class ServiceProfile(msgspec.Struct):
 
     def stepped(self, tokens: int, rows: int, context: int, seconds: float) -> None:
         """A step had these rows, and took so long."""
-        self.costs.learn(tokens, context, seconds)
+        self.costs.learn(tokens, context, rows, seconds)
         if tokens == rows:
             self.rows += 0.05 * (rows - self.rows)
 
@@ -48,7 +48,7 @@ class ServiceProfile(msgspec.Struct):
 
     def prefill_seconds(self, tokens: int) -> float:
         """Execution time of a prompt, alone."""
-        return self.costs.predict(tokens, tokens)
+        return self.costs.predict(tokens, tokens, 1)
 
     def request_seconds(self, prompt: int) -> float:
         """Execution time that a request is expected to need, from its prompt and the service's mean output.

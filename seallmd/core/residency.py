@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from seallmd.core import dedicated
 from seallmd.core.images import Images
 from seallmd.core.messages import CopyIn, Extent, Group, MoveBlocks
 from seallmd.core.ranks import Ranks
@@ -41,12 +42,13 @@ class Residency:
         combinations of 32 devices are too many.
         """
         ranks, devices = ranks or service.ranks, self._state.devices
-        wanted: Iterable[Sequence[int]] = service.settings.devices or (
-            range(first, first + ranks) for first in range(len(devices) - ranks + 1)
-        )
-        groups = [
-            [devices[index] for index in group if index in devices] for group in wanted if len(group) == ranks
-        ]
+        if dedicated.is_dedicated(self._state):
+            groups = [dedicated.own_devices(self._state, service, ranks)]
+        else:
+            wanted: Iterable[Sequence[int]] = service.settings.devices or (
+                range(first, first + ranks) for first in range(len(devices) - ranks + 1)
+            )
+            groups = [[devices[index] for index in group if index in devices] for group in wanted]
         return [g for g in groups if len(g) == ranks and all(device.arena is not None for device in g)]
 
     def _least_kv_blocks(self, service: Service) -> int:
@@ -177,6 +179,9 @@ class Residency:
         return next(iter(service.waiting), self._state.orders)
 
     def _bring_in(self, service: Service) -> None:
+        if dedicated.is_dedicated(self._state):
+            self._take_turn(service)
+            return
         need, least = self._need(service), self._least_kv_blocks(service)
         able = [place for place in self.places(service) if self._most_kv(service, place) >= least]
         free = [place for place in able if not any(self._promised(device, service) for device in place)]
@@ -192,6 +197,20 @@ class Residency:
                 return
         if self._state.now >= self._patience_ends(service):
             self._ask_for_room(service, need, able)
+
+    def _take_turn(self, service: Service) -> None:
+        """Come in on the devices that a dedicated service may have, once those there have finished."""
+        for place in self.places(service):
+            if any(self._loads_another(device, service) for device in place):
+                return
+            others = dedicated.in_the_way(place, service)
+            if not others and self._start(service, place):
+                return
+            for device in place:
+                device.claim = Claim(self._order(service), service.name, load=True)
+            for replica in others:
+                if replica.stage is Stage.RESIDENT:
+                    self._room.drain(replica, admit_below=self._order(service), seconds=None)
 
     def _evict_idle_for(self, service: Service, place: Place, need: int) -> bool:
         """Evict as few idle services as let this one in, the longest unused first. False if all would not."""

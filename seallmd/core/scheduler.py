@@ -1,18 +1,22 @@
 """Which replica of a device steps next.
 
-Owns the policies, each a pure choice among replicas that have work, and the doubling budget. Must not form
-steps (`batcher`) nor move models (`residency`). The policy is chosen in `[scheduler] policy`.
+Owns the policies by name, most of them pure choices among replicas that have work, and the doubling budget.
+Must not form steps (`batcher`) nor move models (`residency`). The policy is chosen in `[scheduler] policy`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
+from typing import NamedTuple
 
+from seallmd.core import dedicated
+from seallmd.core.adbs import Adbs
 from seallmd.core.request import Request
 from seallmd.core.state import Device, NodeState, Replica, Service
 
-Policy = Callable[[NodeState, Device, Sequence[Replica]], list[Replica]]
+Order = Callable[[NodeState, Device, Sequence[Replica]], list[Replica]]
+Admits = Callable[[NodeState, Device, Replica, Request], bool]
 
 
 def round_robin(_state: NodeState, device: Device, ready: Sequence[Replica]) -> list[Replica]:
@@ -70,7 +74,7 @@ def _next_step(state: NodeState, replica: Replica) -> tuple[float, float]:
     profile, now, ageing = service.profile, state.now, limits.ageing
     assert profile is not None
     token, left = profile.token_seconds(), limits.step_tokens
-    worth, tokens, context = 0.0, 0, 0
+    worth, tokens, context, rows = 0.0, 0, 0, 0
     # The node's innermost loop, over every request of every service (tools/bench_node.py).
     for request in islice(chain(replica.running.values(), service.waiting.values()), limits.max_rows):
         drawn, scheduled = request.drawn, request.scheduled
@@ -87,20 +91,49 @@ def _next_step(state: NodeState, replica: Replica) -> tuple[float, float]:
         left -= count
         tokens += count
         context += scheduled + count
-    return worth, profile.costs.predict(tokens, context)
+        rows += 1
+    return worth, profile.costs.predict(tokens, context, rows)
 
 
 def charge(request: Request, service: Service) -> None:
     """A token was generated: charge it. Who has used up its budget falls in rank, by one twice as large.
 
-    With p the execution time that a request really needs and b the first budget: at most ceil(log2(p / b))
-    doublings, and the last budget is below 2 * max(b, p).
+    With p the execution time that a request really needs and b the first budget: at most
+    max(0, ceil(log2(p / b))) doublings, and the last budget is below 2 * max(b, p). Several at once when a
+    token costs more than the whole budget, which was set before the costs were learnt.
     """
     assert service.profile is not None
     request.attained += service.profile.token_seconds()
-    if request.attained >= request.budget:
+    while request.attained > request.budget:
         request.budget *= 2
         request.doublings += 1
 
 
-POLICIES: dict[str, Policy] = {"budget": budget, "round-robin": round_robin, "fcfs": fcfs}
+class Policy(NamedTuple):
+    """What is asked of a policy.
+
+    order: replicas of a device that have work, the one that is to step first. admits: whether a waiting
+    request may be taken in, memory permitting.
+    """
+
+    order: Order
+    admits: Admits
+
+
+def _admits_all(_state: NodeState, _device: Device, _replica: Replica, _request: Request) -> bool:
+    return True
+
+
+def _adbs() -> Policy:
+    quotas = Adbs()
+    return Policy(quotas.order, quotas.admits)
+
+
+# Makes the policy of one node, by its name in `[scheduler] policy`.
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "budget": lambda: Policy(budget, _admits_all),
+    "round-robin": lambda: Policy(round_robin, _admits_all),
+    "fcfs": lambda: Policy(fcfs, _admits_all),
+    "adbs": _adbs,
+    dedicated.NAME: lambda: Policy(fcfs, _admits_all),  # one service on a device: any order would do
+}

@@ -52,7 +52,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     room.
     """
 
-    policy: Literal["budget", "round-robin", "fcfs"] = "budget"
+    policy: Literal["budget", "round-robin", "fcfs", "adbs", "dedicated"] = "budget"
     max_gap_rounds: Annotated[float, Meta(ge=1, le=1000)] = 1.5
     ageing: Annotated[float, Meta(gt=0, le=1e6)] = 4.0
     step_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 512

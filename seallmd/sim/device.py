@@ -263,11 +263,12 @@ class SimDevice:
 
     def _step(self, step: msg.Step) -> None:
         self._busy = True
-        tokens = context = 0
+        tokens = context = rows = 0
         for row in step.rows:
             tokens += row.count
             context += row.start + row.count
-        seconds = self._timing.step(self.index, step.service, tokens, context)
+            rows += row.sample
+        seconds = self._timing.step(self.index, step.service, tokens, context, rows)
         copied = (self._copied_at.get(block, 0.0) for row in step.rows for block in row.blocks)
         waits = max(0.0, max(copied, default=0.0) - self._clock.now)
         group = self._groups.get(step.service)

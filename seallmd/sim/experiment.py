@@ -1,7 +1,7 @@
 """One run of the simulator: devices, services, arrivals and a policy in, what clients saw out.
 
-Owns the way from a set-up to an outcome, and `dedicated`, where every service has a device to itself. Must
-not decide anything that a daemon would: that is `core.node`'s, which runs here as it does there.
+Owns the way from a set-up to an outcome. Must not decide anything that a daemon would: that is `core.node`'s,
+which runs here as it does there.
 """
 
 from __future__ import annotations
@@ -9,24 +9,23 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import msgspec
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
-from seallmd.core.cost import Roofline
+from seallmd.core.cost import Roofline, Work
 from seallmd.core.scheduler import POLICIES
 from seallmd.core.settings import NodeSettings, SchedulerSettings, ServiceSettings
 from seallmd.sim import metrics
 from seallmd.sim.device import STOP, Span
 from seallmd.sim.metrics import Report, Served
 from seallmd.sim.models import SimError, block_bytes_for
-from seallmd.sim.timing import RooflineTiming, isolated_seconds, lumped
+from seallmd.sim.timing import RooflineTiming, isolated_seconds
 from seallmd.sim.workload import Arrival, fitted
 from seallmd.sim.world import World
 
-DEDICATED = "dedicated"
 _GREEDY = msg.Sampling(temperature=0.0)
 _LOOK_SECONDS = 1.0  # virtual time between two looks at progress
 _ZEROS = (0,) * (1 << 20)
@@ -56,11 +55,11 @@ class Setup:
 
     def isolated(self) -> dict[str, metrics.Isolated]:
         """T_iso by service: on the device where it is shortest."""
-        return {name: self._isolated(lumped(shape)) for name, shape in self.shapes.items()}
+        return {name: self._isolated(Work.of(shape)) for name, shape in self.shapes.items()}
 
-    def _isolated(self, shape: msg.ModelShape) -> metrics.Isolated:
+    def _isolated(self, work: Work) -> metrics.Isolated:
         kinds = set(self.devices)
-        return lambda prompt, output: min(isolated_seconds(kind, shape, prompt, output) for kind in kinds)
+        return lambda prompt, output: min(isolated_seconds(kind, work, prompt, output) for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ Progress = Callable[[float], None]
 
 def policies() -> list[str]:
     """Names that `Setup.policy` may have."""
-    return [*POLICIES, DEDICATED]
+    return list(POLICIES)
 
 
 def run(setup: Setup, progress: Progress | None = None) -> Outcome:
@@ -125,51 +124,7 @@ def run(setup: Setup, progress: Progress | None = None) -> Outcome:
         raise SimError(f"no policy is called {setup.policy!r}; there are {', '.join(policies())}")
     if not setup.arrivals:
         raise SimError("no requests arrive")
-    if setup.policy == DEDICATED:
-        return _dedicated(setup, progress)
     return _Run(setup).run(progress or (lambda _: None))
-
-
-def _dedicated(setup: Setup, progress: Progress | None) -> Outcome:
-    """Each service alone on one device, in a world of its own: what users do who do not share.
-
-    The largest services get the largest devices. Where there are fewer devices than services, kinds repeat:
-    dedicated then has more devices than the policies it is compared with.
-    """
-    by_size = sorted(setup.shapes, key=lambda name: -setup.shapes[name].weights_bytes)
-    kinds = sorted(setup.devices, key=lambda kind: -kind.memory_bytes)
-    parts = []
-    for index, name in enumerate(by_size):
-        own = replace(
-            setup,
-            shapes={name: setup.shapes[name]},
-            devices=(kinds[index % len(kinds)],),
-            arrivals=[a for a in setup.arrivals if a.service == name],
-            policy="fcfs",  # of one service: any would do
-        )
-        if own.arrivals:
-            parts.append(_Run(own).run(lambda _: None))
-        if progress is not None:
-            progress(setup.arrivals[-1].seconds * (index + 1) / len(by_size))
-    return _joined(parts)
-
-
-def _joined(parts: Sequence[Outcome]) -> Outcome:
-    """Runs beside each other as one; devices are numbered through."""
-    return Outcome(
-        served=sorted((s for part in parts for s in part.served), key=lambda s: s.arrived),
-        devices=[label for part in parts for label in part.devices],
-        busy_seconds=[busy for part in parts for busy in part.busy_seconds],
-        seconds=max(part.seconds for part in parts),
-        wall_seconds=sum(part.wall_seconds for part in parts),
-        events=sum(part.events for part in parts),
-        swaps=sum(part.swaps for part in parts),
-        preemptions=sum(part.preemptions for part in parts),
-        refused={name: why for part in parts for name, why in part.refused.items()},
-        cost_errors={name: error for part in parts for name, error in part.cost_errors.items()},
-        spans=[span._replace(device=i) for i, part in enumerate(parts) for span in part.spans],
-        occupancy=[replace(sample, device=i) for i, part in enumerate(parts) for sample in part.occupancy],
-    )
 
 
 class _Run:
@@ -188,14 +143,13 @@ class _Run:
         services = (
             ServiceSettings(name=name, model=name, preload=True, max_waiting=1 << 20) for name in setup.shapes
         )
-        policy = "fcfs" if setup.policy == DEDICATED else setup.policy
         settings = NodeSettings(
             services=tuple(services),
             devices=len(setup.devices),
             block_bytes=self._block_bytes,
             host_bytes=setup.host_bytes,
             roofline=setup.devices[0],
-            scheduler=msgspec.structs.replace(setup.scheduler, policy=policy),
+            scheduler=msgspec.structs.replace(setup.scheduler, policy=setup.policy),
         )
         self._world = World(
             settings,

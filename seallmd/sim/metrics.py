@@ -47,6 +47,36 @@ class Served(msgspec.Struct):
         return self.finished - self.arrived
 
 
+class Seen(msgspec.Struct, frozen=True):
+    """One request as a report keeps it, enough to simulate it: lengths in tokens, times in seconds.
+
+    seconds: its arrival, counted from the first one's. latency, ttft: None when there is no complete answer.
+    """
+
+    service: str
+    seconds: float
+    prompt: int
+    output: int
+    latency: float | None
+    ttft: float | None
+
+
+def seen(served: Sequence[Served]) -> list[Seen]:
+    """What a report keeps of each request, in order of arrival."""
+    first = min((s.arrived for s in served), default=0.0)
+    return [
+        Seen(
+            s.service,
+            s.arrived - first,
+            s.prompt,
+            s.output,
+            None if s.error else s.latency,
+            None if s.error or not s.times else s.times[0] - s.arrived,
+        )
+        for s in sorted(served, key=lambda s: s.arrived)
+    ]
+
+
 class Spread(msgspec.Struct, frozen=True):
     """A distribution in a few numbers: nearest-rank percentiles; not a number when there is nothing."""
 

@@ -45,12 +45,12 @@ class Decoder:
     norms: int = 2
 
     def shape(self, context: int = CONTEXT_TOKENS) -> ModelShape:
-        """Weights segments (embedding, each layer, output) and KV layers."""
+        """Weights segments (embedding, each layer, last norm, output layer) and KV layers."""
         itemsize = 4 if self.dtype == "float32" else 2
         attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
         layer = attention + 3 * self.hidden * self.ffn + self.norms * self.hidden
         embedding = self.vocab * self.hidden
-        segments = [embedding, *[layer] * self.layers, self.hidden if self.tied else embedding + self.hidden]
+        segments = [embedding, *[layer] * self.layers, self.hidden, *[embedding] * (not self.tied)]
         kv = LayerShape(self.kv_heads, self.head_dim, self.head_dim)
         bytes_ = tuple(count * itemsize for count in segments)
         return ModelShape("sim", self.dtype, itemsize, (kv,) * self.layers, bytes_, self.vocab, context)

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from seallmd.core.cost import Roofline
-from seallmd.core.messages import LayerShape, ModelShape
+from seallmd.core.cost import Roofline, Work
+from seallmd.core.messages import ModelShape
 
 
 class Timing(Protocol):
@@ -25,8 +25,8 @@ class Timing(Protocol):
     def start(self) -> float:
         """To start a process."""
 
-    def step(self, device: int, service: str, tokens: int, context: int) -> float:
-        """One step: tokens of all rows together, and tokens of KV that they read together."""
+    def step(self, device: int, service: str, tokens: int, context: int, rows: int) -> float:
+        """One step: tokens of all rows, tokens of KV that they read together, rows that draw a token."""
 
     def copy(self, device: int, bytes_: int) -> float:
         """Weights from the host to a device."""
@@ -46,7 +46,7 @@ class Costs:
     probe: float = 0.2
     start: float = 2.0
 
-    def step(self, _device: int, _service: str, tokens: int, _context: int) -> float:
+    def step(self, _device: int, _service: str, tokens: int, _context: int, _rows: int) -> float:
         """A fixed part and a part per token."""
         return self.step_fixed + self.step_token * tokens
 
@@ -72,12 +72,12 @@ class RooflineTiming:
         read_bytes_per_second: float = 2e9,
     ) -> None:
         self._devices = devices
-        self._shapes = {name: lumped(shape) for name, shape in shapes.items()}
+        self._work = {name: Work.of(shape) for name, shape in shapes.items()}
         self._read_bytes_per_second = read_bytes_per_second
 
-    def step(self, device: int, service: str, tokens: int, context: int) -> float:
+    def step(self, device: int, service: str, tokens: int, context: int, rows: int) -> float:
         """What the roofline says."""
-        return self._devices[device].step(self._shapes[service], tokens, context)
+        return self._devices[device].step(self._work[service], tokens, context, rows)
 
     def copy(self, device: int, bytes_: int) -> float:
         """At the rate of the device's link."""
@@ -88,25 +88,10 @@ class RooflineTiming:
         return bytes_ / self._read_bytes_per_second
 
 
-def lumped(shape: ModelShape) -> ModelShape:
-    """A shape of the same sums in one layer and one segment, which is all that a roofline looks at."""
-    layer = LayerShape(1, shape.kv_bytes_per_token // shape.itemsize, 0)
-    return ModelShape(
-        shape.architecture,
-        shape.dtype,
-        shape.itemsize,
-        (layer,),
-        (shape.weights_bytes,),
-        shape.vocab,
-        shape.context,
-        shape.eos,
-    )
-
-
-def isolated_seconds(roofline: Roofline, shape: ModelShape, prompt: int, output: int) -> float:
+def isolated_seconds(roofline: Roofline, work: Work, prompt: int, output: int) -> float:
     """T_iso: a request alone on the device, its prompt in one step, then one step per further token.
 
     prompt, output: tokens. Decode steps are taken at the mean context: a step of one token is linear in it.
     """
-    decode = roofline.step(shape, 1, prompt + output // 2)
-    return roofline.step(shape, prompt, prompt) + (output - 1) * decode
+    decode = roofline.step(work, 1, prompt + output // 2, 1)
+    return roofline.step(work, prompt, prompt, 1) + (output - 1) * decode

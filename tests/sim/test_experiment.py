@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from array import array
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from seallmd.core.cost import ROOFLINES, Roofline
+from seallmd.core.cost import ROOFLINES, Roofline, Work
 from seallmd.core.events import Action, Arrived, Event
 from seallmd.core.messages import LayerShape, ModelShape, Sampling
 from seallmd.core.settings import NodeSettings, SchedulerSettings, ServiceSettings
 from seallmd.sim import experiment
 from seallmd.sim.device import STOP
-from seallmd.sim.experiment import DEDICATED, Outcome, Setup
+from seallmd.sim.experiment import Outcome, Setup
 from seallmd.sim.metrics import Served
 from seallmd.sim.models import SimError, parse_models
 from seallmd.sim.timing import Costs, isolated_seconds
@@ -25,7 +26,8 @@ BLOCK = 1 << 16
 SHAPE = ModelShape("tiny", "float16", 2, (LayerShape(1, 64, 64),), (BLOCK * 4,), 100, 4096)
 DEVICE = Roofline("unit", 1e12, 1e7, 1e9, step_seconds=0.1, memory_bytes=BLOCK * 2000, efficiency=1.0)
 PROMPT = 20
-STEP_SECONDS = DEVICE.step(SHAPE, PROMPT, PROMPT)  # one request: its prompt, and its only token
+WORK = Work.of(SHAPE)
+STEP_SECONDS = DEVICE.step(WORK, PROMPT, PROMPT, 1)  # one request: its prompt, and its only token
 ONE_BY_ONE = SchedulerSettings(max_rows=1, pipeline_depth=1)
 
 
@@ -143,15 +145,15 @@ def test_alone_is_never_faster_than_isolated() -> None:
     shapes = parse_models("smollm2-135m")
     (name,) = shapes
     arrivals = [Arrival(100.0 * n, name, 200, 50) for n in range(3)]
-    setup = Setup(shapes, (ROOFLINES["cpu"],), arrivals, policy=DEDICATED, block_bytes=1 << 19)
+    setup = Setup(shapes, (ROOFLINES["cpu"],), arrivals, policy="dedicated", block_bytes=1 << 19)
     report = experiment.run(setup).report("alone", setup, 0.01)
     assert report.normalized_latency == pytest.approx(1.0, rel=0.02)
     assert report.overall.slowdown.p99 >= 0.999
 
 
 def test_dedicated_gives_each_service_a_device() -> None:
-    """Protects the baseline: no interference, one device per service, largest model on the largest device."""
-    setup = mixed(DEDICATED)
+    """Protects the baseline: no interference, one device per service."""
+    setup = replace(mixed("dedicated"), devices=(ROOFLINES["cpu"],) * 2)
     outcome = experiment.run(setup)
     assert len(outcome.devices) == len(outcome.busy_seconds) == 2
     assert outcome.swaps == 0
@@ -193,8 +195,8 @@ def test_a_window_of_steps_and_samples_of_memory() -> None:
 
 def test_isolated_time_by_hand() -> None:
     """Protects T_iso's formula: prompt at once, then one step per further token."""
-    step = DEVICE.step(SHAPE, 1, 10 + 2)
-    assert isolated_seconds(DEVICE, SHAPE, 10, 4) == pytest.approx(DEVICE.step(SHAPE, 10, 10) + 3 * step)
+    step = DEVICE.step(WORK, 1, 10 + 2, 1)
+    assert isolated_seconds(DEVICE, WORK, 10, 4) == pytest.approx(DEVICE.step(WORK, 10, 10, 1) + 3 * step)
 
 
 def test_nonsense_is_refused() -> None:

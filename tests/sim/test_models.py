@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from seallmd.core.cost import ROOFLINES
+from seallmd.core.cost import ROOFLINES, Work
 from seallmd.sim.models import MODELS, PRESETS, SimError, block_bytes_for, parse_devices, parse_models
-from seallmd.sim.timing import lumped
 
 # Parameters in millions as published, and KiB of KV per token.
 PUBLISHED = {
@@ -44,9 +43,9 @@ def test_groups_of_devices_act_as_one() -> None:
     one, group = parse_devices("a100-80g,a100-80g:4")
     assert one is ROOFLINES["a100-80g"]
     assert group.memory_bytes == 4 * one.memory_bytes
-    shape = MODELS["llama-7b"].shape()
-    assert group.step(shape, 1, 1) - group.step_seconds == pytest.approx(
-        (one.step(shape, 1, 1) - one.step_seconds) / 4
+    work = Work.of(MODELS["llama-7b"].shape())
+    assert group.step(work, 1, 1, 1) - group.step_seconds == pytest.approx(
+        (one.step(work, 1, 1, 1) - one.step_seconds) / 4
     )
     assert len(parse_devices("32*a100-80g")) == 32
     assert [device.memory_bytes >> 30 for device in parse_devices("2*cpu@3,h100:2@50")] == [3, 3, 50]
@@ -75,9 +74,26 @@ def test_unknown_devices_are_refused(text: str) -> None:
         parse_devices(text)
 
 
-@pytest.mark.parametrize("tokens", [1, 300])
-def test_lumped_shapes_take_as_long(tokens: int) -> None:
-    """Protects the shortcut of the simulator's inner loop."""
-    shape = MODELS["llama-3.1-8b"].shape()
-    for device in ROOFLINES.values():
-        assert device.step(lumped(shape), tokens, 500) == device.step(shape, tokens, 500)
+@pytest.mark.parametrize("name", MODELS)
+def test_products_are_those_of_layers_and_output(name: str) -> None:
+    """Protects predictions: an embedding is looked up, the output layer runs for rows that draw alone."""
+    decoder, work = MODELS[name], Work.of(MODELS[name].shape())
+    vocabulary = decoder.vocab * decoder.hidden
+    parameters = PUBLISHED[name][0] * 1e6 - vocabulary * (1 if decoder.tied else 2)
+    assert work.token_flops == pytest.approx(2 * parameters, rel=0.005)
+    assert work.row_flops == pytest.approx(2 * vocabulary, rel=0.001)
+
+
+# Milliseconds of (tokens, context, rows) on one otherwise idle core, float32, best of 3 (docs/benchmarks.md).
+MEASURED = {
+    "smollm2-135m": {(128, 128, 1): 306.0, (512, 512, 1): 1469.1, (1, 36, 1): 20.8, (16, 576, 16): 67.1},
+    "gemma-3-270m": {(128, 128, 1): 308.6, (512, 512, 1): 1236.9, (1, 36, 1): 39.4, (16, 576, 16): 127.8},
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_cpu_roofline_is_what_was_measured(name: str) -> None:
+    """Protects the calibration: prompts and decode steps of both models that this project tests with."""
+    work, cpu = Work.of(MODELS[name].shape()), ROOFLINES["cpu"]
+    for step, milliseconds in MEASURED[name].items():
+        assert cpu.step(work, *step) * 1e3 == pytest.approx(milliseconds, rel=0.2)
