@@ -1,0 +1,343 @@
+"""The latency that a plan would give, from rates and step costs alone.
+
+Owns the queueing model behind planning. Must not search plans (`core.placement`), nor know a running node.
+
+SeaLLM predicts normalized latency for its placement and leaves open how; what follows is reconstructed. On a
+device every service with work steps in turn, so a request gets one token per *cycle*. With B_s the mean number
+of requests of s in the system, T_s the mean time of one there, and steps linear in their rows:
+
+    busy_s  = 1 - exp(-B_s)                      some request of s is there (Poisson occupancy)
+    cycle_s = (sum_o busy_o fixed_o + B_o row_o, and s's own step for sure, with one row more) / (1 - prefill)
+    T_s     = prefill_s / (1 - prefill) + output_s * cycle_s
+    B_s     = rate_s * T_s                       (Little)
+
+where `prefill` is the share of time that prompts take from everybody's decoding, and a replica on several
+devices goes as the slowest of them lets it. The system is linear in the cycles but for `busy`: each device is
+solved exactly for the others' values and the last `busy`, and that is repeated. (The plain iteration B -> T ->
+B needs hundreds of rounds near saturation and cannot tell slow from divergent.)
+
+Infeasible is what diverges, or needs more KV than the weights leave, or more rows than a step has. Such a plan
+gets no infinity but what it would suffer: over a window the queue grows by the excess, and so does the wait.
+A search that starts in the infeasible needs to know which way is better.
+
+An *absent* service is served by swapping: it visits one group, shares its compute like a resident, and pays a
+copy before each request (two, when a resident has to leave and come back for it), and waits on average for
+half of the other visitors' turns. Requests that come while it is there pay too, and residents that have to
+leave do not: one error makes absence look dearer, the other cheaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import exp
+from typing import NamedTuple
+
+import msgspec
+
+from seallmd.core.plan import Demand, Devices, Machine, Plan, Split, by_name, groups_of
+
+_IDLE_RATE = 1e-4  # requests/s of a service that nobody calls: somebody will, and then room that was free pays
+_WINDOW_SECONDS = 120.0  # for how long an overload is thought to last
+NOWHERE_SECONDS = 3600.0  # latency of what no device can hold
+_MOST_LOAD = 0.95  # share of the time that may be needed for work; queues explode just below 1
+_ROUNDS = 60
+_CLOSE = 1e-5  # relative change of the cycles at which they have settled
+
+
+class Work(NamedTuple):
+    """What one request of a service means on a group, precomputed.
+
+    fixed, row: seconds of a step, and of each decode row in it. prefill: seconds of a prompt, without the
+    fixed part. output: tokens. row_bytes: mean KV of a request on one rank. spare_bytes: the least KV.
+    swap: seconds. weight: of its seconds in the objective, 1/s/tokens.
+    """
+
+    rate: float
+    fixed: float
+    row: float
+    prefill: float
+    output: float
+    row_bytes: float
+    weights_bytes: float
+    spare_bytes: float
+    swap: float
+    weight: float
+
+    @classmethod
+    def of(cls, demand: Demand, split: Split, machine: Machine) -> Work:
+        """The work of a demand at one number of ranks."""
+        prompt, output = demand.prompt_tokens, demand.output()
+        context = prompt + output / 2
+        rate = max(_IDLE_RATE, demand.rate)
+        return cls(
+            rate=rate,
+            fixed=split.fixed_seconds,
+            row=split.token_seconds + context * split.context_seconds,
+            prefill=prompt * (split.token_seconds + split.context_seconds),
+            output=output,
+            row_bytes=context * split.kv_bytes_per_token,
+            weights_bytes=split.weights_bytes,
+            spare_bytes=demand.least_bytes(split) - split.weights_bytes,
+            swap=machine.swap(split),
+            weight=rate / output,
+        )
+
+    def alone(self) -> float:
+        """Seconds of a request that has the group to itself."""
+        return self.prefill + self.output * (self.fixed + self.row)
+
+    def load(self) -> float:
+        """Share of the group's time that all requests take, batched as well as can be."""
+        return self.rate * (self.prefill + self.output * self.row)
+
+
+class Load(NamedTuple):
+    """A replica, or an absent service's visits: its work, its share of the requests, where, and how."""
+
+    work: Work
+    share: float
+    devices: Devices
+    visiting: bool
+
+
+class Outcome(NamedTuple):
+    """Means for the requests of one `Load`.
+
+    seconds: in the system, `swap` (copy and waiting for it) included. rows: requests in the system, those
+    that wait for a swap aside. excess: by which share the tightest resource is overdrawn, 0 when none is;
+    limit: "compute", "memory", "rows" or "" when none is.
+    """
+
+    seconds: float
+    swap: float
+    rows: float
+    excess: float
+    limit: str
+
+
+def solve(loads: Sequence[Load], arenas: Sequence[float], max_rows: int) -> list[Outcome]:
+    """What each load gets on devices 0 .. len(arenas) - 1 (arena bytes), in the order given."""
+    on = [[load for load in enumerate(loads) if device in load[1].devices] for device in range(len(arenas))]
+    rows, seconds = _steady(loads, on)
+    limits = [
+        _overdrawn(on[device], rows, arena, max_rows) for device, arena in enumerate(arenas)
+    ]
+    found = []
+    for i, load in enumerate(loads):
+        excess, limit = max(limits[device] for device in load.devices)
+        if rows[i] / max_rows - 1 > excess:
+            excess, limit = rows[i] / max_rows - 1, "rows"
+        found.append(
+            Outcome(seconds[i] + excess * _WINDOW_SECONDS / 2, 0.0, rows[i], excess, limit)
+        )
+    if any(load.visiting for load in loads):
+        _swap(loads, found, on, arenas)
+    return found
+
+
+_On = list[tuple[int, Load]]  # the loads of one device, with their indices
+
+
+def _steady(loads: Sequence[Load], on: list[_On]) -> tuple[list[float], list[float]]:
+    """Mean requests in the system and mean seconds there, of every load: the fixed point."""
+    left = [max(1 - _MOST_LOAD, 1 - sum(x.work.rate * x.share * x.work.prefill for _, x in here)) for here in on]
+    rows, seconds = [0.0] * len(loads), [0.0] * len(loads)
+    busy, bound = [0.0] * len(loads), [load.devices[0] for load in loads]
+    shared = [0.0] * len(on)  # seconds of a cycle in which all take part as much as they are there
+    for _ in range(_ROUNDS):
+        moved = 0.0
+        for device, here in enumerate(on):
+            cycle = _cycle(here, device, left[device], bound, busy, rows)
+            moved = max(moved, abs(cycle - shared[device]) / (cycle + 1e-12))
+            shared[device] = cycle
+        for i, (work, share, devices, _) in enumerate(loads):
+            own = work.fixed * (1 - busy[i]) + work.row
+            if len(devices) > 1:
+                bound[i] = max(devices, key=lambda d: (shared[d] + own) / left[d])
+            slowest = bound[i]
+            seconds[i] = (work.prefill + work.output * (shared[slowest] + own)) / left[slowest]
+            rows[i] = work.rate * share * seconds[i]
+            busy[i] = 1 - exp(-rows[i])
+        if moved < _CLOSE:
+            break
+    return rows, seconds
+
+
+def _cycle(
+    here: _On, device: int, left: float, bound: list[int], busy: list[float], rows: list[float]
+) -> float:
+    """A device's cycle, in seconds of work, given `busy` and what is bound by other devices.
+
+    What is bound here has rows that are linear in the cycle itself: solved for it.
+    """
+    constant = growth = 0.0
+    for i, (work, share, _, _) in here:
+        constant += busy[i] * work.fixed * left
+        if bound[i] == device:
+            own = work.fixed * (1 - busy[i]) + work.row
+            arriving = work.row * work.rate * share
+            constant += arriving * (work.prefill + work.output * own)
+            growth += arriving * work.output
+        else:
+            constant += work.row * rows[i] * left
+    return constant / max(1 - _MOST_LOAD, left - growth)
+
+
+def _overdrawn(here: _On, rows: list[float], arena: float, max_rows: int) -> tuple[float, str]:
+    """By which share a device's tightest resource is overdrawn, and which; (0, "") when none is."""
+    load = sum(x.work.load() * x.share for _, x in here) / _MOST_LOAD - 1
+    free = arena - sum(x.work.weights_bytes for _, x in here if not x.visiting)
+    kv = sum(min(rows[i], max_rows) * x.work.row_bytes for i, x in here)
+    memory = kv / free - 1 if free > 0 else 1 - free / arena
+    return max((0.0, ""), (load, "compute"), (memory, "memory"))
+
+
+def _swap(loads: Sequence[Load], found: list[Outcome], on: list[_On], arenas: Sequence[float]) -> None:
+    """Add to visitors' outcomes the copies and the waiting for their turn."""
+    room = []
+    for here, arena in zip(on, arenas, strict=True):
+        taken = sum(x.work.weights_bytes for _, x in here if not x.visiting)
+        kv = sum(found[i].rows * x.work.row_bytes for i, x in here if not x.visiting)
+        room.append(arena - taken - kv)
+    copies, turns, queue = {}, {}, [0.0] * len(on)
+    for i, load in enumerate(loads):
+        if load.visiting:
+            need = load.work.weights_bytes + load.work.spare_bytes
+            fits = all(need <= room[device] for device in load.devices)
+            copies[i] = load.work.swap * (1 if fits else 2)
+            holds = found[i].seconds + copies[i]
+            wanted = load.work.rate * load.share * holds
+            turns[i] = holds * wanted / (1 + wanted)
+            for device in load.devices:
+                queue[device] += turns[i]
+    for i, copy in copies.items():
+        swap = copy + max(queue[device] - turns[i] for device in loads[i].devices) / 2
+        found[i] = found[i]._replace(seconds=found[i].seconds + swap, swap=swap)
+
+
+# ------------------------------------------------------------------------------------- a whole plan
+
+
+class ServiceEstimate(msgspec.Struct, frozen=True):
+    """What a plan is predicted to give one service.
+
+    seconds: mean latency of a request. seconds_per_token: that over its output (normalized latency, as Orca
+    and vLLM use the word). slowdown: seconds over those of a request alone on its fastest split. swap_seconds:
+    the part that is waiting to be swapped in, 0 for residents. rows: requests in the system. limit: what it
+    lacks: "compute", "memory", "rows", "nowhere" (no group can hold it); "" when nothing.
+    """
+
+    seconds: float
+    seconds_per_token: float
+    slowdown: float
+    swap_seconds: float
+    rows: float
+    limit: str
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """What a plan is predicted to give. normalized_latency: seconds per token, weighted by rates."""
+
+    services: dict[str, ServiceEstimate]
+    normalized_latency: float
+
+    @property
+    def feasible(self) -> bool:
+        """Whether no service lacks anything."""
+        return not any(service.limit for service in self.services.values())
+
+
+class _Part(NamedTuple):
+    """A load on the machine's own device numbers, and whose it is."""
+
+    service: str
+    load: Load
+
+
+def estimate(plan: Plan, demands: Sequence[Demand], machine: Machine) -> Estimate:
+    """What the plan would give. A service's requests are spread evenly over its replicas.
+
+    Raises ValueError for a replica that the demands give no split for.
+    """
+    known = by_name(demands)
+    parts = [
+        _Part(name, _resident(known[name], group, len(plan.of(name)), machine))
+        for name, group in plan.placed()
+        if name in known
+    ]
+    absent = [demand for demand in demands if not plan.of(demand.name)]
+    for demand in sorted(absent, key=lambda d: -d.rate):
+        if visit := _best_visit(demand, parts, machine):
+            parts.append(visit)
+    outcomes: dict[str, list[Outcome]] = {demand.name: [] for demand in demands}
+    for part, outcome in zip(parts, _outcomes(parts, machine), strict=True):
+        outcomes[part.service].append(outcome)
+    services = {name: _of_service(known[name], found, machine) for name, found in outcomes.items()}
+    weights = {demand.name: max(_IDLE_RATE, demand.rate) for demand in demands}
+    total = sum(weights[name] * service.seconds_per_token for name, service in services.items())
+    return Estimate(services, total / max(_IDLE_RATE, sum(weights.values())))
+
+
+def _resident(demand: Demand, group: Devices, replicas: int, machine: Machine) -> Load:
+    split = demand.split(len(group))
+    if split is None:
+        raise ValueError(f"{demand.name} cannot run on {len(group)} devices")
+    return Load(Work.of(demand, split, machine), 1 / replicas, group, visiting=False)
+
+
+def _best_visit(demand: Demand, parts: list[_Part], machine: Machine) -> _Part | None:
+    """The visits of an absent service where they harm least; None when nothing can hold it."""
+    split = demand.splits[0]
+    work = Work.of(demand, split, machine)
+    best, harm = None, float("inf")
+    for group in groups_of(machine, split.ranks):
+        if any(demand.least_bytes(split) > machine.arena_bytes[device] for device in group):
+            continue
+        visit = _Part(demand.name, Load(work, 1.0, group, visiting=True))
+        near = _near(parts, group)
+        more = _cost([*near, visit], machine) - _cost(near, machine)
+        if more < harm:
+            best, harm = visit, more
+    return best
+
+
+def _near(parts: list[_Part], group: Devices) -> list[_Part]:
+    """All that shares a device with the group, with what shares one with that, and so on."""
+    reach, found = set(group), list[_Part]()
+    while True:
+        near = [part for part in parts if not reach.isdisjoint(part.load.devices)]
+        if len(near) == len(found):
+            return near
+        found = near
+        reach.update(device for part in near for device in part.load.devices)
+
+
+def _outcomes(parts: list[_Part], machine: Machine) -> list[Outcome]:
+    """The loads solved together, on those devices alone that they use."""
+    used = sorted({device for part in parts for device in part.load.devices})
+    local = {device: i for i, device in enumerate(used)}
+    loads = [p.load._replace(devices=tuple(local[device] for device in p.load.devices)) for p in parts]
+    return solve(loads, [machine.arena_bytes[device] for device in used], machine.max_rows)
+
+
+def _cost(parts: list[_Part], machine: Machine) -> float:
+    """The parts' share of the objective."""
+    outcomes = _outcomes(parts, machine)
+    return sum(p.load.work.weight * p.load.share * o.seconds for p, o in zip(parts, outcomes, strict=True))
+
+
+def _of_service(demand: Demand, outcomes: list[Outcome], machine: Machine) -> ServiceEstimate:
+    alone = min(Work.of(demand, split, machine).alone() for split in demand.splits)
+    if not outcomes:
+        per_token = NOWHERE_SECONDS / demand.output()
+        return ServiceEstimate(NOWHERE_SECONDS, per_token, NOWHERE_SECONDS / alone, 0.0, 0.0, "nowhere")
+    seconds = sum(o.seconds for o in outcomes) / len(outcomes)
+    worst = max(outcomes, key=lambda o: o.excess)
+    return ServiceEstimate(
+        seconds=seconds,
+        seconds_per_token=seconds / demand.output(),
+        slowdown=seconds / alone,
+        swap_seconds=sum(o.swap for o in outcomes) / len(outcomes),
+        rows=sum(o.rows for o in outcomes),
+        limit=worst.limit,
+    )
