@@ -36,12 +36,14 @@ import msgspec
 
 from seallmd.core.plan import Demand, Devices, Machine, Plan, Split, by_name, groups_of
 
-_IDLE_RATE = 1e-4  # requests/s of a service that nobody calls: somebody will, and then room that was free pays
+_IDLE_RATE = (
+    1e-4  # requests/s of a service that nobody calls: somebody will, and then room that was free pays
+)
 _WINDOW_SECONDS = 120.0  # for how long an overload is thought to last
 NOWHERE_SECONDS = 3600.0  # latency of what no device can hold
 _MOST_LOAD = 0.95  # share of the time that may be needed for work; queues explode just below 1
 _ROUNDS = 60
-_CLOSE = 1e-5  # relative change of the cycles at which they have settled
+_CLOSE = 1e-4  # relative change of the cycles at which they have settled
 
 
 class Work(NamedTuple):
@@ -119,17 +121,13 @@ def solve(loads: Sequence[Load], arenas: Sequence[float], max_rows: int) -> list
     """What each load gets on devices 0 .. len(arenas) - 1 (arena bytes), in the order given."""
     on = [[load for load in enumerate(loads) if device in load[1].devices] for device in range(len(arenas))]
     rows, seconds = _steady(loads, on)
-    limits = [
-        _overdrawn(on[device], rows, arena, max_rows) for device, arena in enumerate(arenas)
-    ]
+    limits = [_overdrawn(on[device], rows, arena, max_rows) for device, arena in enumerate(arenas)]
     found = []
     for i, load in enumerate(loads):
         excess, limit = max(limits[device] for device in load.devices)
         if rows[i] / max_rows - 1 > excess:
             excess, limit = rows[i] / max_rows - 1, "rows"
-        found.append(
-            Outcome(seconds[i] + excess * _WINDOW_SECONDS / 2, 0.0, rows[i], excess, limit)
-        )
+        found.append(Outcome(seconds[i] + excess * _WINDOW_SECONDS / 2, 0.0, rows[i], excess, limit))
     if any(load.visiting for load in loads):
         _swap(loads, found, on, arenas)
     return found
@@ -140,7 +138,9 @@ _On = list[tuple[int, Load]]  # the loads of one device, with their indices
 
 def _steady(loads: Sequence[Load], on: list[_On]) -> tuple[list[float], list[float]]:
     """Mean requests in the system and mean seconds there, of every load: the fixed point."""
-    left = [max(1 - _MOST_LOAD, 1 - sum(x.work.rate * x.share * x.work.prefill for _, x in here)) for here in on]
+    left = [
+        max(1 - _MOST_LOAD, 1 - sum(x.work.rate * x.share * x.work.prefill for _, x in here)) for here in on
+    ]
     rows, seconds = [0.0] * len(loads), [0.0] * len(loads)
     busy, bound = [0.0] * len(loads), [load.devices[0] for load in loads]
     shared = [0.0] * len(on)  # seconds of a cycle in which all take part as much as they are there
@@ -266,8 +266,9 @@ def estimate(plan: Plan, demands: Sequence[Demand], machine: Machine) -> Estimat
         if name in known
     ]
     absent = [demand for demand in demands if not plan.of(demand.name)]
+    costs: dict[tuple[int, ...], float] = {}
     for demand in sorted(absent, key=lambda d: -d.rate):
-        if visit := _best_visit(demand, parts, machine):
+        if visit := _best_visit(demand, parts, machine, costs):
             parts.append(visit)
     outcomes: dict[str, list[Outcome]] = {demand.name: [] for demand in demands}
     for part, outcome in zip(parts, _outcomes(parts, machine), strict=True):
@@ -285,31 +286,46 @@ def _resident(demand: Demand, group: Devices, replicas: int, machine: Machine) -
     return Load(Work.of(demand, split, machine), 1 / replicas, group, visiting=False)
 
 
-def _best_visit(demand: Demand, parts: list[_Part], machine: Machine) -> _Part | None:
-    """The visits of an absent service where they harm least; None when nothing can hold it."""
+def _best_visit(
+    demand: Demand, parts: list[_Part], machine: Machine, costs: dict[tuple[int, ...], float]
+) -> _Part | None:
+    """The visits of an absent service where they harm least; None when nothing can hold it.
+
+    costs: of sets of parts (by index), remembered from one absent service to the next.
+    """
     split = demand.splits[0]
     work = Work.of(demand, split, machine)
     best, harm = None, float("inf")
+    known: tuple[tuple[int, ...], float] = (), 0.0
+    empty: set[tuple[int, ...]] = set()  # arenas of the groups without neighbours: one of a kind is enough
     for group in groups_of(machine, split.ranks):
-        if any(demand.least_bytes(split) > machine.arena_bytes[device] for device in group):
-            continue
-        visit = _Part(demand.name, Load(work, 1.0, group, visiting=True))
+        arenas = tuple(machine.arena_bytes[device] for device in group)
         near = _near(parts, group)
-        more = _cost([*near, visit], machine) - _cost(near, machine)
-        if more < harm:
-            best, harm = visit, more
+        if demand.least_bytes(split) > min(arenas) or (not near and arenas in empty):
+            continue
+        if not near:
+            empty.add(arenas)
+        if near not in costs:
+            costs[near] = _cost([parts[i] for i in near], machine)
+        visit = _Part(demand.name, Load(work, 1.0, group, visiting=True))
+        with_it = _cost([*(parts[i] for i in near), visit], machine)
+        if with_it - costs[near] < harm:
+            best, harm = visit, with_it - costs[near]
+            known = (*near, len(parts)), with_it
+    costs[known[0]] = known[1]
     return best
 
 
-def _near(parts: list[_Part], group: Devices) -> list[_Part]:
-    """All that shares a device with the group, with what shares one with that, and so on."""
-    reach, found = set(group), list[_Part]()
+def _near(parts: list[_Part], group: Devices) -> tuple[int, ...]:
+    """All parts, by index, that share a device with the group, with what shares one with that, and so on."""
+    reach = set(group)
+    found: tuple[int, ...] = ()
     while True:
-        near = [part for part in parts if not reach.isdisjoint(part.load.devices)]
-        if len(near) == len(found):
+        near = tuple(i for i, part in enumerate(parts) if not reach.isdisjoint(part.load.devices))
+        if near == found:
             return near
         found = near
-        reach.update(device for part in near for device in part.load.devices)
+        reach.update(device for i in near for device in parts[i].load.devices)
 
 
 def _outcomes(parts: list[_Part], machine: Machine) -> list[Outcome]:

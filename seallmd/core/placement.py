@@ -24,7 +24,7 @@ from seallmd.core.plan import Demand, Devices, Machine, Plan, by_name
 
 _LEAST_GAIN = 1e-3  # of the whole objective: a replica that gains less is not worth its memory
 _POLISHED = 3  # partitions that get the whole local search
-_EFFORT = 8000  # cells predicted in one local search, at most
+_EFFORT = 1500  # cells predicted in one local search, at most
 
 
 class Spot(NamedTuple):
@@ -83,7 +83,9 @@ class _Predictor:
         weights = sum(work.weights_bytes for work in residents)
         if weights + max((work.spare_bytes for work in residents), default=0) > arena:
             return float("inf")
-        if any(g.visiting and w.weights_bytes + w.spare_bytes > arena for w, g in zip(works, inside, strict=True)):
+        if any(
+            g.visiting and w.weights_bytes + w.spare_bytes > arena for w, g in zip(works, inside, strict=True)
+        ):
             return float("inf")
         loads = [Load(w, 1 / g.replicas, (0,), g.visiting) for w, g in zip(works, inside, strict=True)]
         outcomes = solve(loads, (arena,), self._max_rows)
@@ -126,8 +128,9 @@ class _Layout:
             stay = (s for s in self._inside[cell] if s not in changes)
             inside = frozenset((*stay, *(s for s, spot in changes.items() if cell in spot.cells)))
             guests = frozenset(self._guest(s, cell, changes.get(s) or self.spots[s]) for s in inside)
-            found[cell] = inside, self._predictor.cost(
-                self.cells[cell].arena, guests | self.cells[cell].placed
+            found[cell] = (
+                inside,
+                self._predictor.cost(self.cells[cell].arena, guests | self.cells[cell].placed),
             )
         return found
 
@@ -264,9 +267,7 @@ class _Planner:
 
     def best(self) -> Plan:
         """The best plan found."""
-        starts = [
-            _evenly(len(self._sorted), self._sizes[: i + 1]) for i in range(len(self._sizes))
-        ]
+        starts = [_evenly(len(self._sorted), self._sizes[: i + 1]) for i in range(len(self._sizes))]
         runs = min(starts, key=self._objective)
         while True:
             variant = min(_variants(runs, self._sizes), key=self._objective, default=runs)
@@ -324,7 +325,9 @@ class _Planner:
         found: dict[int, Devices] = {}
         for cells in alike.values():
             pairs = [
-                (-self._held(layout, c, layout.cells[other].devices), c, other) for c in cells for other in cells
+                (-self._held(layout, c, layout.cells[other].devices), c, other)
+                for c in cells
+                for other in cells
             ]
             taken: set[int] = set()
             for _, c, other in sorted(pairs):
@@ -344,6 +347,16 @@ class _Planner:
         )
 
 
+def _check_placed(demands: Sequence[Demand], machine: Machine) -> None:
+    """Refuse what the operator placed where it cannot run at all."""
+    for demand in demands:
+        for group in demand.placed or ():
+            if demand.split(len(group)) is None:
+                raise ValueError(f"{demand.name} is placed on {len(group)} devices and cannot run on so many")
+            if not all(0 <= device < len(machine.arena_bytes) for device in group):
+                raise ValueError(f"{demand.name} is placed on a device that there is not")
+
+
 def place(demands: Sequence[Demand], machine: Machine, near: Plan | None = None) -> Plan:
     """The best plan found for these demands. Deterministic.
 
@@ -351,6 +364,7 @@ def place(demands: Sequence[Demand], machine: Machine, near: Plan | None = None)
     given. Demands with `placed` get just that, fitting or not. A service that fits nowhere beside the others
     is absent. Raises ValueError when a service is in the demands twice or placed where it cannot run.
     """
+    _check_placed(demands, machine)
     if not machine.arena_bytes:
         return Plan({demand.name: () for demand in demands})
     return _Planner(demands, machine, near).best()
