@@ -1,4 +1,4 @@
-"""How good and how fast planning is: against all plans there are on small machines, and by the clock on large.
+"""How good and how fast planning is: against all plans there are on small machines, by the clock on large.
 
     python -m tools.bench_placement [--cases N] [--seed N] [--devices N] [--services N]
 
@@ -31,7 +31,7 @@ Planner = Callable[[Sequence[Demand], Machine], Plan]
 
 
 def service(name: str, rate: float, billions: float, prompt: float, output: float, arena: int) -> Demand:
-    """A float16 model of so many parameters, at all ranks at which a rank fills less than 0.9 of the arena."""
+    """A float16 model of so many parameters, at all ranks that fill less than 0.9 of an arena each."""
     weights = int(billions * 2e9)
     kv = 128 * 1024 * (billions / 8) ** 0.6
     splits = []

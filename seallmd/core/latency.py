@@ -2,9 +2,9 @@
 
 Owns the queueing model behind planning. Must not search plans (`core.placement`), nor know a running node.
 
-SeaLLM predicts normalized latency for its placement and leaves open how; what follows is reconstructed. On a
-device every service with work steps in turn, so a request gets one token per *cycle*. With B_s the mean number
-of requests of s in the system, T_s the mean time of one there, and steps linear in their rows:
+SeaLLM predicts normalized latency for its placement and leaves open how; what follows is reconstructed. On
+a device every service with work steps in turn, so a request gets one token per *cycle*. With B_s the mean
+number of requests of s in the system, T_s the mean time of one there, and steps linear in their rows:
 
     busy_s  = 1 - exp(-B_s)                      some request of s is there (Poisson occupancy)
     cycle_s = (sum_o busy_o fixed_o + B_o row_o, and s's own step for sure, with one row more) / (1 - prefill)
@@ -12,13 +12,13 @@ of requests of s in the system, T_s the mean time of one there, and steps linear
     B_s     = rate_s * T_s                       (Little)
 
 where `prefill` is the share of time that prompts take from everybody's decoding, and a replica on several
-devices goes as the slowest of them lets it. The system is linear in the cycles but for `busy`: each device is
-solved exactly for the others' values and the last `busy`, and that is repeated. (The plain iteration B -> T ->
-B needs hundreds of rounds near saturation and cannot tell slow from divergent.)
+devices goes as the slowest of them lets it. The system is linear in the cycles but for `busy`: each device
+is solved exactly for the others' values and the last `busy`, and that is repeated. (The plain iteration B ->
+T -> B needs hundreds of rounds near saturation and cannot tell slow from divergent.)
 
-Infeasible is what diverges, or needs more KV than the weights leave, or more rows than a step has. Such a plan
-gets no infinity but what it would suffer: over a window the queue grows by the excess, and so does the wait.
-A search that starts in the infeasible needs to know which way is better.
+Infeasible is what diverges, or needs more KV than the weights leave, or more rows than a step has. Such a
+plan gets no infinity but what it would suffer: over a window the queue grows by the excess, and so does the
+wait. A search that starts in the infeasible needs to know which way is better.
 
 An *absent* service is served by swapping: it visits one group, shares its compute like a resident, and pays a
 copy before each request (two, when a resident has to leave and come back for it), and waits on average for
@@ -222,9 +222,9 @@ class ServiceEstimate(msgspec.Struct, frozen=True):
     """What a plan is predicted to give one service.
 
     seconds: mean latency of a request. seconds_per_token: that over its output (normalized latency, as Orca
-    and vLLM use the word). slowdown: seconds over those of a request alone on its fastest split. swap_seconds:
-    the part that is waiting to be swapped in, 0 for residents. rows: requests in the system. limit: what it
-    lacks: "compute", "memory", "rows", "nowhere" (no group can hold it); "" when nothing.
+    and vLLM use the word). slowdown: seconds over those of a request alone on its fastest split.
+    swap_seconds: the part that is waiting to be swapped in, 0 for residents. rows: requests in the system.
+    limit: what it lacks: "compute", "memory", "rows", "nowhere" (no group can hold it); "" when nothing.
     """
 
     seconds: float

@@ -10,7 +10,7 @@ replicas until nothing helps. The steps of SeaLLM's stages are reconstructed (th
 All replicas of a cell span it whole, so that cells do not touch each other and the objective is a sum over
 cells, each remembered by its contents. Two limits keep this fast: cells are runs of devices sorted by memory
 (`plan.groups_of`), so that of equal devices only the number in each cell counts; and partitions are not all
-tried (32 devices have 165 multisets of sizes): from the even ones, cells are halved and joined while it helps.
+tried (32 devices have 165 multisets of sizes): from the even ones, cells are cut and joined while it helps.
 Replicas that the operator placed need not fit the cells: each counts in every cell that it touches.
 """
 
@@ -22,7 +22,7 @@ from typing import NamedTuple
 from seallmd.core.latency import NOWHERE_SECONDS, Load, Work, estimate, solve
 from seallmd.core.plan import Demand, Devices, Machine, Plan, by_name
 
-_LEAST_GAIN = 1e-3  # of the whole objective: a replica that gains less is not worth its memory
+_LEAST_GAIN = 1e-3  # of the objective if nobody had neighbours: what gains less is not worth a replica
 _POLISHED = 3  # partitions that get the whole local search
 _EFFORT = 1500  # cells predicted in one local search, at most
 
@@ -68,6 +68,17 @@ class _Predictor:
         self._max_rows = machine.max_rows
         self._known: dict[tuple[int, frozenset[_Guest]], float] = {}
 
+    def _of(self, service: int) -> Iterator[Work]:
+        return (work for (owner, _), work in self.works.items() if owner == service)
+
+    def weight(self, service: int) -> float:
+        """What a second of the service's requests counts in the objective."""
+        return next(self._of(service)).weight
+
+    def alone(self, service: int) -> float:
+        """Weighted seconds of the service if it had a group to itself."""
+        return min(work.weight * work.alone() for work in self._of(service))
+
     def cost(self, arena: int, guests: frozenset[_Guest]) -> float:
         """Weighted seconds of the guests; inf when their weights do not fit."""
         key = arena, guests
@@ -101,19 +112,17 @@ class _Layout:
     def __init__(
         self, cells: Sequence[_Cell], order: Sequence[int], visit_only: set[int], predictor: _Predictor
     ) -> None:
-        """order: the services that may be moved, the heaviest first. visit_only: those that must be absent."""
+        """order: the services that may be moved, heaviest first. visit_only: those that must be absent."""
         self.cells = cells
         self._predictor = predictor
         self._order = order
         self._visit_only = visit_only
-        self.spots = {service: NOWHERE for service in order}
+        self.spots = dict.fromkeys(order, NOWHERE)
         self._inside: list[frozenset[int]] = [frozenset() for _ in cells]
         self._costs = [predictor.cost(cell.arena, cell.placed) for cell in cells]
-        self._lost = {s: self._weight(s) * NOWHERE_SECONDS for s in order}
+        self._lost = {s: predictor.weight(s) * NOWHERE_SECONDS for s in order}
+        self._least = _LEAST_GAIN * sum(predictor.alone(s) for s in order)
         self.objective = sum(self._costs) + sum(self._lost.values())
-
-    def _weight(self, service: int) -> float:
-        return next(work.weight for (s, _), work in self._predictor.works.items() if s == service)
 
     # ----------------------------------------------------------------------------- changing spots
 
@@ -204,8 +213,11 @@ class _Layout:
         """Stage 2's first part: services in order to where it costs least, then replicas while they pay."""
         for service in self._order:
             self._take_best(self._alone(service), 0.0)
-        while any([self._take_best(self._replicas(s), _LEAST_GAIN * self.objective) for s in self._order]):
-            pass
+        helped = True
+        while helped:
+            helped = False
+            for service in self._order:
+                helped |= self._take_best(self._replicas(service), self._least)
 
     def polish(self) -> None:
         """Stage 2's second part: change one spot, or swap two, while it helps and the effort lasts."""
@@ -215,9 +227,8 @@ class _Layout:
             for service in self._order:
                 if self._predictor.tries - start > _EFFORT:
                     return
-                least = _LEAST_GAIN * self.objective
                 for choices in (self._alone, self._replicas, self._swaps):
-                    helped |= self._take_best(choices(service), least)
+                    helped |= self._take_best(choices(service), self._least)
 
 
 # --------------------------------------------------------------------------------------- partitions
