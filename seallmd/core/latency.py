@@ -120,7 +120,8 @@ class Outcome(NamedTuple):
 def solve(loads: Sequence[Load], arenas: Sequence[float], max_rows: int) -> list[Outcome]:
     """What each load gets on devices 0 .. len(arenas) - 1 (arena bytes), in the order given."""
     on = [[load for load in enumerate(loads) if device in load[1].devices] for device in range(len(arenas))]
-    rows, seconds = _steady(loads, on)
+    cycles = _Cycles(loads, on)
+    rows, seconds = cycles.rows, cycles.seconds
     limits = [_overdrawn(on[device], rows, arena, max_rows) for device, arena in enumerate(arenas)]
     found = []
     for i, load in enumerate(loads):
@@ -136,51 +137,95 @@ def solve(loads: Sequence[Load], arenas: Sequence[float], max_rows: int) -> list
 _On = list[tuple[int, Load]]  # the loads of one device, with their indices
 
 
-def _steady(loads: Sequence[Load], on: list[_On]) -> tuple[list[float], list[float]]:
-    """Mean requests in the system and mean seconds there, of every load: the fixed point."""
-    left = [
-        max(1 - _MOST_LOAD, 1 - sum(x.work.rate * x.share * x.work.prefill for _, x in here)) for here in on
-    ]
-    rows, seconds = [0.0] * len(loads), [0.0] * len(loads)
-    busy, bound = [0.0] * len(loads), [load.devices[0] for load in loads]
-    shared = [0.0] * len(on)  # seconds of a cycle in which all take part as much as they are there
-    for _ in range(_ROUNDS):
-        moved = 0.0
-        for device, here in enumerate(on):
-            cycle = _cycle(here, device, left[device], bound, busy, rows)
-            moved = max(moved, abs(cycle - shared[device]) / (cycle + 1e-12))
-            shared[device] = cycle
-        for i, (work, share, devices, _) in enumerate(loads):
-            own = work.fixed * (1 - busy[i]) + work.row
-            if len(devices) > 1:
-                bound[i] = max(devices, key=lambda d: (shared[d] + own) / left[d])
-            slowest = bound[i]
-            seconds[i] = (work.prefill + work.output * (shared[slowest] + own)) / left[slowest]
-            rows[i] = work.rate * share * seconds[i]
-            busy[i] = 1 - exp(-rows[i])
-        if moved < _CLOSE:
-            break
-    return rows, seconds
+class _Line(NamedTuple):
+    """A load on the device that binds it, as a linear function of the device's cycle K and its own `busy`.
 
-
-def _cycle(
-    here: _On, device: int, left: float, bound: list[int], busy: list[float], rows: list[float]
-) -> float:
-    """A device's cycle, in seconds of work, given `busy` and what is bound by other devices.
-
-    What is bound here has rows that are linear in the cycle itself: solved for it.
+    seconds = base + output / left * K - idle * busy. To the numerator of the cycle it adds still + busy *
+    stepping, to the denominator it takes away `growth`.
     """
-    constant = growth = 0.0
-    for i, (work, share, _, _) in here:
-        constant += busy[i] * work.fixed * left
-        if bound[i] == device:
-            own = work.fixed * (1 - busy[i]) + work.row
-            arriving = work.row * work.rate * share
-            constant += arriving * (work.prefill + work.output * own)
-            growth += arriving * work.output
-        else:
-            constant += work.row * rows[i] * left
-    return constant / max(1 - _MOST_LOAD, left - growth)
+
+    base: float
+    slope: float
+    idle: float
+    still: float
+    stepping: float
+    growth: float
+
+    @classmethod
+    def of(cls, load: Load, left: float) -> _Line:
+        """left: share of the device's time that prompts leave."""
+        work = load.work
+        base = work.prefill + work.output * (work.fixed + work.row)
+        saved = work.output * work.fixed  # its own step is counted for sure: not once more as the others'
+        rows = work.rate * load.share * work.row
+        return cls(
+            base=base / left,
+            slope=work.output / left,
+            idle=saved / left,
+            still=rows * base,
+            stepping=work.fixed * left - rows * saved,
+            growth=rows * work.output,
+        )
+
+
+class _Cycles:
+    """The fixed point of the loads on some devices, iterated in place. rows, seconds: means of each load."""
+
+    def __init__(self, loads: Sequence[Load], on: list[_On]) -> None:
+        self._loads, self._on = loads, on
+        self._left = [
+            max(1 - _MOST_LOAD, 1 - sum(x.work.rate * x.share * x.work.prefill for _, x in here))
+            for here in on
+        ]
+        self._arriving = [load.work.rate * load.share for load in loads]
+        self._bound = [load.devices[0] for load in loads]
+        self._busy, self._shared = [0.0] * len(loads), [0.0] * len(on)
+        self.rows, self.seconds = [0.0] * len(loads), [0.0] * len(loads)
+        for _ in range(_ROUNDS):
+            self._settle()
+            if not self._rebind():
+                break
+
+    def _settle(self) -> None:
+        """The fixed point, each load bound by the device that it is."""
+        lines = [_Line.of(x, self._left[d]) for x, d in zip(self._loads, self._bound, strict=True)]
+        grown = [
+            sum(lines[i].growth for i, _ in here if self._bound[i] == d) for d, here in enumerate(self._on)
+        ]
+        denominators = [max(1 - _MOST_LOAD, left - g) for left, g in zip(self._left, grown, strict=True)]
+        for _ in range(_ROUNDS):
+            moved = 0.0
+            for device, denominator in enumerate(denominators):
+                cycle = self._numerator(device, lines) / denominator
+                moved = max(moved, abs(cycle - self._shared[device]) - _CLOSE * cycle)
+                self._shared[device] = cycle
+            for i, line in enumerate(lines):
+                seconds = line.base + line.slope * self._shared[self._bound[i]] - line.idle * self._busy[i]
+                rows = self._arriving[i] * seconds
+                self.seconds[i], self.rows[i], self._busy[i] = seconds, rows, 1 - exp(-rows)
+            if moved <= 0:
+                return
+
+    def _numerator(self, device: int, lines: list[_Line]) -> float:
+        found = 0.0
+        for i, load in self._on[device]:
+            if self._bound[i] == device:
+                found += lines[i].still + self._busy[i] * lines[i].stepping
+            else:
+                stepping = self._busy[i] * load.work.fixed + self.rows[i] * load.work.row
+                found += self._left[device] * stepping
+        return found
+
+    def _rebind(self) -> bool:
+        """Bind each load by the slowest of its devices. Whether that changed anything."""
+        changed = False
+        for i, load in enumerate(self._loads):
+            if len(load.devices) > 1:
+                own = load.work.fixed * (1 - self._busy[i]) + load.work.row
+                slowest = max(load.devices, key=lambda d: (self._shared[d] + own) / self._left[d])
+                changed |= slowest != self._bound[i]
+                self._bound[i] = slowest
+        return changed
 
 
 def _overdrawn(here: _On, rows: list[float], arena: float, max_rows: int) -> tuple[float, str]:

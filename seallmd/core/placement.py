@@ -8,9 +8,9 @@ normalized latency grows least; replicas are added while they pay; then services
 replicas until nothing helps. The steps of SeaLLM's stages are reconstructed (the paper names the two stages).
 
 All replicas of a cell span it whole, so that cells do not touch each other and the objective is a sum over
-cells, each remembered by its contents. Two limits keep this fast: cells are runs of devices sorted by memory
-(`plan.groups_of`), so that of equal devices only the number in each cell counts; and partitions are not all
-tried (32 devices have 165 multisets of sizes): from the even ones, cells are cut and joined while it helps.
+cells, each remembered by its contents. Two limits keep this fast: cells are aligned runs of devices sorted by
+memory, so that of equal devices only the number in each cell counts; and partitions are not all tried (32
+devices have 165 multisets of sizes): from the even ones, cells are cut and joined while it helps.
 Replicas that the operator placed need not fit the cells: each counts in every cell that it touches.
 """
 
@@ -268,7 +268,9 @@ class _Planner:
         self._demands, self._machine, self._near = demands, machine, near
         self._predictor = _Predictor(demands, machine)
         arenas = machine.arena_bytes
-        self._sorted = sorted(range(len(arenas)), key=lambda device: (-arenas[device], device))
+        falling = sorted(range(len(arenas)), key=lambda device: (-arenas[device], device))
+        # The runs of one order leave over a small device where those of the other leave over a large one.
+        self._orders = [falling] if len(set(arenas)) == 1 else [falling, falling[::-1]]
         self._free = [i for i, demand in enumerate(demands) if not demand.placed]
         loads = {i: self._predictor.works[i, demands[i].splits[0].ranks].load() for i in self._free}
         self._free.sort(key=lambda i: (-loads[i], i))
@@ -278,37 +280,38 @@ class _Planner:
 
     def best(self) -> Plan:
         """The best plan found."""
-        starts = [_evenly(len(self._sorted), self._sizes[: i + 1]) for i in range(len(self._sizes))]
-        runs = min(starts, key=self._objective)
-        while True:
-            variant = min(_variants(runs, self._sizes), key=self._objective, default=runs)
-            if self._objective(variant) >= self._objective(runs):
-                break
-            runs = variant
+        for order in self._orders:
+            self._descend(order)
         layouts = sorted(self._filled.values(), key=lambda layout: layout.objective)[:_POLISHED]
         for layout in layouts:
             layout.polish()
         plans = [self._plan(layout) for layout in layouts]
         return min(plans, key=lambda p: estimate(p, self._demands, self._machine).normalized_latency)
 
-    def _objective(self, runs: list[_Run]) -> float:
-        """Of the partition, filled; equal partitions are filled once."""
-        cells = self._cells(runs)
+    def _descend(self, order: Sequence[int]) -> None:
+        """Fill partitions into runs of the order: even ones, then variants of the best while they help."""
+
+        def objective(runs: list[_Run]) -> float:
+            return self._fill([tuple(sorted(order[at : at + size])) for at, size in runs]).objective
+
+        starts = [_evenly(len(order), self._sizes[: i + 1]) for i in range(len(self._sizes))]
+        runs = min(starts, key=objective)
+        while True:
+            variant = min(_variants(runs, self._sizes), key=objective, default=runs)
+            if objective(variant) >= objective(runs):
+                return
+            runs = variant
+
+    def _fill(self, groups: list[Devices]) -> _Layout:
+        """The partition, filled; partitions that differ in the names of equal devices are filled once."""
+        arenas = [min(self._machine.arena_bytes[device] for device in group) for group in groups]
+        cells = [_Cell(g, arena, self._placed(g, groups)) for g, arena in zip(groups, arenas, strict=True)]
         key = tuple(sorted((len(cell.devices), cell.arena, tuple(sorted(cell.placed))) for cell in cells))
         if key not in self._filled:
             visit_only = {i for i in self._free if self._demands[i].placed is not None}
-            layout = _Layout(cells, self._free, visit_only, self._predictor)
-            layout.fill()
-            self._filled[key] = layout
-        return self._filled[key].objective
-
-    def _cells(self, runs: list[_Run]) -> list[_Cell]:
-        found = []
-        groups = [tuple(self._sorted[at : at + size]) for at, size in runs]
-        for group in groups:
-            arena = min(self._machine.arena_bytes[device] for device in group)
-            found.append(_Cell(group, arena, self._placed(group, groups)))
-        return found
+            self._filled[key] = _Layout(cells, self._free, visit_only, self._predictor)
+            self._filled[key].fill()
+        return self._filled[key]
 
     def _placed(self, group: Devices, groups: list[Devices]) -> frozenset[_Guest]:
         """The operator's replicas that touch a group."""

@@ -122,7 +122,7 @@ def groups_of(machine: Machine, ranks: int) -> list[Devices]:
     arenas = machine.arena_bytes
     order = sorted(range(len(arenas)), key=lambda device: (-arenas[device], device))
     runs = (order[at : at + ranks] for at in range(0, len(order) - ranks + 1, ranks))
-    return [tuple(run) for run in runs]
+    return [tuple(sorted(run)) for run in runs]
 
 
 def broken(plan: Plan, demands: Sequence[Demand], machine: Machine) -> str:
