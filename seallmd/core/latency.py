@@ -122,12 +122,16 @@ def solve(loads: Sequence[Load], arenas: Sequence[float], max_rows: int) -> list
     on = [[load for load in enumerate(loads) if device in load[1].devices] for device in range(len(arenas))]
     cycles = _Cycles(loads, on)
     rows, seconds = cycles.rows, cycles.seconds
-    limits = [_overdrawn(on[device], rows, arena, max_rows) for device, arena in enumerate(arenas)]
+    drawn = [_drawn(here, rows, arena, max_rows) for here, arena in zip(on, arenas, strict=True)]
     found = []
     for i, load in enumerate(loads):
-        excess, limit = max(limits[device] for device in load.devices)
-        if rows[i] / max_rows - 1 > excess:
-            excess, limit = rows[i] / max_rows - 1, "rows"
+        over = {"compute": 0.0, "memory": 0.0, "rows": rows[i] / max_rows - 1}
+        for device in load.devices:
+            compute, memory = drawn[device]
+            over["compute"], over["memory"] = max(over["compute"], compute), max(over["memory"], memory)
+        # Too much work fills memory and steps as well: the first that lacks is the cause.
+        limit = next((name for name, share in over.items() if share > 0), "")
+        excess = max(0.0, *over.values())
         found.append(Outcome(seconds[i] + excess * _WINDOW_SECONDS / 2, 0.0, rows[i], excess, limit))
     if any(load.visiting for load in loads):
         _swap(loads, found, on, arenas)
@@ -228,13 +232,13 @@ class _Cycles:
         return changed
 
 
-def _overdrawn(here: _On, rows: list[float], arena: float, max_rows: int) -> tuple[float, str]:
-    """By which share a device's tightest resource is overdrawn, and which; (0, "") when none is."""
+def _drawn(here: _On, rows: list[float], arena: float, max_rows: int) -> tuple[float, float]:
+    """By which shares a device's compute and its memory are overdrawn; below 0 when they are not."""
     load = sum(x.work.load() * x.share for _, x in here) / _MOST_LOAD - 1
     free = arena - sum(x.work.weights_bytes for _, x in here if not x.visiting)
     kv = sum(min(rows[i], max_rows) * x.work.row_bytes for i, x in here)
     memory = kv / free - 1 if free > 0 else 1 - free / arena
-    return max((0.0, ""), (load, "compute"), (memory, "memory"))
+    return load, memory
 
 
 def _swap(loads: Sequence[Load], found: list[Outcome], on: list[_On], arenas: Sequence[float]) -> None:

@@ -24,7 +24,7 @@ from seallmd.core.plan import Demand, Devices, Machine, Plan, by_name
 
 _LEAST_GAIN = 1e-3  # of the objective if nobody had neighbours: what gains less is not worth a replica
 _POLISHED = 3  # partitions that get the whole local search
-_EFFORT = 1500  # cells predicted in one local search, at most
+_EFFORT = 1200  # cells predicted in one local search, at most
 
 
 class Spot(NamedTuple):
