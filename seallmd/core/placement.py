@@ -1,0 +1,384 @@
+"""Which plan to have: SeaLLM's placement in two stages, and a local search behind them.
+
+Owns the search. Predictions come from `core.latency`; when a plan is worth moving to is `core.replacement`'s.
+
+Stage 1 cuts the devices into *cells*, stage 2 gives every service a spot: cells where it has replicas, or one
+that it visits while it is absent. Services go in descending rate * work, each to where the rate-weighted
+normalized latency grows least; replicas are added while they pay; then services move, swap, and gain or lose
+replicas until nothing helps. The steps of SeaLLM's stages are reconstructed (the paper names the two stages).
+
+All replicas of a cell span it whole, so that cells do not touch each other and the objective is a sum over
+cells, each remembered by its contents. Two limits keep this fast: cells are aligned runs of devices sorted by
+memory, so that of equal devices only the number in each cell counts; and partitions are not all tried (32
+devices have 165 multisets of sizes): from the even ones, cells are cut and joined while it helps.
+Replicas that the operator placed need not fit the cells: each counts in every cell that it touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from seallmd.core.latency import NOWHERE_SECONDS, Load, Work, estimate, solve
+from seallmd.core.plan import Demand, Devices, Machine, Plan, by_name
+
+_LEAST_GAIN = 1e-3  # of the objective if nobody had neighbours: what gains less is not worth a replica
+_POLISHED = 3  # partitions that get the whole local search
+_EFFORT = 1200  # cells predicted in one local search, at most
+
+
+class Spot(NamedTuple):
+    """Where a service is: in cells (by index), as a resident or visiting (then in one). () is nowhere."""
+
+    cells: tuple[int, ...]
+    visiting: bool = False
+
+
+NOWHERE = Spot(())
+
+
+class _Guest(NamedTuple):
+    """A service in a cell. replicas: that it has in all. touched: cells that this one spans."""
+
+    service: int
+    ranks: int
+    replicas: int
+    visiting: bool
+    touched: int = 1
+
+
+class _Cell(NamedTuple):
+    """A group of devices, and what the operator placed on some of them. arena: bytes of its smallest."""
+
+    devices: Devices
+    arena: int
+    placed: frozenset[_Guest]
+
+
+class _Predictor:
+    """The objective's share of a cell by its contents; remembers what it was asked. tries: not remembered."""
+
+    def __init__(self, demands: Sequence[Demand], machine: Machine) -> None:
+        self.works = {
+            (i, split.ranks): Work.of(demand, split, machine)
+            for i, demand in enumerate(demands)
+            for split in demand.splits
+        }
+        self.tries = 0
+        self._max_rows = machine.max_rows
+        self._known: dict[tuple[int, frozenset[_Guest]], float] = {}
+
+    def _of(self, service: int) -> Iterator[Work]:
+        return (work for (owner, _), work in self.works.items() if owner == service)
+
+    def weight(self, service: int) -> float:
+        """What a second of the service's requests counts in the objective."""
+        return next(self._of(service)).weight
+
+    def alone(self, service: int) -> float:
+        """Weighted seconds of the service if it had a group to itself."""
+        return min(work.weight * work.alone() for work in self._of(service))
+
+    def cost(self, arena: int, guests: frozenset[_Guest]) -> float:
+        """Weighted seconds of the guests; inf when their weights do not fit."""
+        key = arena, guests
+        if (known := self._known.get(key)) is None:
+            known = self._known[key] = self._solve(arena, guests)
+        return known
+
+    def _solve(self, arena: int, guests: frozenset[_Guest]) -> float:
+        self.tries += 1
+        inside = sorted(guests)  # sums of floats depend on the order, sets on hashes
+        works = [self.works[guest.service, guest.ranks] for guest in inside]
+        residents = [work for work, guest in zip(works, inside, strict=True) if not guest.visiting]
+        weights = sum(work.weights_bytes for work in residents)
+        if weights + max((work.spare_bytes for work in residents), default=0) > arena:
+            return float("inf")
+        if any(
+            g.visiting and w.weights_bytes + w.spare_bytes > arena for w, g in zip(works, inside, strict=True)
+        ):
+            return float("inf")
+        loads = [Load(w, 1 / g.replicas, (0,), g.visiting) for w, g in zip(works, inside, strict=True)]
+        outcomes = solve(loads, (arena,), self._max_rows)
+        return sum(
+            load.work.weight * load.share / guest.touched * outcome.seconds
+            for load, guest, outcome in zip(loads, inside, outcomes, strict=True)
+        )
+
+
+class _Layout:
+    """One partition, and the spot of every service in it; searches by changing spots."""
+
+    def __init__(
+        self, cells: Sequence[_Cell], order: Sequence[int], visit_only: set[int], predictor: _Predictor
+    ) -> None:
+        """order: the services that may be moved, heaviest first. visit_only: those that must be absent."""
+        self.cells = cells
+        self._predictor = predictor
+        self._order = order
+        self._visit_only = visit_only
+        self.spots = dict.fromkeys(order, NOWHERE)
+        self._inside: list[frozenset[int]] = [frozenset() for _ in cells]
+        self._costs = [predictor.cost(cell.arena, cell.placed) for cell in cells]
+        self._lost = {s: predictor.weight(s) * NOWHERE_SECONDS for s in order}
+        self._least = _LEAST_GAIN * sum(predictor.alone(s) for s in order)
+        self.objective = sum(self._costs) + sum(self._lost.values())
+
+    # ----------------------------------------------------------------------------- changing spots
+
+    def _guest(self, service: int, cell: int, spot: Spot) -> _Guest:
+        return _Guest(service, len(self.cells[cell].devices), max(1, len(spot.cells)), spot.visiting)
+
+    def _after(self, changes: dict[int, Spot]) -> dict[int, tuple[frozenset[int], float]]:
+        """Contents and cost of the cells that the changes touch."""
+        touched = {c for s, spot in changes.items() for c in (*spot.cells, *self.spots[s].cells)}
+        found = {}
+        for cell in touched:
+            stay = (s for s in self._inside[cell] if s not in changes)
+            inside = frozenset((*stay, *(s for s, spot in changes.items() if cell in spot.cells)))
+            guests = frozenset(self._guest(s, cell, changes.get(s) or self.spots[s]) for s in inside)
+            found[cell] = (
+                inside,
+                self._predictor.cost(self.cells[cell].arena, guests | self.cells[cell].placed),
+            )
+        return found
+
+    def gain(self, changes: dict[int, Spot]) -> float:
+        """By how much the objective would fall; -inf when something does not fit."""
+        gain = sum(self._costs[cell] - cost for cell, (_, cost) in self._after(changes).items())
+        for service, spot in changes.items():
+            gain += self._lost[service] * ((not self.spots[service].cells) - (not spot.cells))
+        return gain
+
+    def change(self, changes: dict[int, Spot]) -> None:
+        """Make the changes."""
+        self.objective -= self.gain(changes)
+        for cell, (inside, cost) in self._after(changes).items():
+            self._inside[cell], self._costs[cell] = inside, cost
+        self.spots.update(changes)
+
+    def _take_best(self, choices: Iterator[dict[int, Spot]], least: float) -> bool:
+        """Make the best of these changes if it gains more than `least`."""
+        gain, best = max(((self.gain(c), c) for c in choices), key=lambda found: found[0], default=(0.0, {}))
+        if gain <= least:
+            return False
+        self.change(best)
+        return True
+
+    # -------------------------------------------------------------------------------- which changes
+
+    def _hosts(self, service: int) -> list[int]:
+        """Cells of a size that the service can run on."""
+        works = self._predictor.works
+        return [c for c, cell in enumerate(self.cells) if (service, len(cell.devices)) in works]
+
+    def _alone(self, service: int) -> Iterator[dict[int, Spot]]:
+        """The service in one other cell, or visiting one."""
+        for cell in self._hosts(service):
+            if service not in self._visit_only:
+                yield {service: Spot((cell,))}
+            yield {service: Spot((cell,), visiting=True)}
+
+    def _replicas(self, service: int) -> Iterator[dict[int, Spot]]:
+        """One replica more, one less, or one elsewhere."""
+        cells, visiting = self.spots[service]
+        if not cells or visiting or service in self._visit_only:
+            return
+        others = [cell for cell in self._hosts(service) if cell not in cells]
+        for cell in others:
+            yield {service: Spot(tuple(sorted((*cells, cell))))}
+        if len(cells) > 1:
+            for gone in cells:
+                rest = tuple(cell for cell in cells if cell != gone)
+                yield {service: Spot(rest)}
+                for cell in others:
+                    yield {service: Spot(tuple(sorted((*rest, cell))))}
+
+    def _swaps(self, service: int) -> Iterator[dict[int, Spot]]:
+        """The service and another in each other's spots."""
+        mine = self.spots[service]
+        for other in self._order:
+            theirs = self.spots[other]
+            if mine != theirs and self._may(service, theirs) and self._may(other, mine):
+                yield {service: theirs, other: mine}
+
+    def _may(self, service: int, spot: Spot) -> bool:
+        works = self._predictor.works
+        runs = all((service, len(self.cells[cell].devices)) in works for cell in spot.cells)
+        return runs and (spot.visiting or service not in self._visit_only)
+
+    # ------------------------------------------------------------------------------------ searching
+
+    def fill(self) -> None:
+        """Stage 2's first part: services in order to where it costs least, then replicas while they pay."""
+        for service in self._order:
+            self._take_best(self._alone(service), 0.0)
+        helped = True
+        while helped:
+            helped = False
+            for service in self._order:
+                helped |= self._take_best(self._replicas(service), self._least)
+
+    def polish(self) -> None:
+        """Stage 2's second part: change one spot, or swap two, while it helps and the effort lasts."""
+        start, helped = self._predictor.tries, True
+        while helped:
+            helped = False
+            for service in self._order:
+                if self._predictor.tries - start > _EFFORT:
+                    return
+                for choices in (self._alone, self._replicas, self._swaps):
+                    helped |= self._take_best(choices(service), self._least)
+
+
+# --------------------------------------------------------------------------------------- partitions
+
+_Run = tuple[int, int]  # first device of a cell in the sorted order, and how many
+
+
+def _evenly(devices: int, sizes: Sequence[int]) -> list[_Run]:
+    """Runs of the largest size, what is left in smaller ones."""
+    runs, at = [], 0
+    for size in sorted(sizes, reverse=True):
+        while at + size <= devices:
+            runs.append((at, size))
+            at += size
+    return runs
+
+
+def _variants(runs: list[_Run], sizes: Sequence[int]) -> Iterator[list[_Run]]:
+    """Each partition that comes of cutting one run into the next smaller size, or of joining such runs."""
+    smaller = dict(zip(sizes[1:], sizes, strict=False))
+    for run in runs:
+        at, size = run
+        rest = [other for other in runs if other != run]
+        if size in smaller:
+            yield sorted([*rest, *((cut, smaller[size]) for cut in range(at, at + size, smaller[size]))])
+        for larger, part in smaller.items():
+            parts = [(cut, part) for cut in range(at, at + larger, part)]
+            if size == part and at % larger == 0 and all(cut in runs for cut in parts):
+                yield sorted([*(other for other in runs if other not in parts), (at, larger)])
+
+
+class _Planner:
+    """One search for a plan."""
+
+    def __init__(self, demands: Sequence[Demand], machine: Machine, near: Plan | None) -> None:
+        by_name(demands)
+        self._demands, self._machine, self._near = demands, machine, near
+        self._predictor = _Predictor(demands, machine)
+        arenas = machine.arena_bytes
+        falling = sorted(range(len(arenas)), key=lambda device: (-arenas[device], device))
+        # The runs of one order leave over a small device where those of the other leave over a large one.
+        self._orders = [falling] if len(set(arenas)) == 1 else [falling, falling[::-1]]
+        self._free = [i for i, demand in enumerate(demands) if not demand.placed]
+        loads = {i: self._predictor.works[i, demands[i].splits[0].ranks].load() for i in self._free}
+        self._free.sort(key=lambda i: (-loads[i], i))
+        self._filled: dict[tuple[object, ...], _Layout] = {}
+        usable = {split.ranks for i in self._free for split in demands[i].splits}
+        self._sizes = [s for s in machine.sizes if s <= len(arenas) and (s in usable or s == 1)]
+
+    def best(self) -> Plan:
+        """The best plan found."""
+        for order in self._orders:
+            self._descend(order)
+        layouts = sorted(self._filled.values(), key=lambda layout: layout.objective)[:_POLISHED]
+        for layout in layouts:
+            layout.polish()
+        plans = [self._plan(layout) for layout in layouts]
+        return min(plans, key=lambda p: estimate(p, self._demands, self._machine).normalized_latency)
+
+    def _descend(self, order: Sequence[int]) -> None:
+        """Fill partitions into runs of the order: even ones, then variants of the best while they help."""
+
+        def objective(runs: list[_Run]) -> float:
+            return self._fill([tuple(sorted(order[at : at + size])) for at, size in runs]).objective
+
+        starts = [_evenly(len(order), self._sizes[: i + 1]) for i in range(len(self._sizes))]
+        runs = min(starts, key=objective)
+        while True:
+            variant = min(_variants(runs, self._sizes), key=objective, default=runs)
+            if objective(variant) >= objective(runs):
+                return
+            runs = variant
+
+    def _fill(self, groups: list[Devices]) -> _Layout:
+        """The partition, filled; partitions that differ in the names of equal devices are filled once."""
+        arenas = [min(self._machine.arena_bytes[device] for device in group) for group in groups]
+        cells = [_Cell(g, arena, self._placed(g, groups)) for g, arena in zip(groups, arenas, strict=True)]
+        key = tuple(sorted((len(cell.devices), cell.arena, tuple(sorted(cell.placed))) for cell in cells))
+        if key not in self._filled:
+            visit_only = {i for i in self._free if self._demands[i].placed is not None}
+            self._filled[key] = _Layout(cells, self._free, visit_only, self._predictor)
+            self._filled[key].fill()
+        return self._filled[key]
+
+    def _placed(self, group: Devices, groups: list[Devices]) -> frozenset[_Guest]:
+        """The operator's replicas that touch a group."""
+        guests = set()
+        for i, demand in enumerate(self._demands):
+            for placed in demand.placed or ():
+                if not set(placed).isdisjoint(group):
+                    touched = sum(1 for g in groups if not set(placed).isdisjoint(g))
+                    guests.add(_Guest(i, len(placed), len(demand.placed or ()), False, touched))
+        return frozenset(guests)
+
+    def _plan(self, layout: _Layout) -> Plan:
+        devices = self._named(layout)
+        replicas = {demand.name: demand.placed or () for demand in self._demands}
+        for i, spot in layout.spots.items():
+            if not spot.visiting:
+                replicas[self._demands[i].name] = tuple(sorted(devices[cell] for cell in spot.cells))
+        return Plan(replicas)
+
+    def _named(self, layout: _Layout) -> dict[int, Devices]:
+        """Which cell gets which devices: of equal cells, each those that hold most of its weights by now."""
+        alike: dict[tuple[object, ...], list[int]] = {}
+        for c, cell in enumerate(layout.cells):
+            alike.setdefault((len(cell.devices), cell.arena, cell.placed), []).append(c)
+        found: dict[int, Devices] = {}
+        for cells in alike.values():
+            pairs = [
+                (-self._held(layout, c, layout.cells[other].devices), c, other)
+                for c in cells
+                for other in cells
+            ]
+            taken: set[int] = set()
+            for _, c, other in sorted(pairs):
+                if c not in found and other not in taken:
+                    found[c] = layout.cells[other].devices
+                    taken.add(other)
+        return found
+
+    def _held(self, layout: _Layout, cell: int, devices: Devices) -> float:
+        """Bytes of the cell's residents that lie on the devices in the plan to stay near."""
+        if self._near is None:
+            return 0.0
+        return sum(
+            self._predictor.works[i, len(devices)].weights_bytes
+            for i, spot in layout.spots.items()
+            if cell in spot.cells and not spot.visiting and devices in self._near.of(self._demands[i].name)
+        )
+
+
+def _check_placed(demands: Sequence[Demand], machine: Machine) -> None:
+    """Refuse what the operator placed where it cannot run at all."""
+    for demand in demands:
+        for group in demand.placed or ():
+            if demand.split(len(group)) is None:
+                raise ValueError(f"{demand.name} is placed on {len(group)} devices and cannot run on so many")
+            if not all(0 <= device < len(machine.arena_bytes) for device in group):
+                raise ValueError(f"{demand.name} is placed on a device that there is not")
+
+
+def place(demands: Sequence[Demand], machine: Machine, near: Plan | None = None) -> Plan:
+    """The best plan found for these demands. Deterministic.
+
+    near: of plans that differ by a renaming of equal devices, the one with the fewest moves from this one is
+    given. Demands with `placed` get just that, fitting or not. A service that fits nowhere beside the others
+    is absent. Raises ValueError when a service is in the demands twice or placed where it cannot run.
+    """
+    _check_placed(demands, machine)
+    if not machine.arena_bytes:
+        return Plan({demand.name: () for demand in demands})
+    return _Planner(demands, machine, near).best()

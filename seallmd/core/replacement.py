@@ -1,0 +1,251 @@
+"""When a better plan is worth moving to, and how often to look for one.
+
+Owns SeaLLM's adaptive replacement, reconstructed as ski rental: as long as the plan in force is not the best
+known, regret grows by the request-seconds that it loses; once regret has reached what the move would cost,
+the move is made. For one decision that costs at most twice what hindsight would pay, whatever the rates do,
+plus the regret of one tick. Must not search (`core.placement`) or move anything: `tick` names the steps.
+
+The two slow parts are apart, so that the search may run elsewhere: `wants_plan` says when, `planned` takes
+its result. All of it goes by the `now` it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from seallmd.core.latency import Estimate, ServiceEstimate, estimate
+from seallmd.core.plan import Demand, Devices, Machine, Plan, by_name
+from seallmd.core.transition import Bring, Change, steps
+
+_NOISE_RATE = 0.02  # requests/s that are added to both sides when rates are compared
+
+
+class ReplacementSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How eagerly plans are looked for and moved to.
+
+    min_interval_seconds, max_interval_seconds: between two plannings; doubled from one to the other while
+    nothing changes. drift: a rate that changed by this factor since it was planned for brings the next
+    planning forward. least_gain: a plan whose normalized latency is better by less than this share is taken
+    for no better.
+    """
+
+    min_interval_seconds: Annotated[float, Meta(gt=0, le=86400)] = 15.0
+    max_interval_seconds: Annotated[float, Meta(gt=0, le=86400)] = 600.0
+    drift: Annotated[float, Meta(gt=1, le=1000)] = 2.0
+    least_gain: Annotated[float, Meta(ge=0, lt=1)] = 0.02
+
+
+class ServicePlan(msgspec.Struct, frozen=True):
+    """One service in a `PlanStatus`: where it is, where it is best, what either gives, and why in words."""
+
+    service: str
+    current: tuple[Devices, ...]
+    best: tuple[Devices, ...]
+    current_seconds_per_token: float
+    best_seconds_per_token: float
+    reason: str
+
+
+class PlanStatus(msgspec.Struct, frozen=True):
+    """The plan in force beside the best one known.
+
+    regret: request-seconds lost so far by not having the best; cost: those that moving would lose.
+    next_planning_seconds: until the next one, 0 when it is due. Normalized latencies in seconds per token,
+    weighted by rates.
+    """
+
+    current: Plan
+    best: Plan
+    regret: float
+    cost: float
+    next_planning_seconds: float
+    current_normalized_latency: float
+    best_normalized_latency: float
+    services: tuple[ServicePlan, ...]
+
+
+class Replacement:
+    """Regret, and the clock of planning."""
+
+    def __init__(self, machine: Machine, settings: ReplacementSettings | None = None) -> None:
+        self.regret = 0.0
+        self._machine = machine
+        self._settings = settings or ReplacementSettings()
+        self._interval = self._settings.min_interval_seconds
+        self._planned_at: float | None = None
+        self._planned_rates: dict[str, float] = {}
+        self._best: Plan | None = None
+        self._ticked_at: float | None = None
+
+    # ----------------------------------------------------------------------------- when to plan
+
+    def wants_plan(self, now: float, demands: Sequence[Demand]) -> bool:
+        """Whether `place` is to be asked now."""
+        return now >= self._next_planning(demands)
+
+    def planned(self, now: float, demands: Sequence[Demand], current: Plan, best: Plan) -> None:
+        """`place` gave this plan for these demands."""
+        gives, has = (estimate(plan, demands, self._machine) for plan in (best, current))
+        limit = has.normalized_latency * (1 - self._settings.least_gain)
+        worth = best if gives.normalized_latency <= limit else current
+        if self._drifted(demands):
+            self._interval = self._settings.min_interval_seconds
+        elif self._best is not None and (worth.same(self._best) or worth.same(current)):
+            self._interval = min(2 * self._interval, self._settings.max_interval_seconds)
+        self._best = worth
+        self._planned_at = now
+        self._planned_rates = {demand.name: demand.rate for demand in demands}
+
+    def _next_planning(self, demands: Sequence[Demand]) -> float:
+        if self._planned_at is None:
+            return float("-inf")
+        soon = self._drifted(demands)
+        return self._planned_at + (self._settings.min_interval_seconds if soon else self._interval)
+
+    def _drifted(self, demands: Sequence[Demand]) -> bool:
+        """Whether a rate is no longer what was planned for, or a service is new or gone."""
+        planned = self._planned_rates
+        if self._planned_at is None or planned.keys() != {demand.name for demand in demands}:
+            return self._planned_at is not None
+        pairs = (sorted((planned[demand.name], demand.rate)) for demand in demands)
+        return any(high + _NOISE_RATE > self._settings.drift * (low + _NOISE_RATE) for low, high in pairs)
+
+    # ----------------------------------------------------------------------------- when to move
+
+    def tick(
+        self, now: float, demands: Sequence[Demand], current: Plan, inflight: Mapping[str, int]
+    ) -> list[Change]:
+        """Count regret since the last tick; the steps to the best plan once they pay, else none.
+
+        inflight: requests running, by service. Steps that were given out are expected to be made, or given
+        up: call again when that is so, the time between does not count. Raises ValueError when `demands` lack
+        a service that a plan has.
+        """
+        elapsed = 0.0 if self._ticked_at is None else max(0.0, now - self._ticked_at)
+        self._ticked_at = now
+        if self._best is None or self._best.same(current):
+            return []
+        self.regret += elapsed * regret_rate(current, self._best, demands, self._machine)
+        if (
+            self.regret < moving_cost(current, self._best, demands, self._machine, inflight)
+            or not self.regret
+        ):
+            return []
+        order = steps(current, self._best, demands, self._machine)
+        self.regret = 0.0
+        self._interval = self._settings.min_interval_seconds
+        self._ticked_at = None
+        return order
+
+    def status(
+        self, now: float, demands: Sequence[Demand], current: Plan, inflight: Mapping[str, int]
+    ) -> PlanStatus:
+        """What `tick` goes by, for people. Changes nothing."""
+        best = self._best or current
+        gives, has = (estimate(plan, demands, self._machine) for plan in (best, current))
+        return PlanStatus(
+            current=current,
+            best=best,
+            regret=self.regret,
+            cost=moving_cost(current, best, demands, self._machine, inflight),
+            next_planning_seconds=max(0.0, self._next_planning(demands) - now),
+            current_normalized_latency=has.normalized_latency,
+            best_normalized_latency=gives.normalized_latency,
+            services=tuple(_service_plan(demand, current, best, has, gives) for demand in demands),
+        )
+
+
+def regret_rate(current: Plan, best: Plan, demands: Sequence[Demand], machine: Machine) -> float:
+    """Request-seconds lost per second: rate * (normalized latency now - at best) * output, over services.
+
+    Never negative: plans are chosen by seconds per token, and one that is better by those may be worse by
+    request-seconds; that is no reason to pay back.
+    """
+    now, then = (estimate(plan, demands, machine).services for plan in (current, best))
+    lost = sum(d.rate * (now[d.name].seconds - then[d.name].seconds) for d in demands)
+    return max(0.0, lost)
+
+
+def moving_cost(
+    current: Plan, best: Plan, demands: Sequence[Demand], machine: Machine, inflight: Mapping[str, int]
+) -> float:
+    """Request-seconds lost by moving: blackout * (arrivals in it + requests in flight), over services.
+
+    A device that anything is brought to or dropped from is taken to be blacked out for as long as its copies
+    take, and with it the share of each service's replicas that touches it. An upper bound: copies run beside
+    the steps of those who stay.
+    """
+    known = by_name(demands)
+    moves = set(current.placed()) ^ set(best.placed())
+    blackout = {device: machine.swap_seconds for _, group in moves for device in group}
+    for service, group in set(best.placed()) - set(current.placed()):
+        split = known[service].split(len(group)) if service in known else None
+        if split is None:
+            raise ValueError(f"{service} cannot be on {len(group)} devices by these demands")
+        for device in group:
+            blackout[device] += split.weights_bytes / machine.copy_bytes_per_second
+    lost = 0.0
+    for demand in demands:
+        groups = current.of(demand.name) or best.of(demand.name)
+        for group in groups:
+            seconds = max((blackout.get(device, 0.0) for device in group), default=0.0)
+            there = (demand.rate * seconds + inflight.get(demand.name, 0)) / len(groups)
+            lost += seconds * there
+    return lost
+
+
+# ------------------------------------------------------------------------------------------ in words
+
+
+def moves(current: Plan, best: Plan, demands: Sequence[Demand], machine: Machine) -> tuple[str, ...]:
+    """The steps between two plans as lines for people."""
+    return tuple(
+        f"{'bring' if isinstance(step, Bring) else 'drop'} {step.service} {_where((step.devices,))}"
+        for step in steps(current, best, demands, machine)
+    )
+
+
+def _service_plan(demand: Demand, current: Plan, best: Plan, has: Estimate, gives: Estimate) -> ServicePlan:
+    here, there = current.of(demand.name), best.of(demand.name)
+    now, then = has.services[demand.name], gives.services[demand.name]
+    reason = _reason(demand, here, there, now, then)
+    return ServicePlan(demand.name, here, there, now.seconds_per_token, then.seconds_per_token, reason)
+
+
+def _reason(
+    demand: Demand,
+    here: tuple[Devices, ...],
+    there: tuple[Devices, ...],
+    now: ServiceEstimate,
+    then: ServiceEstimate,
+) -> str:
+    """Why a service is, or should be, where it is."""
+    if then.limit == "nowhere":
+        return "no group of devices can hold it"
+    words = [_where(there)]
+    if demand.placed is not None:
+        words.append("placed by the operator")
+    if set(here) != set(there):
+        words.append(f"now {_where(here)}")
+        words.append(f"{now.seconds_per_token * 1e3:.3g} -> {then.seconds_per_token * 1e3:.3g} ms per token")
+    else:
+        words.append(f"{then.seconds_per_token * 1e3:.3g} ms per token")
+    if not there and demand.placed is None:
+        words.append("the others make better use of the memory")
+    if not there:
+        words.append(f"a request waits {then.swap_seconds:.2g} s to be swapped in")
+    if then.limit:
+        words.append(f"short of {then.limit}")
+    return ", ".join(words)
+
+
+def _where(groups: tuple[Devices, ...]) -> str:
+    """Groups in words: "on device 0", "on devices 0+1 and 2"."""
+    if not groups:
+        return "absent"
+    several = len(groups) > 1 or len(groups[0]) > 1
+    return f"on device{'s' if several else ''} " + " and ".join("+".join(map(str, group)) for group in groups)
