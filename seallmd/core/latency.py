@@ -36,9 +36,7 @@ import msgspec
 
 from seallmd.core.plan import Demand, Devices, Machine, Plan, Split, by_name, groups_of
 
-_IDLE_RATE = (
-    1e-4  # requests/s of a service that nobody calls: somebody will, and then room that was free pays
-)
+_IDLE_RATE = 1e-4  # requests/s of a service that nobody calls: somebody will, so free room is worth giving
 _WINDOW_SECONDS = 120.0  # for how long an overload is thought to last
 NOWHERE_SECONDS = 3600.0  # latency of what no device can hold
 _MOST_LOAD = 0.95  # share of the time that may be needed for work; queues explode just below 1
@@ -123,7 +121,7 @@ def solve(loads: Sequence[Load], arenas: Sequence[float], max_rows: int) -> list
     cycles = _Cycles(loads, on)
     rows, seconds = cycles.rows, cycles.seconds
     drawn = [_drawn(here, rows, arena, max_rows) for here, arena in zip(on, arenas, strict=True)]
-    found = []
+    found: list[Outcome] = []
     for i, load in enumerate(loads):
         over = {"compute": 0.0, "memory": 0.0, "rows": rows[i] / max_rows - 1}
         for device in load.devices:

@@ -6,6 +6,7 @@ is a way around it. Must not know why the plan changes, nor how a step is carrie
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
@@ -29,6 +30,9 @@ class Drop(msgspec.Struct, frozen=True, tag=True):
 
 Change = Bring | Drop
 _Replica = tuple[str, Devices]
+_State = frozenset[_Replica]  # the replicas that there are at one moment
+
+_MOST_STATES = 4000  # that are looked at for an order without a dark service
 
 
 def apply(plan: Plan, step: Change) -> Plan:
@@ -54,10 +58,9 @@ def undo(step: Change) -> Change:
 def steps(current: Plan, target: Plan, demands: Sequence[Demand], machine: Machine) -> list[Change]:
     """The steps from one plan to another, in order.
 
-    What fits comes in first. When nothing does, a replica leaves: first one whose service has another, or is
-    to be absent; else, a service that would be left with none is first put on devices that have room for it,
-    for as long as it takes; only when there are none, it is dropped and comes back later. A service with a
-    higher rate is served first, and dropped last. The demands cover both plans. Raises ValueError when they
+    If a short search finds an order in which no service of both plans is ever without a replica, it is that
+    one; a service may be put on further devices for the time being. Else what fits comes in first, and when
+    nothing does, the least missed replica leaves. The demands cover both plans. Raises ValueError when they
     do not, or when the target cannot exist.
     """
     known = by_name(demands)
@@ -65,7 +68,8 @@ def steps(current: Plan, target: Plan, demands: Sequence[Demand], machine: Machi
         raise ValueError(f"the demands lack {', '.join(sorted(strange))}")
     if reason := broken(target, demands, machine):
         raise ValueError(f"the plan cannot be reached: {reason}")
-    return _Mover(current, target, demands, machine).steps()
+    lit = _Lit(current, target, demands, machine).steps()
+    return _Mover(current, target, demands, machine).steps() if lit is None else lit
 
 
 def dark_services(current: Plan, target: Plan, order: Iterable[Change]) -> set[str]:
@@ -83,15 +87,92 @@ def _clear(plan: Plan, service: str, devices: Devices) -> bool:
     return all(set(devices).isdisjoint(group) for group in plan.of(service))
 
 
+class _Lit:
+    """The search for an order in which no service goes dark: A*, guided by the steps still needed."""
+
+    def __init__(self, current: Plan, target: Plan, demands: Sequence[Demand], machine: Machine) -> None:
+        self._start, self._goal = frozenset(current.placed()), frozenset(target.placed())
+        self._kept = {service for service, _ in self._start} & {service for service, _ in self._goal}
+        self._demands, self._machine = by_name(demands), machine
+        self._order = sorted(self._demands, key=lambda name: (-self._demands[name].rate, name))
+
+    def steps(self) -> list[Change] | None:
+        """The fewest steps, or None when there is no such order or it was not found."""
+        queue: list[tuple[int, int, int, _State, tuple[Change, ...]]] = [(0, 0, 0, self._start, ())]
+        seen = {self._start}
+        while queue and len(seen) < _MOST_STATES:
+            *_, state, path = heapq.heappop(queue)
+            if state == self._goal:
+                return list(path)
+            for step in self._next(state):
+                after = state ^ {(step.service, step.devices)}
+                if after not in seen:
+                    seen.add(after)
+                    done = len(path) + 1  # of equally promising ones the furthest goes on: ties are many
+                    needed = done + len(after ^ self._goal)
+                    heapq.heappush(queue, (needed, -done, len(seen), after, (*path, step)))
+        return None
+
+    def _next(self, state: _State) -> Iterator[Change]:
+        """What can be done without making a service dark: first what has to be done anyway."""
+        taken: dict[str, list[Devices]] = {name: [] for name in self._order}
+        for service, group in sorted(state):
+            taken[service].append(group)
+        wanted = [
+            (name, group) for name in self._order for n, group in sorted(self._goal - state) if n == name
+        ]
+        room = self._room(state)
+        brings = (replica for replica in wanted if self._fits(*replica, taken, room))
+        yield from (Bring(*replica) for replica in brings)
+        leaving = sorted(state - self._goal, key=lambda r: (self._demands[r[0]].rate, r))
+        for service, group in leaving:
+            if len(taken[service]) > 1 or service not in self._kept:
+                yield Drop(service, group)
+        for service, _ in leaving:
+            if len(taken[service]) == 1 and service in self._kept:
+                for split in self._demands[service].splits:
+                    for group in groups_of(self._machine, split.ranks):
+                        if self._fits(service, group, taken, room):
+                            yield Bring(service, group)
+
+    def _room(self, state: _State) -> list[tuple[float, float]]:
+        """Of every device, the bytes without weights, and the least KV that has to be left of them."""
+        room = [(float(arena), 0.0) for arena in self._machine.arena_bytes]
+        for service, group in state:
+            weights, least = self._bytes(service, group)
+            for device in group:
+                free, spare = room[device]
+                room[device] = free - weights, max(spare, least)
+        return room
+
+    def _bytes(self, service: str, group: Devices) -> tuple[float, float]:
+        """Weights and least KV of one rank."""
+        split = self._demands[service].split(len(group))
+        if split is None:
+            raise ValueError(f"{service} cannot run on {len(group)} devices")
+        return split.weights_bytes, self._demands[service].least_bytes(split) - split.weights_bytes
+
+    def _fits(
+        self,
+        service: str,
+        group: Devices,
+        taken: dict[str, list[Devices]],
+        room: list[tuple[float, float]],
+    ) -> bool:
+        if any(not set(group).isdisjoint(other) for other in taken[service]):
+            return False
+        weights, least = self._bytes(service, group)
+        return all(room[device][0] - weights >= max(room[device][1], least) for device in group)
+
+
 class _Mover:
-    """A plan on its way to another."""
+    """A plan on its way to another, without looking ahead."""
 
     def __init__(self, current: Plan, target: Plan, demands: Sequence[Demand], machine: Machine) -> None:
         self._plan, self._target = current, target
         self._demands, self._machine = demands, machine
         self._rates = {demand.name: demand.rate for demand in demands}
         self._done: list[Change] = []
-        self._put_up: set[str] = set()  # services that were given a place for the time being
 
     def steps(self) -> list[Change]:
         """Step until the target is reached."""
@@ -99,7 +180,7 @@ class _Mover:
             bring = self._best(brings, self._fits)
             if bring is not None:
                 self._step(Bring(*bring))
-            elif not self._put_up_one():
+            else:
                 self._step(Drop(*self._victim(brings)))
         for replica in list(self._missing(self._target, self._plan)):
             self._step(Drop(*replica))
@@ -144,20 +225,3 @@ class _Mover:
     def _in_way(self, replica: _Replica, brings: list[_Replica]) -> int:
         """How many devices of replicas to come it holds."""
         return sum(len(set(devices).intersection(replica[1])) for _, devices in brings)
-
-    def _put_up_one(self) -> bool:
-        """When whatever leaves would leave a service with nothing: give one a place for the time being."""
-        leaving = list(self._missing(self._target, self._plan))
-        if not all(self._dark(replica) for replica in leaving):
-            return False
-        for service in sorted({r[0] for r in leaving} - self._put_up, key=lambda s: (self._rates[s], s)):
-            places = (
-                (service, group)
-                for split in by_name(self._demands)[service].splits
-                for group in groups_of(self._machine, split.ranks)
-            )
-            if place := self._best(list(places), self._fits):
-                self._put_up.add(service)
-                self._step(Bring(*place))
-                return True
-        return False
