@@ -24,6 +24,7 @@ class Work(msgspec.Struct, frozen=True):
 
     layers_bytes: weights that each step reads; output_bytes: those of the output layer. token_flops: products
     of one token in all layers; row_flops: of one row in the output layer. context_bytes: KV of one token.
+    reductions: sums over all ranks in a step of a tensor-parallel group; the rest is then of one rank.
     """
 
     layers_bytes: int
@@ -31,9 +32,10 @@ class Work(msgspec.Struct, frozen=True):
     token_flops: float
     row_flops: float
     context_bytes: int
+    reductions: int = 0
 
     @classmethod
-    def of(cls, shape: ModelShape) -> Work:
+    def of(cls, shape: ModelShape, ranks: int = 1) -> Work:
         """Of a probed model, whose embedding and output layer are segments of whole rows of the vocabulary.
 
         An embedding is looked up, which costs nothing; tied to the output layer it is one segment with it.
@@ -43,7 +45,14 @@ class Work(msgspec.Struct, frozen=True):
         vocabulary = [size for size in shape.segments if size % row_bytes == 0]
         layers, output = shape.weights_bytes - sum(vocabulary), (vocabulary or [0])[-1]
         flops = 2 / shape.itemsize  # of one byte of weights and one token: multiply and add
-        return cls(layers, output, flops * layers, flops * output, shape.kv_bytes_per_token)
+        return cls(
+            layers // ranks,
+            output // ranks,
+            flops * layers / ranks,
+            flops * output / ranks,
+            shape.kv_bytes_per_token // ranks,
+            reductions=2 * len(shape.layers) if ranks > 1 else 0,
+        )
 
 
 class Roofline(msgspec.Struct, frozen=True):
@@ -53,6 +62,7 @@ class Roofline(msgspec.Struct, frozen=True):
     efficiency: share of the two limits that a real engine reaches. serial: share of the shorter of reading
     and computing that is not hidden behind the longer; 1 where one core does both in turn. context_share: KV
     is read at this share of bytes_per_second (it is scattered, and attention is more than reading).
+    reduce_seconds: of one sum over the ranks of a tensor-parallel group.
     """
 
     name: str
@@ -64,6 +74,7 @@ class Roofline(msgspec.Struct, frozen=True):
     efficiency: float = 0.6
     serial: float = 0.0
     context_share: float = 1.0
+    reduce_seconds: float = 20e-6
 
     def step(self, work: Work, tokens: int, context: int, rows: int) -> float:
         """Seconds of one step: weights and KV are read once, every token is multiplied with every layer."""
@@ -71,7 +82,8 @@ class Roofline(msgspec.Struct, frozen=True):
         reading = (weights + context * work.context_bytes / self.context_share) / self.bytes_per_second
         computing = (tokens * work.token_flops + rows * work.row_flops) / self.flops
         longer, shorter = max(reading, computing), min(reading, computing)
-        return self.step_seconds + (longer + self.serial * shorter) / self.efficiency
+        fixed = self.step_seconds + work.reductions * self.reduce_seconds
+        return fixed + (longer + self.serial * shorter) / self.efficiency
 
     def copy(self, bytes_: int) -> float:
         """Seconds to bring bytes from the host."""
@@ -85,7 +97,13 @@ ROOFLINES = {
         Roofline("a100-80g", 312e12, 2.0e12, 24e9, 2e-3, 80 << 30),
         Roofline("h100", 990e12, 3.35e12, 50e9, 2e-3, 80 << 30),
         Roofline("h200", 990e12, 4.8e12, 50e9, 2e-3, 141 << 30),
-        Roofline("cpu", 90e9, 36e9, 8e9, 1.7e-3, 2 << 30, efficiency=1.0, serial=1.0, context_share=0.19),
+        Roofline(
+            *("cpu", 90e9, 36e9, 8e9, 1.7e-3, 2 << 30),
+            efficiency=1.0,
+            serial=1.0,
+            context_share=0.19,
+            reduce_seconds=0.6e-3,
+        ),
     )
 }
 
@@ -114,9 +132,9 @@ class StepCosts(msgspec.Struct):
     error: float = 0.0
 
     @classmethod
-    def guess(cls, roofline: Roofline, shape: ModelShape) -> StepCosts:
-        """What the device's roofline says, and very unsure of it."""
-        work = Work.of(shape)
+    def guess(cls, roofline: Roofline, shape: ModelShape, ranks: int = 1) -> StepCosts:
+        """What the device's roofline says of so many ranks, and very unsure of it."""
+        work = Work.of(shape, ranks)
         fixed = roofline.step(work, 0, 0, 0)
         start = (
             roofline.step(work, 0, 0, 1),

@@ -22,6 +22,7 @@ from seallmd.core.messages import (
     ToHost,
     ToWorker,
 )
+from seallmd.core.plan import Demand, Machine, Plan
 
 
 class _Tagged(msgspec.Struct, frozen=True, tag=True, gc=False):
@@ -118,6 +119,12 @@ class FromHostProcess(_Tagged, frozen=True):
     message: Probed | ProbeFailed | JobProgress | ImageReady | ImageFailed
 
 
+class PlanFound(_Tagged, frozen=True):
+    """The search for a plan has ended."""
+
+    plan: Plan
+
+
 Event = (
     Arrived
     | Cancelled
@@ -131,6 +138,7 @@ Event = (
     | HostLost
     | FromDevice
     | FromHostProcess
+    | PlanFound
 )
 
 # ------------------------------------------------------------------------------------------- actions
@@ -173,6 +181,14 @@ class Finish(_Tagged, frozen=True):
     retry_after: float = 0.0
 
 
+class SearchPlan(_Tagged, frozen=True):
+    """Search the best plan (`core.placement.place`, up to a second of computing); PlanFound answers."""
+
+    demands: tuple[Demand, ...]
+    machine: Machine
+    near: Plan
+
+
 class Answer(_Tagged, frozen=True):
     """An operator's command has ended. error: one line, empty when it succeeded."""
 
@@ -187,4 +203,4 @@ class Note(_Tagged, frozen=True):
     text: str
 
 
-Action = ToDevice | ToHostProcess | Emit | Finish | Answer | Note
+Action = ToDevice | ToHostProcess | Emit | Finish | Answer | Note | SearchPlan

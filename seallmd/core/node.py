@@ -17,7 +17,9 @@ from seallmd.core.cost import StepCosts
 from seallmd.core.host_kv import HostSlots
 from seallmd.core.images import Images
 from seallmd.core.invariants import check_node
+from seallmd.core.planner import Planner
 from seallmd.core.profile import ServiceProfile
+from seallmd.core.replacement import PlanStatus
 from seallmd.core.report import node_status
 from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
@@ -40,6 +42,7 @@ class Node:
         self._room = Room(self._state)
         self._images = Images(self._state)
         self._residency = Residency(self._state, self._room, self._images)
+        self._planner = Planner(self._state, self._room, self._residency, self._images)
         self._policy = POLICIES[settings.scheduler.policy]()
         self._batcher = Batcher(self._state, self._room, self._policy.admits)
 
@@ -62,6 +65,7 @@ class Node:
         evictions = self._room.evictions
         self._room.settle_drains()
         self._residency.bring_in_wanted()
+        self._planner.settle()
         for device in self._state.devices.values():
             self._fill(device)
         self._room.settle_drains()
@@ -84,6 +88,8 @@ class Node:
                     for d in state.devices.values()
                     for r in d.replicas.values()
                 )
+        if (planning := self._planner.next_wakeup()) is not None:
+            times.append(planning)
         return min((t for t in times if t > state.now), default=None)
 
     def profiles(self) -> dict[str, ServiceProfile]:
@@ -169,6 +175,8 @@ class Node:
                 self._on_host_lost(reason)
             case ev.DrainWanted(now):
                 self._on_drain_wanted(now)
+            case ev.PlanFound(plan):
+                self._planner.found(plan)
             case ev.Tick():
                 pass
 
@@ -197,6 +205,7 @@ class Node:
         assert service.profile is not None
         request.budget = service.profile.request_seconds(request.prompt)
         service.arrivals.add(1, state.now)
+        service.evicted = False
         state.requests[request.id] = request
         service.waiting[request.order] = request
         service.prompt_tokens += request.prompt
@@ -256,6 +265,7 @@ class Node:
         elif any(replica.stage is Stage.RESIDENT for replica in service.replicas):
             self._state.answer([event.ticket])
         else:
+            service.evicted = False
             service.retry_at = self._state.now  # an operator's word ends the pause after a failure
             service.load_tickets.append(event.ticket)
 
@@ -264,7 +274,7 @@ class Node:
         if service is None:
             state.answer([event.ticket], f"no service is called {event.service!r}")
             return
-        service.wanted = False
+        service.wanted, service.evicted = False, True
         state.answer(service.load_tickets, f"{service.name} was evicted before it was loaded")
         if event.now:
             for request in [*service.running, *service.waiting.values()]:
@@ -447,6 +457,10 @@ class Node:
     def check(self) -> None:
         """Every invariant of the node; raises AssertionError on the first broken one."""
         check_node(self._state)
+
+    def plan_status(self, now: float) -> PlanStatus | None:
+        """The plan in force and the best one known; None while nothing is planned."""
+        return self._planner.status(now)
 
     def status(self, now: float) -> NodeStatus:
         """The report of this moment."""

@@ -18,21 +18,22 @@ import msgspec
 from msgspec import Meta
 
 from seallmd.core.latency import Estimate, ServiceEstimate, estimate
-from seallmd.core.plan import Demand, Devices, Machine, Plan, by_name
+from seallmd.core.plan import Demand, Devices, Machine, Plan, broken, by_name
 from seallmd.core.transition import Bring, Change, steps
 
 _NOISE_RATE = 0.02  # requests/s that are added to both sides when rates are compared
 
 
 class ReplacementSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How eagerly plans are looked for and moved to.
+    """The `[replacement]` table: how eagerly plans are looked for and moved to.
 
-    min_interval_seconds, max_interval_seconds: between two plannings; doubled from one to the other while
-    nothing changes. drift: a rate that changed by this factor since it was planned for brings the next
-    planning forward. least_gain: a plan whose normalized latency is better by less than this share is taken
-    for no better.
+    enabled: without it, services come and go by demand alone. min_interval_seconds, max_interval_seconds:
+    between two plannings; doubled from one to the other while nothing changes. drift: a rate that changed by
+    this factor since it was planned for brings the next planning forward. least_gain: a plan whose normalized
+    latency is better by less than this share is taken for no better.
     """
 
+    enabled: bool = True
     min_interval_seconds: Annotated[float, Meta(gt=0, le=86400)] = 15.0
     max_interval_seconds: Annotated[float, Meta(gt=0, le=86400)] = 600.0
     drift: Annotated[float, Meta(gt=1, le=1000)] = 2.0
@@ -81,6 +82,10 @@ class Replacement:
         self._best: Plan | None = None
         self._ticked_at: float | None = None
 
+    def best(self, current: Plan) -> Plan:
+        """The best plan known; `current` while there is no better one."""
+        return self._best or current
+
     # ----------------------------------------------------------------------------- when to plan
 
     def wants_plan(self, now: float, demands: Sequence[Demand]) -> bool:
@@ -91,12 +96,14 @@ class Replacement:
         """`place` gave this plan for these demands."""
         gives, has = (estimate(plan, demands, self._machine) for plan in (best, current))
         limit = has.normalized_latency * (1 - self._settings.least_gain)
-        worth = best if gives.normalized_latency <= limit else current
+        better = best if gives.normalized_latency <= limit and not best.same(current) else None
         if self._drifted(demands):
             self._interval = self._settings.min_interval_seconds
-        elif self._best is not None and (worth.same(self._best) or worth.same(current)):
+        elif self._planned_at is not None and (
+            better is None or (self._best is not None and better.same(self._best))
+        ):
             self._interval = min(2 * self._interval, self._settings.max_interval_seconds)
-        self._best = worth
+        self._best = better
         self._planned_at = now
         self._planned_rates = {demand.name: demand.rate for demand in demands}
 
@@ -128,6 +135,9 @@ class Replacement:
         elapsed = 0.0 if self._ticked_at is None else max(0.0, now - self._ticked_at)
         self._ticked_at = now
         if self._best is None or self._best.same(current):
+            return []
+        if broken(self._best, demands, self._machine):  # ranks or places were changed since
+            self._best = None
             return []
         self.regret += elapsed * regret_rate(current, self._best, demands, self._machine)
         if (

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from seallmd.core import dedicated
+from seallmd.core.cost import StepCosts
 from seallmd.core.images import Images
 from seallmd.core.messages import CopyIn, Extent, Group, MoveBlocks
 from seallmd.core.ranks import Ranks
@@ -87,12 +88,11 @@ class Residency:
         """As many as configured, or as few as it takes; the first reason for refusal is the best one."""
         assert service.shape is not None
         wanted = service.settings.tensor_parallel
-        before, reason = service.ranks, ""
+        reason = ""
         for ranks in (wanted,) if wanted else (1, *(shard.ranks for shard in service.shape.shards)):
             misfit = self._misfit(service, ranks)
             if not misfit:
-                if service.ranks != before and service.image is Image.READY:
-                    self._images.drop(service)
+                self._look_at_image(service)
                 return
             reason = reason or misfit
         self.refuse(service, reason)
@@ -187,7 +187,14 @@ class Residency:
         free = [place for place in able if not any(self._promised(device, service) for device in place)]
         # Where it fits as things are; where only idle services must leave, the longest unused first.
         # Fewest neighbours first: compute is what services share, and a larger device has no more of it.
-        for place in sorted(free, key=lambda p: (sum(len(d.replicas) for d in p), -_available(p))):
+        # Where the plan has it goes before all.
+        planned = self._state.planned.get(service.name, ())
+
+        def order(place: Place) -> tuple[bool, int, int]:
+            neighbours = sum(len(device.replicas) for device in place)
+            return tuple(d.index for d in place) not in planned, neighbours, -_available(place)
+
+        for place in sorted(free, key=order):
             if _available(place) >= need and self._start(service, place):
                 return
         if not service.waiting and not service.load_tickets:
@@ -317,6 +324,28 @@ class Residency:
 
     def _cannot(self, service: Service) -> None:
         self.load_failed(service, "pinned services leave no room for it on any device")
+
+    def bring(self, service: Service, place: Place) -> bool:
+        """Start a replica at a place of the caller's choice, if only idle services have to leave for it."""
+        if any(self._promised(device, service) for device in place):
+            return False
+        if _available(place) >= self._need(service) and self._start(service, place):
+            return True
+        return self._evict_idle_for(service, place, self._need(service)) and self._start(service, place)
+
+    def set_ranks(self, service: Service, ranks: int) -> None:
+        """Have an absent service come in on so many devices; its host image is built anew."""
+        assert service.profile is not None
+        assert service.shape is not None
+        service.split_over(ranks, self._state.settings)
+        service.former.clear()
+        service.profile.costs = StepCosts.guess(self._state.settings.roofline, service.shape, ranks)
+        self._look_at_image(service)
+
+    def _look_at_image(self, service: Service) -> None:
+        """An image for another number of ranks is of no use; one that is being built is looked at later."""
+        if service.image is Image.READY and service.image_ranks != service.ranks:
+            self._images.drop(service)
 
     def _start(self, service: Service, place: Place) -> bool:
         """Take the blocks and send the weights on their way. False when no run of blocks is long enough."""

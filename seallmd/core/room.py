@@ -123,7 +123,8 @@ class Room:
 
     def _settle(self, service: Service, replica: Replica) -> None:
         claims = [self._state.claim_on(device) for device in self._state.group(replica)]
-        if not service.evict_tickets and not any(claim is not None and claim.load for claim in claims):
+        wanted_gone = service.evict_tickets or replica.leaving
+        if not wanted_gone and not any(claim is not None and claim.load for claim in claims):
             replica.move("keep")
             self._state.answer(service.load_tickets)
             return
@@ -132,7 +133,7 @@ class Room:
                 self._state.preempt(request, "its service makes room for another")
         seniors = any(order < replica.admit_below for order in service.waiting)
         if not replica.running and not seniors:
-            self.evict(replica, "asked by an operator" if service.evict_tickets else "another service waits")
+            self.evict(replica, _why_gone(service, replica))
 
     def evict(self, replica: Replica, why: str) -> None:
         """Take a replica without running requests out of its arenas; their memory is free at once."""
@@ -173,3 +174,9 @@ class Room:
         if not service.replicas:
             service.wanted = not service.evict_tickets
             self._state.answer(service.evict_tickets)
+
+
+def _why_gone(service: Service, replica: Replica) -> str:
+    if service.evict_tickets:
+        return "asked by an operator"
+    return "by plan" if replica.leaving else "another service waits"

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from seallmd.core.cost import ROOFLINES, Roofline
 from seallmd.core.profile import ServiceProfile
+from seallmd.core.replacement import ReplacementSettings
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
 
@@ -85,3 +86,4 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     scheduler: SchedulerSettings = SchedulerSettings()
     host_kv_bytes: int = 0
     kv_layout: Literal["merged", "split"] = "merged"
+    replacement: ReplacementSettings = ReplacementSettings()

@@ -46,7 +46,7 @@ class Replica:
     in, and of its group. arrived: devices where the copy is done. running: requests that hold blocks here, by
     id. since: when it became resident. used: when a step of it was last sent; served: whether one was.
     drain_until: when running requests are preempted to let it go (None: never, they are finished).
-    admit_below: while draining, requests of a lower order are still admitted.
+    admit_below: while draining, requests of a lower order are still admitted. leaving: a plan wants it gone.
     """
 
     service: str
@@ -63,6 +63,7 @@ class Replica:
     served: bool = False
     admit_below: int = 0
     drain_until: float | None = None
+    leaving: bool = False
 
     @property
     def leader(self) -> int:
@@ -99,7 +100,7 @@ class Service:
     weights segment on one rank; run_tokens, run_blocks: so many tokens have their KV in so many blocks of a
     rank; run_tokens is 0 when not even one fits. refused: why it can never be served. trouble: why its last
     load failed, and retry_at when the next may be tried. wanted: bring it in unasked (preload, or it was
-    resident when its worker died). pressed_since: since when another replica would pay. former: where its
+    resident when its worker died). evicted: by an operator, and nobody has asked for it since. pressed_since: since when another replica would pay. former: where its
     weights lay last, by device. tickets: operators that wait for it. breaks: how often a group of
     its ranks fell apart; prefixes from before are not found again.
     """
@@ -117,6 +118,7 @@ class Service:
     failures: int = 0
     retry_at: float = 0.0
     wanted: bool = False
+    evicted: bool = False
     image: Image = Image.NONE
     image_path: str = ""
     image_ranks: int = 1
@@ -252,12 +254,16 @@ class Device:
 
 @dataclass(slots=True, eq=False)
 class NodeState:
-    """Everything, and the actions that the event at hand has led to so far."""
+    """Everything, and the actions that the event at hand has led to so far.
+
+    planned: the groups of each service's replicas by the best plan known.
+    """
 
     settings: NodeSettings
     devices: dict[int, Device]
     services: dict[str, Service]
     requests: dict[int, Request] = field(default_factory=dict)
+    planned: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     actions: list[Action] = field(default_factory=list)
     now: float = 0.0
     host_up: bool = False

@@ -19,6 +19,8 @@ import msgspec
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.node import Node
+from seallmd.core.placement import place
+from seallmd.core.replacement import PlanStatus
 from seallmd.core.report import request_statuses, service_detail
 from seallmd.core.settings import NodeSettings
 from seallmd.core.state import Service
@@ -66,6 +68,7 @@ class Engine:
         self._requests = 0
         self._ticket_count = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._search: asyncio.Task[None] | None = None
         self._looking: asyncio.TimerHandle | None = None
         self._hung_seconds = hung_seconds
         self._stopping = False
@@ -136,7 +139,7 @@ class Engine:
             log.warning("%d requests did not end in time", len(self._streams))
             self._happen(ev.DrainWanted(now=True))
         self._stopping = True
-        for timer in (self._timer, self._looking):
+        for timer in (self._timer, self._looking, self._search):
             if timer is not None:
                 timer.cancel()
         await asyncio.gather(*(child.stop() for child in self._children))
@@ -192,8 +195,16 @@ class Engine:
                 self._host.send(message)
             case ev.Answer(ticket, error):
                 self._tickets.pop(ticket).set_result(error)
+            case ev.SearchPlan():
+                self._search = asyncio.create_task(self._search_plan(action))
             case ev.Note(service, text):
                 log.info("%s%s", f"{service}: " if service else "", text)
+
+    async def _search_plan(self, wanted: ev.SearchPlan) -> None:
+        """Beside the loop: up to a second of computing."""
+        self._happen(
+            ev.PlanFound(await asyncio.to_thread(place, wanted.demands, wanted.machine, wanted.near))
+        )
 
     def _schedule_tick(self) -> None:
         if self._timer is not None:
@@ -277,6 +288,10 @@ class Engine:
             if status.name == service:
                 return service_detail(self.node.state, status, self._now())
         return None
+
+    def plan(self) -> PlanStatus | None:
+        """The plan in force and the best one known; None while nothing is planned."""
+        return self.node.plan_status(self._now())
 
     def requests(self) -> list[RequestStatus]:
         """Every request that is not over, the most senior first."""

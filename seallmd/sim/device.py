@@ -268,10 +268,11 @@ class SimDevice:
             tokens += row.count
             context += row.start + row.count
             rows += row.sample
-        seconds = self._timing.step(self.index, step.service, tokens, context, rows)
+        group = self._groups.get(step.service)
+        ranks = 1 if group is None else group.ranks
+        seconds = self._timing.step(self.index, step.service, tokens, context, rows, ranks)
         copied = (self._copied_at.get(block, 0.0) for row in step.rows for block in row.blocks)
         waits = max(0.0, max(copied, default=0.0) - self._clock.now)
-        group = self._groups.get(step.service)
 
         def start(seconds: float) -> None:
             self._later(waits + seconds, lambda: self._end_step(step, group, seconds))

@@ -25,8 +25,11 @@ class Timing(Protocol):
     def start(self) -> float:
         """To start a process."""
 
-    def step(self, device: int, service: str, tokens: int, context: int, rows: int) -> float:
-        """One step: tokens of all rows, tokens of KV that they read together, rows that draw a token."""
+    def step(self, device: int, service: str, tokens: int, context: int, rows: int, ranks: int = 1) -> float:
+        """One step: tokens of all rows, tokens of KV that they read together, rows that draw a token.
+
+        ranks: devices that share the work.
+        """
 
     def copy(self, device: int, bytes_: int) -> float:
         """Weights from the host to a device."""
@@ -46,7 +49,9 @@ class Costs:
     probe: float = 0.2
     start: float = 2.0
 
-    def step(self, _device: int, _service: str, tokens: int, _context: int, _rows: int) -> float:
+    def step(
+        self, _device: int, _service: str, tokens: int, _context: int, _rows: int, _ranks: int = 1
+    ) -> float:
         """A fixed part and a part per token."""
         return self.step_fixed + self.step_token * tokens
 
@@ -72,12 +77,16 @@ class RooflineTiming:
         read_bytes_per_second: float = 2e9,
     ) -> None:
         self._devices = devices
-        self._work = {name: Work.of(shape) for name, shape in shapes.items()}
+        self._shapes = shapes
+        self._work: dict[tuple[str, int], Work] = {}
         self._read_bytes_per_second = read_bytes_per_second
 
-    def step(self, device: int, service: str, tokens: int, context: int, rows: int) -> float:
+    def step(self, device: int, service: str, tokens: int, context: int, rows: int, ranks: int = 1) -> float:
         """What the roofline says."""
-        return self._devices[device].step(self._work[service], tokens, context, rows)
+        work = self._work.get((service, ranks))
+        if work is None:
+            work = self._work[service, ranks] = Work.of(self._shapes[service], ranks)
+        return self._devices[device].step(work, tokens, context, rows)
 
     def copy(self, device: int, bytes_: int) -> float:
         """At the rate of the device's link."""

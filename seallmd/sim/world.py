@@ -11,10 +11,12 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.node import Node
+from seallmd.core.placement import place
 from seallmd.core.settings import NodeSettings
 from seallmd.sim.contents import Contents, Corruption, expected_output
 from seallmd.sim.device import Blank, Memory, SimDevice, Span
@@ -23,6 +25,7 @@ from seallmd.sim.timing import Costs, Timing
 
 __all__ = ["Corruption", "Costs", "SimHost", "World", "expected_output"]
 
+PLAN_SECONDS = 0.2  # that a search takes
 HostAnswer = msg.Probed | msg.ProbeFailed | msg.ImageReady | msg.ImageFailed
 
 
@@ -173,8 +176,13 @@ class World:
                     self.devices[action.device].receive(action.message)
                 elif isinstance(action, ev.ToHostProcess):
                     self.host.receive(action.message)
+                elif isinstance(action, ev.SearchPlan):
+                    self.after(PLAN_SECONDS, partial(self._search, action))
         self._handling = False
         self._schedule_tick()
+
+    def _search(self, wanted: ev.SearchPlan) -> None:
+        self.happen(ev.PlanFound(place(wanted.demands, wanted.machine, wanted.near)))
 
     def _schedule_tick(self) -> None:
         at = self.node.next_wakeup()

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import msgspec
-
-from seallmd.core.dedicated import NAME, allowed_device, in_the_way
-from seallmd.core.settings import NodeSettings, SchedulerSettings, ServiceSettings
+from seallmd.core import dedicated
 from tests.core.helpers import shape, world
 
 
-def node(policy: str) -> NodeSettings:
-    services = tuple(ServiceSettings(name=name, model=name) for name in "abcde")
-    scheduler = msgspec.structs.replace(SchedulerSettings(), policy=policy)
-    return NodeSettings(services=services, devices=3, block_bytes=1, host_bytes=1, scheduler=scheduler)
+def test_each_service_has_its_own_devices() -> None:
+    """Protects the baseline: dealt out over all devices, the same every time, groups as wide as they are."""
+    services = {"a": shape(), "pair": shape(ranks=(2,)), "c": shape()}
+    state = world(dict(services), (40,) * 3, policy="dedicated", tensor_parallel={"pair": 2}).world.node.state
+    own = [
+        [d.index for d in dedicated.own_devices(state, service, service.ranks)]
+        for service in state.services.values()
+    ]
+    assert own == [[0], [1, 2], [0]]
 
 
-def test_each_service_has_one_device() -> None:
-    """Protects the baseline: spread over all devices, the same one every time; no limit otherwise."""
-    assert [allowed_device(node(NAME), index) for index in range(5)] == [0, 1, 2, 0, 1]
-    assert allowed_device(node("budget"), 4) is None
-
-
-def test_everybody_else_is_in_the_way() -> None:
-    """Protects `one at a time`: a device is empty before its next service comes in."""
-    recorder = world({"a": shape(), "b": shape()}, (100,), preload=("a", "b"))
-    state = recorder.world.node.state
-    leaving = in_the_way(state.devices[0], state.services["a"])
-    assert [replica.service for replica in leaving] == ["b"]
+def test_one_at_a_time_on_a_device_and_nobody_is_pushed_out() -> None:
+    """Protects what a swapping proxy does: the newcomer waits until the one before has finished."""
+    recorder = world({"a": shape(), "b": shape()}, (100,), policy="dedicated", patience_seconds=0.1)
+    recorder.arrive(1, "a", (1,), 50)
+    recorder.world.run(until=recorder.world.now + 0.3)
+    recorder.arrive(2, "b", (1,), 5)
+    recorder.arrive(3, "a", (2,), 5)  # behind b: it waits for the device too
+    ended: list[int] = []
+    while recorder.world.step():
+        ended += [request for request in recorder.finished if request not in ended]
+        assert len(recorder.world.node.state.devices[0].replicas) <= 1
+    assert ended == [1, 2, 3]
+    for request in ended:
+        recorder.assert_output(request)

@@ -1,0 +1,240 @@
+"""Plans of a running node: what is asked of it, where its services should be, and getting there.
+
+Owns the way between the node's state and planning's own structs, and the steps of a plan that is being
+applied, one at a time. Must not predict (`latency`), search (`placement`: an action, its result an event) or
+decide when to move (`replacement`). Demand goes before plans: what is asked for now is brought in by
+`residency` without waiting for a plan, and a plan that finds its way blocked is given up.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from seallmd.core.cost import StepCosts
+from seallmd.core.events import SearchPlan
+from seallmd.core.images import Images
+from seallmd.core.plan import Demand, Devices, Machine, Plan, Split
+from seallmd.core.replacement import PlanStatus, Replacement
+from seallmd.core.residency import Residency
+from seallmd.core.room import Room
+from seallmd.core.state import Image, NodeState, Replica, Service, Stage
+from seallmd.core.transition import Bring, Change
+
+TICK_SECONDS = 5.0  # between two looks at the regret
+IDLE_RATE = 1e-3  # requests per second: below it, an absent service is left alone
+STEP_SECONDS = 30.0  # that a step may take before the plan is given up
+
+
+class Planner:
+    """Has plans made and carries them out, on the shared state."""
+
+    def __init__(self, state: NodeState, room: Room, residency: Residency, images: Images) -> None:
+        self._state = state
+        self._room = room
+        self._residency = residency
+        self._images = images
+        self._replacement: Replacement | None = None
+        self._searching = False
+        self._tick_at = 0.0
+        self._steps: deque[Change] = deque()
+        self._step_ends = 0.0
+
+    # ------------------------------------------------------------------------------- its turn
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this node plans: devices that are dealt out once and for all have nothing to plan."""
+        settings = self._state.settings
+        return settings.replacement.enabled and settings.scheduler.policy != "dedicated"
+
+    def settle(self) -> None:
+        """Go on with the plan at hand; have another made when that is due."""
+        if not self.enabled or self._state.draining:
+            return
+        if self._steps:
+            self._go_on()
+        elif self._state.now >= self._tick_at and self._is_ready():
+            self._tick_at = self._state.now + TICK_SECONDS
+            self._tick(self._replacement or self._begin())
+
+    def next_wakeup(self) -> float | None:
+        """When a Tick is wanted; an idle node wants none."""
+        if not self.enabled or self._state.draining:
+            return None
+        if self._steps:
+            return self._step_ends
+        return self._tick_at if self._state.requests else None
+
+    def found(self, plan: Plan) -> None:
+        """The search has ended."""
+        self._searching = False
+        demands, replacement = self._demands(), self._replacement
+        if replacement is None or not self._is_ready() or plan.replicas.keys() != {d.name for d in demands}:
+            return  # services were refused, or devices lost, while it went on
+        replacement.planned(self._state.now, demands, self._current(), plan)
+        self._state.planned = replacement.best(self._current()).replicas
+
+    def status(self, now: float) -> PlanStatus | None:
+        """The plan in force and the best one known; None while nothing is planned."""
+        if self._replacement is None or not self._is_ready():
+            return None
+        return self._replacement.status(now, self._demands(), self._current(), self._running())
+
+    def _is_ready(self) -> bool:
+        return all(device.arena is not None for device in self._state.devices.values())
+
+    def _begin(self) -> Replacement:
+        self._replacement = Replacement(self._machine(), self._state.settings.replacement)
+        return self._replacement
+
+    def _tick(self, replacement: Replacement) -> None:
+        now, demands, current = self._state.now, self._demands(), self._current()
+        if not demands:
+            return
+        if not self._searching and replacement.wants_plan(now, demands):
+            self._searching = True
+            self._state.actions.append(SearchPlan(tuple(demands), self._machine(), current))
+        steps = replacement.tick(now, demands, current, self._running())
+        if steps:
+            self._state.note("", f"moving to a better plan in {len(steps)} steps")
+            self._steps = deque(steps)
+            self._begin_step()
+
+    # ------------------------------------------------------------------------------- in planning's words
+
+    def _machine(self) -> Machine:
+        settings = self._state.settings
+        arenas = [device.arena for device in self._state.devices.values()]
+        return Machine(
+            arena_bytes=tuple(a.capacity * settings.block_bytes if a is not None else 0 for a in arenas),
+            copy_bytes_per_second=settings.roofline.copy_bytes_per_second,
+            max_rows=settings.scheduler.max_rows,
+        )
+
+    def _current(self) -> Plan:
+        """Where services are or are going; what is on its way out is gone."""
+        return Plan(
+            {
+                service.name: tuple(r.devices for r in service.replicas if r.stage is not Stage.DRAINING)
+                for service in self._plannable()
+            }
+        )
+
+    def _running(self) -> dict[str, int]:
+        return {service.name: sum(1 for _ in service.running) for service in self._plannable()}
+
+    def _plannable(self) -> list[Service]:
+        return [s for s in self._state.services.values() if s.shape is not None and not s.refused]
+
+    def _demands(self) -> list[Demand]:
+        return [self._demand(service) for service in self._plannable()]
+
+    def _demand(self, service: Service) -> Demand:
+        assert service.shape is not None
+        assert service.profile is not None
+        rate = service.arrivals.value(self._state.now)
+        return Demand(
+            name=service.name,
+            rate=rate,
+            prompt_tokens=service.profile.prompt_tokens,
+            output_tokens=service.profile.output_tokens,
+            splits=tuple(self._split(service, ranks) for ranks in self._feasible_ranks(service)),
+            least_tokens=service.settings.context or min(service.shape.context, 256),
+            placed=self._placed(service, rate),
+        )
+
+    def _placed(self, service: Service, rate: float) -> tuple[Devices, ...] | None:
+        """Where it has to be, whatever would be best; None leaves it to the search."""
+        here = tuple(replica.devices for replica in service.replicas)
+        if service.settings.pinned and here:
+            return here
+        if not here and (service.evicted or rate < IDLE_RATE):
+            return ()  # nobody asks for it: it is not for plans to bring in
+        return service.settings.devices or None
+
+    def _feasible_ranks(self, service: Service) -> list[int]:
+        """While it is resident, those that it has: another number needs another host image."""
+        assert service.shape is not None
+        if service.replicas or service.settings.tensor_parallel:
+            return [service.ranks]
+        return [1, *(shard.ranks for shard in service.shape.shards)]
+
+    def _split(self, service: Service, ranks: int) -> Split:
+        """Measured costs for the ranks that it has, the roofline's for others."""
+        assert service.shape is not None
+        assert service.profile is not None
+        shape, shard = service.shape, service.shape.shard(ranks)
+        costs = service.profile.costs
+        if ranks != service.ranks:
+            costs = StepCosts.guess(self._state.settings.roofline, shape, ranks)
+        kv = shape.itemsize * sum(layer.kv_heads * (layer.k_dim + layer.v_dim) for layer in shard.layers)
+        return Split.of(ranks, sum(shard.segments), kv, costs)
+
+    # ------------------------------------------------------------------------------- applying a plan
+
+    def _begin_step(self) -> None:
+        self._step_ends = self._state.now + STEP_SECONDS
+
+    def _go_on(self) -> None:
+        """Do what the step at hand still needs; go to the next one when it is made."""
+        while self._steps:
+            step = self._steps[0]
+            service = self._state.services[step.service]
+            do = self._bring if isinstance(step, Bring) else self._drop
+            made = do(service, step.devices)
+            if made is None or self._state.now >= self._step_ends:
+                self._give_up(step)
+                return
+            if not made:
+                return
+            self._steps.popleft()
+            self._begin_step()
+
+    def _give_up(self, step: Change) -> None:
+        """Something else went before the plan; what was done of it stays, and the next one starts there."""
+        verb = "come to" if isinstance(step, Bring) else "leave"
+        where = "+".join(map(str, step.devices))
+        self._state.note(step.service, f"the plan is given up: it could not {verb} devices {where}")
+        self._steps.clear()
+        for service in self._state.services.values():
+            for replica in service.replicas:
+                replica.leaving = False
+
+    def _at(self, service: Service, devices: Devices) -> Replica | None:
+        return next((r for r in service.replicas if r.devices == devices), None)
+
+    def _bring(self, service: Service, devices: Devices) -> bool | None:
+        """Whether the replica is there; None when it cannot come."""
+        replica = self._at(service, devices)
+        if replica is not None:
+            return replica.stage is Stage.RESIDENT
+        place = [self._state.devices[index] for index in devices]
+        if not self._may_come(service, devices):
+            return None
+        if len(devices) != service.ranks:
+            self._residency.set_ranks(service, len(devices))
+        if service.image is not Image.READY:
+            self._images.want(service)
+        else:
+            self._residency.bring(service, place)
+        return False
+
+    def _may_come(self, service: Service, devices: Devices) -> bool:
+        busy = any(service.name in self._state.devices[index].replicas for index in devices)
+        other_ranks = bool(service.replicas) and len(devices) != service.ranks
+        paused = self._state.now < service.retry_at
+        gone = bool(service.refused or service.evict_tickets or service.evicted)
+        return self._is_ready() and not (busy or other_ranks or paused or gone)
+
+    def _drop(self, service: Service, devices: Devices) -> bool | None:
+        """Whether the replica is gone; None when it cannot go."""
+        replica = self._at(service, devices)
+        if replica is None:
+            return True
+        if service.settings.pinned or replica.stage is Stage.COPYING:
+            return None
+        replica.leaving = True
+        if replica.stage is Stage.RESIDENT:
+            patience = self._state.settings.scheduler.patience_seconds
+            self._room.drain(replica, admit_below=0, seconds=patience)
+        return False
