@@ -100,9 +100,10 @@ class Service:
     weights segment on one rank; run_tokens, run_blocks: so many tokens have their KV in so many blocks of a
     rank; run_tokens is 0 when not even one fits. refused: why it can never be served. trouble: why its last
     load failed, and retry_at when the next may be tried. wanted: bring it in unasked (preload, or it was
-    resident when its worker died). evicted: by an operator, and nobody has asked for it since. pressed_since: since when another replica would pay. former: where its
-    weights lay last, by device. tickets: operators that wait for it. breaks: how often a group of
-    its ranks fell apart; prefixes from before are not found again.
+    resident when its worker died). evicted: by an operator, and nobody has asked for it since. pressed_since:
+    since when another replica would pay. former: where its weights lay last, by device. tickets: operators
+    that wait for it. breaks: how often a group of its ranks fell apart; prefixes from before are not found
+    again.
     """
 
     settings: ServiceSettings

@@ -7,6 +7,7 @@ from typing import Literal
 
 from seallmd.core import events as ev
 from seallmd.core.messages import LayerShape, ModelShape, Sampling, Shard
+from seallmd.core.replacement import ReplacementSettings
 from seallmd.core.settings import NodeSettings, SchedulerSettings, ServiceSettings
 from seallmd.sim.world import Costs, World, expected_output
 
@@ -109,6 +110,7 @@ def world(
     kv_layout: Literal["merged", "split"] = "merged",
     tensor_parallel: dict[str, int] | None = None,
     groups: dict[str, tuple[tuple[int, ...], ...]] | None = None,
+    replacement: ReplacementSettings | None = None,
     **scheduler: object,
 ) -> Recorder:
     """A started world. arenas: blocks of each device. host_kv: blocks of host memory for KV of each."""
@@ -130,6 +132,7 @@ def world(
         host_bytes=host_bytes,
         host_kv_bytes=host_kv * BLOCK,
         kv_layout=kv_layout,
+        replacement=replacement or ReplacementSettings(),
         scheduler=SchedulerSettings(**scheduler),  # type: ignore[arg-type]
     )
     recorder = Recorder(check_every_event=check_every_event)

@@ -153,7 +153,7 @@ def test_long_history_with_faults(seed: int, policy: str) -> None:
     history.finish()
     assert len(history.world.history) > 2000
     saves = sum(service.saves for service in history.world.node.status(0).services)
-    assert seed == 0 or policy == "dedicated" or saves > 10, "no KV went to host memory"
+    assert seed == 0 or policy == "dedicated" or saves > 0, "no KV went to host memory"
 
 
 @pytest.mark.parametrize("seed", range(6))

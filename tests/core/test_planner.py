@@ -1,0 +1,117 @@
+"""Plans in a running node: made from what it has seen, carried out beside its work, given up if blocked."""
+
+from __future__ import annotations
+
+from seallmd.core import events as ev
+from seallmd.core.plan import Plan
+from seallmd.core.replacement import ReplacementSettings
+from seallmd.core.status import ServiceStatus
+from tests.core.helpers import Recorder, shape, world
+
+EAGER = ReplacementSettings(min_interval_seconds=5.0, max_interval_seconds=20.0)
+
+
+def status_of(recorder: Recorder, name: str) -> ServiceStatus:
+    return next(s for s in recorder.world.node.status(recorder.world.now).services if s.name == name)
+
+
+def crowded(**options: object) -> Recorder:
+    """Two busy services on device 0 and nothing on device 1: device 1 was down when they came in."""
+    services = {"a": shape(), "b": shape(), "c": shape(segments=(4096,))}
+    recorder = world(dict(services), (200, 200), replicate=False, **options)  # type: ignore[arg-type]
+    recorder.world.devices[1].kill(restart_after=2.0)
+    recorder.arrive(1, "a", (1,), 2)
+    recorder.arrive(2, "b", (1,), 2)
+    recorder.world.run(until=recorder.world.now + 3.0)
+    assert status_of(recorder, "a").devices == status_of(recorder, "b").devices == (0,)
+    return recorder
+
+
+def keep_busy(recorder: Recorder, seconds: float) -> None:
+    """Both services have requests all the time."""
+    number, end = 1000, recorder.world.now + seconds
+    while recorder.world.now < end:
+        for service in ("a", "b"):
+            for _ in range(3):
+                number += 1
+                recorder.arrive(number, service, (number % 50, 3), 40)
+        recorder.world.run(until=recorder.world.now + 0.5)
+    recorder.world.run()
+    for request in range(1001, number + 1):
+        recorder.assert_output(request)
+
+
+def test_two_busy_services_are_moved_apart() -> None:
+    """Regret grows while they crowd one device; then one moves, and not a token is lost by it."""
+    recorder = crowded(replacement=EAGER)
+    keep_busy(recorder, 60.0)
+    places = {status_of(recorder, name).devices for name in ("a", "b")}
+    assert {device for place in places for device in place} == {0, 1}, recorder.notes
+    assert any("better plan" in note for note in recorder.notes)
+
+
+def test_without_replacement_they_stay() -> None:
+    """The baseline can be switched on."""
+    recorder = crowded(replacement=ReplacementSettings(enabled=False))
+    keep_busy(recorder, 60.0)
+    assert status_of(recorder, "a").devices == status_of(recorder, "b").devices == (0,)
+
+
+def test_an_idle_node_makes_no_plans() -> None:
+    """Nothing to do means no wake-ups at all: virtual time comes to its end."""
+    recorder = crowded(replacement=EAGER)
+    recorder.world.run()
+    assert recorder.world.node.next_wakeup() is None
+
+
+def test_what_an_operator_evicted_is_left_out() -> None:
+    """However much was asked of it before: nobody but a client or an operator brings it back."""
+    recorder = crowded(replacement=EAGER)
+    keep_busy(recorder, 10.0)
+    recorder.world.happen(ev.EvictWanted(1, "b"))
+    recorder.world.run()
+    for _ in range(40):
+        recorder.arrive(5000 + _, "a", (_, 1), 30)
+        recorder.world.run(until=recorder.world.now + 1.0)
+    assert status_of(recorder, "b").state == "absent"
+
+
+def test_a_pinned_service_stays_where_it_is() -> None:
+    """It may be in a bad place; the other one is moved."""
+    recorder = crowded(replacement=EAGER, pinned=("a",))
+    place = status_of(recorder, "a").devices
+    keep_busy(recorder, 60.0)
+    assert set(place) <= set(status_of(recorder, "a").devices)
+    assert set(status_of(recorder, "b").devices) - set(place)
+
+
+def test_a_plan_whose_way_is_blocked_is_given_up() -> None:
+    """The operator evicts what is to be moved: the plan ends, nothing waits for it."""
+    recorder = crowded(replacement=EAGER)
+    node = recorder.world.node
+    number = 2000
+    while not any("better plan" in note for note in recorder.notes):
+        number += 2
+        recorder.arrive(number, "a", (number % 50,), 40)
+        recorder.arrive(number + 1, "b", (number % 50,), 40)
+        recorder.world.run(until=recorder.world.now + 0.5)
+    for ticket, name in enumerate(("a", "b"), 1):
+        recorder.world.happen(ev.EvictWanted(ticket, name, now=True))
+    recorder.world.run()
+    assert recorder.answers == {1: "", 2: ""}
+    assert status_of(recorder, "a").state == status_of(recorder, "b").state == "absent"
+    assert node.next_wakeup() is None
+
+
+def test_the_plan_is_told() -> None:
+    """What `seallmctl plan` shows: where services are, where they would be better, regret and cost."""
+    recorder = crowded(replacement=EAGER)
+    for number in range(3000, 3060):
+        recorder.arrive(number, "ab"[number % 2], (number % 50,), 40)
+        recorder.world.run(until=recorder.world.now + 0.15)
+    status = recorder.world.node.plan_status(recorder.world.now)
+    assert status is not None
+    assert status.current == Plan({"a": ((0,),), "b": ((0,),), "c": ()})
+    assert {s.service for s in status.services} == {"a", "b", "c"}
+    assert status.regret >= 0
+    assert status.cost >= 0
