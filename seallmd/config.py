@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from seallmd.api.settings import HttpSettings
-from seallmd.core.settings import SchedulerSettings, ServiceSettings
+from seallmd.core.settings import ReplacementSettings, SchedulerSettings, ServiceSettings
 from seallmd.errors import ConfigError
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)\s*$")
@@ -104,6 +104,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     control: ControlSettings = ControlSettings()
     devices: DeviceSettings = DeviceSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
+    replacement: ReplacementSettings = ReplacementSettings()
     journal: JournalSettings = JournalSettings()
     log: LogSettings = LogSettings()
     service: tuple[ServiceSettings, ...] = ()

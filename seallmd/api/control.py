@@ -5,6 +5,7 @@ Owns the protocol and who may speak it. Must not know how commands are carried o
     {"op": "status"}                             -> {"kind": "status", "status": {...}, "daemon": {...}}
     {"op": "show", "service": "a"}               -> {"kind": "service", "service": {...}} or error
     {"op": "requests"}                           -> {"kind": "requests", "requests": [...]}
+    {"op": "plan"}                               -> {"kind": "plan", "plan": {...}} (null: nothing is planned)
     {"op": "cancel", "request": 7}               -> ok or error
     {"op": "load", "service": "a"}               -> {"kind": "progress", ...}* then ok or error
     {"op": "evict", "service": "a", "now": true} -> ok or error
@@ -32,7 +33,7 @@ import msgspec
 
 from seallmd import __version__
 from seallmd.api.sockets import claim_socket_path
-from seallmd.core.status import NodeStatus, RequestStatus, ServiceDetail
+from seallmd.core.status import NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 from seallmd.errors import ControlError
 from seallmd.paths import make_socket_directory
 from seallmd.runtime.face import EngineFace
@@ -61,6 +62,10 @@ class Show(_Request, frozen=True):
 
 class Requests(_Request, frozen=True):
     """Every request that is not over."""
+
+
+class Plan(_Request, frozen=True):
+    """Where services are, and where they would be better."""
 
 
 class Cancel(_Request, frozen=True):
@@ -132,7 +137,13 @@ class RequestList(_Reply, frozen=True, tag="requests"):
     requests: list[RequestStatus]
 
 
-Command = Status | Show | Requests | Cancel | Load | Evict
+class PlanReport(_Reply, frozen=True, tag="plan"):
+    """The answer to `Plan`; None while nothing is planned."""
+
+    plan: PlanStatus | None
+
+
+Command = Status | Show | Requests | Plan | Cancel | Load | Evict
 
 
 class ControlServer:
@@ -248,6 +259,8 @@ class ControlServer:
                 await _say(writer, unknown if detail is None else Detail(detail))
             case Requests():
                 await _say(writer, RequestList(self._engine.requests()))
+            case Plan():
+                await _say(writer, PlanReport(self._engine.plan()))
             case Cancel(number):
                 await _say(writer, self._cancel(number))
             case Load(service):

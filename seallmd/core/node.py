@@ -19,7 +19,6 @@ from seallmd.core.images import Images
 from seallmd.core.invariants import check_node
 from seallmd.core.planner import Planner
 from seallmd.core.profile import ServiceProfile
-from seallmd.core.replacement import PlanStatus
 from seallmd.core.report import node_status
 from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
@@ -27,7 +26,7 @@ from seallmd.core.room import Room
 from seallmd.core.scheduler import POLICIES, charge
 from seallmd.core.settings import NodeSettings
 from seallmd.core.state import Device, Image, NodeState, Replica, SentStep, Service, Stage
-from seallmd.core.status import NodeStatus
+from seallmd.core.status import NodeStatus, PlanStatus
 
 
 class Node:

@@ -14,10 +14,11 @@ from seallmd.core.cost import StepCosts
 from seallmd.core.events import SearchPlan
 from seallmd.core.images import Images
 from seallmd.core.plan import Demand, Devices, Machine, Plan, Split
-from seallmd.core.replacement import PlanStatus, Replacement
+from seallmd.core.replacement import Replacement
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
 from seallmd.core.state import Image, NodeState, Replica, Service, Stage
+from seallmd.core.status import PlanStatus
 from seallmd.core.transition import Bring, Change
 
 TICK_SECONDS = 5.0  # between two looks at the regret

@@ -12,61 +12,14 @@ its result. All of it goes by the `now` it is given.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated
-
-import msgspec
-from msgspec import Meta
 
 from seallmd.core.latency import Estimate, ServiceEstimate, estimate
 from seallmd.core.plan import Demand, Devices, Machine, Plan, broken, by_name
+from seallmd.core.settings import ReplacementSettings
+from seallmd.core.status import PlanStatus, ServicePlan
 from seallmd.core.transition import Bring, Change, steps
 
 _NOISE_RATE = 0.02  # requests/s that are added to both sides when rates are compared
-
-
-class ReplacementSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The `[replacement]` table: how eagerly plans are looked for and moved to.
-
-    enabled: without it, services come and go by demand alone. min_interval_seconds, max_interval_seconds:
-    between two plannings; doubled from one to the other while nothing changes. drift: a rate that changed by
-    this factor since it was planned for brings the next planning forward. least_gain: a plan whose normalized
-    latency is better by less than this share is taken for no better.
-    """
-
-    enabled: bool = True
-    min_interval_seconds: Annotated[float, Meta(gt=0, le=86400)] = 15.0
-    max_interval_seconds: Annotated[float, Meta(gt=0, le=86400)] = 600.0
-    drift: Annotated[float, Meta(gt=1, le=1000)] = 2.0
-    least_gain: Annotated[float, Meta(ge=0, lt=1)] = 0.02
-
-
-class ServicePlan(msgspec.Struct, frozen=True):
-    """One service in a `PlanStatus`: where it is, where it is best, what either gives, and why in words."""
-
-    service: str
-    current: tuple[Devices, ...]
-    best: tuple[Devices, ...]
-    current_seconds_per_token: float
-    best_seconds_per_token: float
-    reason: str
-
-
-class PlanStatus(msgspec.Struct, frozen=True):
-    """The plan in force beside the best one known.
-
-    regret: request-seconds lost so far by not having the best; cost: those that moving would lose.
-    next_planning_seconds: until the next one, 0 when it is due. Normalized latencies in seconds per token,
-    weighted by rates.
-    """
-
-    current: Plan
-    best: Plan
-    regret: float
-    cost: float
-    next_planning_seconds: float
-    current_normalized_latency: float
-    best_normalized_latency: float
-    services: tuple[ServicePlan, ...]
 
 
 class Replacement:
@@ -156,6 +109,8 @@ class Replacement:
     ) -> PlanStatus:
         """What `tick` goes by, for people. Changes nothing."""
         best = self._best or current
+        if best is not current and broken(best, demands, self._machine):
+            best = current  # ranks or places were changed since
         gives, has = (estimate(plan, demands, self._machine) for plan in (best, current))
         return PlanStatus(
             current=current,
@@ -166,6 +121,7 @@ class Replacement:
             current_normalized_latency=has.normalized_latency,
             best_normalized_latency=gives.normalized_latency,
             services=tuple(_service_plan(demand, current, best, has, gives) for demand in demands),
+            steps=() if best is current else moves(current, best, demands, self._machine),
         )
 
 

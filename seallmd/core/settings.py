@@ -12,7 +12,6 @@ from msgspec import Meta
 
 from seallmd.core.cost import ROOFLINES, Roofline
 from seallmd.core.profile import ServiceProfile
-from seallmd.core.replacement import ReplacementSettings
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
 
@@ -65,6 +64,22 @@ class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     replicate_seconds: Annotated[float, Meta(ge=0, le=3600)] = 1.0
     min_residency_seconds: Annotated[float, Meta(ge=0, le=3600)] = 2.0
     patience_seconds: Annotated[float, Meta(ge=0, le=3600)] = 5.0
+
+
+class ReplacementSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The `[replacement]` table: how eagerly plans are looked for and moved to.
+
+    enabled: without it, services come and go by demand alone. min_interval_seconds, max_interval_seconds:
+    between two plannings; doubled from one to the other while nothing changes. drift: a rate that changed by
+    this factor since it was planned for brings the next planning forward. least_gain: a plan whose normalized
+    latency is better by less than this share is taken for no better.
+    """
+
+    enabled: bool = True
+    min_interval_seconds: Annotated[float, Meta(gt=0, le=86400)] = 15.0
+    max_interval_seconds: Annotated[float, Meta(gt=0, le=86400)] = 600.0
+    drift: Annotated[float, Meta(gt=1, le=1000)] = 2.0
+    least_gain: Annotated[float, Meta(ge=0, lt=1)] = 0.02
 
 
 class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from seallmd.core.messages import ModelShape
+from seallmd.core.plan import Devices, Plan
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.settings import ServiceSettings
 
@@ -120,3 +121,33 @@ class ServiceDetail(msgspec.Struct, frozen=True):
     profile: ServiceProfile | None
     kv_bytes_per_token: int
     places: tuple[Place, ...]
+
+
+class ServicePlan(msgspec.Struct, frozen=True):
+    """One service in a `PlanStatus`: where it is, where it is best, what either gives, and why in words."""
+
+    service: str
+    current: tuple[Devices, ...]
+    best: tuple[Devices, ...]
+    current_seconds_per_token: float
+    best_seconds_per_token: float
+    reason: str
+
+
+class PlanStatus(msgspec.Struct, frozen=True):
+    """The plan in force beside the best one known.
+
+    regret: request-seconds lost so far by not having the best; cost: those that moving would lose.
+    next_planning_seconds: until the next one, 0 when it is due. Normalized latencies in seconds per token,
+    weighted by rates. steps: of the way to the best, in words.
+    """
+
+    current: Plan
+    best: Plan
+    regret: float
+    cost: float
+    next_planning_seconds: float
+    current_normalized_latency: float
+    best_normalized_latency: float
+    services: tuple[ServicePlan, ...]
+    steps: tuple[str, ...] = ()

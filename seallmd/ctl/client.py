@@ -35,6 +35,12 @@ def requests(path: Path) -> list[Reply]:
     return list(_answer(path, {"op": "requests"})["requests"])
 
 
+def plan(path: Path) -> Reply | None:
+    """The plans in force and best known; None while nothing is planned. Raises as `show`."""
+    found: Reply | None = _answer(path, {"op": "plan"})["plan"]
+    return found
+
+
 def cancel(path: Path, request: int) -> None:
     """End a request. Raises Unreachable or ControlError."""
     _answer(path, {"op": "cancel", "request": request})

@@ -20,7 +20,7 @@ _seallmctl() {
         --url|--system|--max-tokens|--temperature|--interval) return ;;
     esac
     local common="--socket --json --help"
-    local verbs="cancel chat completion doctor evict list load requests show status top"
+    local verbs="cancel chat completion doctor evict list load plan requests show status top"
     if [[ -z "$verb" ]]; then
         COMPREPLY=($(compgen -W "$common --version $verbs" -- "$word"))
     elif [[ "$word" == -* ]]; then

@@ -73,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     verb("show", "all about one service").add_argument("service", metavar="NAME")
     top = verb("top", "the status, drawn again and again; q quits")
     top.add_argument("--interval", type=_seconds, default=1.0, metavar="SECONDS", help="default: 1")
+    verb("plan", "where services are, where they would be better, and when they move")
     verb("requests", "what runs and waits, and why")
     verb("cancel", "end a request").add_argument("request", type=int, metavar="ID")
     load = verb("load", "bring a service in and wait until it is resident")
@@ -152,6 +153,16 @@ def _top(path: Path, arguments: argparse.Namespace) -> None:
     from seallmd.ctl import top, view
 
     top.run(view.console(), lambda: client.status(path), arguments.interval)
+
+
+def _plan(path: Path, arguments: argparse.Namespace) -> None:
+    plan = client.plan(path)
+    if _as_json(arguments):
+        print(json.dumps(plan))
+        return
+    from seallmd.ctl import plan_view, view
+
+    plan_view.show_plan(view.console(), plan)
 
 
 def _requests(path: Path, arguments: argparse.Namespace) -> None:
@@ -236,6 +247,7 @@ _VERBS: dict[str, Callable[[Path, argparse.Namespace], int | None]] = {
     "evict": _evict,
     "list": _list,
     "load": _load,
+    "plan": _plan,
     "requests": _requests,
     "show": _show,
     "status": _status,

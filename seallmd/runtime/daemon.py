@@ -103,6 +103,7 @@ def _build_engine(config: Config) -> Engine:
         block_bytes=plan.block_bytes,
         host_bytes=plan.host_bytes,
         scheduler=config.scheduler,
+        replacement=config.replacement,
         roofline=plan.roofline,
         host_kv_bytes=plan.host_kv_bytes,
         kv_layout=config.devices.kv_layout,

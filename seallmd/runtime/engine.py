@@ -20,11 +20,10 @@ from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.node import Node
 from seallmd.core.placement import place
-from seallmd.core.replacement import PlanStatus
 from seallmd.core.report import request_statuses, service_detail
 from seallmd.core.settings import NodeSettings
 from seallmd.core.state import Service
-from seallmd.core.status import NodeStatus, RequestStatus, ServiceDetail
+from seallmd.core.status import NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 from seallmd.errors import ControlError, RequestError
 from seallmd.runtime import profiles, rendezvous
 from seallmd.runtime.children import Child, Entry

@@ -15,7 +15,7 @@ import msgspec
 from seallmd.core.events import Finish
 from seallmd.core.messages import ModelShape, Sampling
 from seallmd.core.settings import ServiceSettings
-from seallmd.core.status import NodeStatus, RequestStatus, ServiceDetail
+from seallmd.core.status import NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 
 
 class ServiceView(msgspec.Struct, frozen=True):
@@ -127,6 +127,9 @@ class EngineFace(Protocol):
 
     def requests(self) -> list[RequestStatus]:
         """Every request that is not over, the most senior first."""
+
+    def plan(self) -> PlanStatus | None:
+        """The plan in force and the best one known; None while nothing is planned."""
 
     async def load(self, service: str) -> None:
         """Bring a service in; returns when it is resident. Raises ControlError with the reason."""

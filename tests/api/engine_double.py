@@ -143,6 +143,9 @@ class FakeEngine:
     def detail(self, service: str) -> ServiceDetail | None:
         raise NotImplementedError
 
+    def plan(self) -> None:
+        """Nothing is planned."""
+
     def requests(self) -> list[RequestStatus]:
         raise NotImplementedError
 

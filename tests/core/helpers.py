@@ -7,8 +7,7 @@ from typing import Literal
 
 from seallmd.core import events as ev
 from seallmd.core.messages import LayerShape, ModelShape, Sampling, Shard
-from seallmd.core.replacement import ReplacementSettings
-from seallmd.core.settings import NodeSettings, SchedulerSettings, ServiceSettings
+from seallmd.core.settings import NodeSettings, ReplacementSettings, SchedulerSettings, ServiceSettings
 from seallmd.sim.world import Costs, World, expected_output
 
 BLOCK = 256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from seallmd.core import events as ev
 from seallmd.core.plan import Plan
-from seallmd.core.replacement import ReplacementSettings
+from seallmd.core.settings import ReplacementSettings
 from seallmd.core.status import ServiceStatus
 from tests.core.helpers import Recorder, shape, world
 

@@ -8,13 +8,8 @@ import pytest
 
 from seallmd.core.latency import estimate
 from seallmd.core.plan import Demand, Machine, Plan, Split, broken
-from seallmd.core.replacement import (
-    Replacement,
-    ReplacementSettings,
-    moves,
-    moving_cost,
-    regret_rate,
-)
+from seallmd.core.replacement import Replacement, moves, moving_cost, regret_rate
+from seallmd.core.settings import ReplacementSettings
 from seallmd.core.transition import Bring, Drop, apply, dark_services, steps, undo
 from tools.bench_placement import all_plans, draw
 

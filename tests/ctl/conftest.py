@@ -18,6 +18,7 @@ from seallmd.core.status import (
     DeviceStatus,
     NodeStatus,
     Place,
+    PlanStatus,
     RequestStatus,
     ServiceDetail,
     ServiceStatus,
@@ -97,6 +98,7 @@ class FakeNode:
         self.evicted: list[tuple[str, bool]] = []
         self.cancelled: list[int] = []
         self.waiting = [RUNNING, WAITING]
+        self.planned: PlanStatus | None = None
         self.table = {
             "quick": service("quick", "absent"),
             "slow": service("slow", "reading", stage=0.25, device=0),
@@ -139,10 +141,13 @@ class FakeNode:
             status=status,
             settings=settings,
             shape=SHAPE if known else None,
-            profile=ServiceProfile(StepCosts([0.005, 0.002, 0.0001], [], 77, 0.12)) if known else None,
+            profile=ServiceProfile(StepCosts((0.005, 0.002, 0.0001, 0.0), [], 77, 0.12)) if known else None,
             kv_bytes_per_token=SHAPE.kv_bytes_per_token if known else 0,
             places=(Place(0, "resident", 1024 * MIB, 3, 75.0),) if known else (),
         )
+
+    def plan(self) -> PlanStatus | None:
+        return self.planned
 
     def requests(self) -> list[RequestStatus]:
         return self.waiting

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from seallmd.core.plan import Plan
+from seallmd.core.status import PlanStatus, ServicePlan
 from seallmd.ctl import details
 from seallmd.ctl.completion import BASH
 from seallmd.ctl.main import make_parser
@@ -56,6 +58,32 @@ async def test_show(control: Path) -> None:
     assert "no such architecture" in out
     assert "learnt" not in out
     assert (await run("--socket", control, "show", "nobody"))[0] == 2
+
+
+async def test_plan(control: Path, node: FakeNode) -> None:
+    """Where services are and would be better, the regret against its cost, and the steps in words."""
+    _, out, _ = await run("--socket", control, "plan")
+    assert "nothing is planned" in out
+    assert (await run("--socket", control, "plan", "--json"))[1] == "null\n"
+    service = ServicePlan("busy[red]", ((0,), (1, 2)), ((0,),), 0.0452, 0.031, "on device 0, now elsewhere")
+    node.planned = PlanStatus(
+        current=Plan({"busy[red]": ((0,), (1, 2))}),
+        best=Plan({"busy[red]": ((0,),)}),
+        regret=12.3,
+        cost=40.5,
+        next_planning_seconds=75,
+        current_normalized_latency=0.0452,
+        best_normalized_latency=0.031,
+        services=(service,),
+        steps=("drop busy[red] on devices 1+2",),
+    )
+    _, out, _ = await run("--socket", control, "plan")
+    assert "busy[red]  0,1+2  0" in out
+    assert "over all: 45.2 ms per token now, 31 by the best plan known" in out
+    assert "regret 12.3 of 40.5 request-seconds" in out
+    assert "  drop busy[red] on devices 1+2" in out
+    assert "next planning in 1:15 min" in out
+    assert json.loads((await run("--socket", control, "plan", "--json"))[1])["regret"] == 12.3
 
 
 async def test_requests_and_cancel(control: Path, node: FakeNode) -> None:
