@@ -45,6 +45,8 @@ from seallmd.worker.requests import Packed, Requests
 from seallmd.worker.sampler import sample
 from seallmd.worker.skeleton import DTYPES, build_skeleton, fix_rope, load_config
 
+_TELL_BYTES = 64 << 20  # of a copy, between two reports of its progress
+
 
 @dataclass
 class _Model:
@@ -72,6 +74,7 @@ class _Arrival:
     config: Future[PreTrainedConfig] | None  # None when its module tree is at hand
     started: float | None = None
     done_bytes: int = 0
+    told_bytes: int = 0
     copied: bool = False
 
 
@@ -206,8 +209,11 @@ class Worker:
             piece = arrival.copy.advance()
             arrival.done_bytes += piece
             arrival.copied = piece == 0
-            if piece:
-                total = sum(extent.bytes_ for extent in arrival.wanted.extents)
+            total = sum(extent.bytes_ for extent in arrival.wanted.extents)
+            if piece and (
+                arrival.done_bytes == total or arrival.done_bytes >= arrival.told_bytes + _TELL_BYTES
+            ):
+                arrival.told_bytes = arrival.done_bytes
                 self._send(JobProgress(arrival.wanted.service, "copy", arrival.done_bytes, total))
             return True
         if arrival.config is not None and not arrival.config.done():
