@@ -108,6 +108,11 @@ class Worker:
         """Whether `advance` has something to do."""
         return bool(self._arriving)
 
+    @property
+    def binding(self) -> bool:
+        """Whether what `advance` does next is no copy but a binding, some milliseconds of work or more."""
+        return bool(self._arriving) and self._arriving[0].copied
+
     def handle(self, message: Message) -> None:
         """Carry out one message. Raises on what only a defect of the daemon or of the device can cause."""
         match message:
