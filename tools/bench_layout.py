@@ -3,12 +3,14 @@
     python -m tools.bench_layout models/smollm2-135m-instruct models/gemma-3-270m
 
 One model, one copy of its weights, one thread by default; the layouts take turns, so that a machine which
-drifts or is shared harms them alike. Speed: the least CPU time (with one thread, the time it takes when nobody
-disturbs it) of a decode step, of all turns, at each batch and context, and of a prefill; as a ratio to the
-first line (above 1: slower). KV of a decode's context is whatever lies there: its values cost no time. Memory: over requests with lengths like ShareGPT's, the share
-of allotted bytes that is never written, how many such requests fit into a GiB, and the blocks in a table of
-1,024 tokens. "outside windows": the share of written bytes that sliding layers no longer look at by the end
-of a request, which a layout with a layer to itself could give back.
+drifts or is shared harms them alike. Speed: the least CPU time (with one thread, the time it takes when
+nobody disturbs it) of a decode step, of all turns, at each batch and context, and of a prefill; as a ratio to
+the first line (above 1: slower). KV of a decode's context is whatever lies there: its values cost no time.
+
+Memory: over requests with lengths like ShareGPT's, the share of allotted bytes that is never written, how
+many such requests fit into a GiB, and the blocks in a table of 1,024 tokens. "outside windows": the share of
+written bytes that sliding layers no longer look at by the end of a request, which a layout with a layer to
+itself could give back.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ import torch
 from seallmd.core.messages import Extent, WorkerSettings
 from seallmd.worker.process import require_memory
 
-# One chunk is copied between two steps of the residents: about 5 ms on a CPU, 1 ms over PCIe.
-CHUNK_BYTES = 64 << 20
+# The least that is copied between two steps of the residents: 0.7 ms on a CPU, 0.2 ms over PCIe.
+CHUNK_BYTES = 8 << 20
+_CHUNKS_IN_FLIGHT = 16  # to a GPU: what stopping, and KV behind them on the stream, may have to wait for
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # source and target of a copy
 
@@ -50,12 +51,45 @@ class Device(ABC):
     arena: torch.Tensor
     host_kv: torch.Tensor
 
-    @abstractmethod
-    def copy_in(self, service: str, path: str, extents: tuple[Extent, ...]) -> Copy:
-        """Start to copy a service's image; nothing is written before all that was enqueued is done."""
+    def __init__(self) -> None:
+        self._images: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}
 
-    def drop_image(self, service: str) -> None:  # noqa: B027 - only devices that keep images have to
-        """Forget what is kept of a service's image."""
+    def copy_in(self, service: str, path: str, extents: tuple[Extent, ...]) -> Copy:
+        """Start to copy a service's image; nothing is written before all that was enqueued is done.
+
+        The image stays mapped until it is dropped or another takes its place: on a CPU the page faults of a
+        new mapping take as long as the copy, on a GPU page-locking takes longer.
+        """
+        image = self._image(service, path)
+        _check(extents, image.numel(), self.arena.numel())
+        return self._start(image, extents)
+
+    def drop_image(self, service: str) -> None:
+        """Unmap a service's image; ignored where there is none."""
+        known = self._images.pop(service, None)
+        if known is not None:
+            self._release(known[1])
+
+    def _image(self, service: str, path: str) -> torch.Tensor:
+        status = os.stat(path)
+        identity = (status.st_dev, status.st_ino)  # not the path: its descriptor number is used again
+        known = self._images.get(service)
+        if known is not None and known[0] == identity:
+            return known[1]
+        self.drop_image(service)
+        image = self._map(path, status.st_size)
+        self._images[service] = (identity, image)
+        return image
+
+    @abstractmethod
+    def _map(self, path: str, size: int) -> torch.Tensor:
+        """The image at `path`, ready to be copied from."""
+
+    def _release(self, image: torch.Tensor) -> None:  # noqa: B027 - a mapping ends with its tensor
+        """Before an image is unmapped."""
+
+    @abstractmethod
+    def _start(self, image: torch.Tensor, extents: tuple[Extent, ...]) -> Copy: ...
 
     def save(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
         """Copy blocks of the arena to slots of `host_kv`, after all that was enqueued.
@@ -84,12 +118,6 @@ def open_device(settings: WorkerSettings) -> Device:
     """The device named in the settings, with its arena. Raises MemoryError if it cannot be had."""
     device = torch.device(settings.device)
     return CudaDevice(settings, device) if device.type == "cuda" else CpuDevice(settings)
-
-
-def _map(path: str, shared: bool) -> torch.Tensor:
-    """The image as a tensor. A private mapping cannot be written through by accident."""
-    size = os.stat(path).st_size
-    return torch.from_file(path, shared=shared, size=size, dtype=torch.uint8)
 
 
 def _chunks(extents: tuple[Extent, ...]) -> Iterator[tuple[int, int, int]]:
@@ -145,6 +173,7 @@ class CpuDevice(Device):
     torch_device = torch.device("cpu")
 
     def __init__(self, settings: WorkerSettings) -> None:
+        super().__init__()
         size = settings.arena_bytes // settings.block_bytes * settings.block_bytes
         if size <= 0:
             raise MemoryError("a CPU device needs arena_bytes of at least one block")
@@ -153,10 +182,11 @@ class CpuDevice(Device):
         self.host_kv = _host_kv(settings)
         self.label = f"cpu: {_cpu_name()}, {settings.threads} threads"
 
-    def copy_in(self, service: str, path: str, extents: tuple[Extent, ...]) -> Copy:  # noqa: ARG002
-        """As `Device.copy_in`. Mapping anew costs nothing, and a dropped image's memory is free at once."""
-        image = _map(path, shared=False)
-        _check(extents, image.numel(), self.arena.numel())
+    def _map(self, path: str, size: int) -> torch.Tensor:
+        # Private: it cannot be written through by accident.
+        return torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+
+    def _start(self, image: torch.Tensor, extents: tuple[Extent, ...]) -> Copy:
         return _CpuCopy(self.arena, image, extents)
 
     def _copy_kv(self, pairs: Iterable[Pair], blocks: Sequence[int]) -> None:  # noqa: ARG002
@@ -195,9 +225,10 @@ def _cpu_name() -> str:
 
 
 class CudaDevice(Device):
-    """A GPU. Images are page-locked once and stay mapped until another image takes the service's place."""
+    """A GPU. Images are page-locked once."""
 
     def __init__(self, settings: WorkerSettings, device: torch.device) -> None:
+        super().__init__()
         torch.cuda.set_device(device)
         self.torch_device = device
         self.label = f"{settings.device}: {torch.cuda.get_device_name(device)}"
@@ -211,21 +242,20 @@ class CudaDevice(Device):
             _page_lock(self.host_kv, "host memory for KV")
         self._stream = torch.cuda.Stream(device)
         self._kv_copies: deque[tuple[torch.cuda.Event, frozenset[int]]] = deque()  # in order; their blocks
-        self._images: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}
 
-    def copy_in(self, service: str, path: str, extents: tuple[Extent, ...]) -> Copy:
-        """As `Device.copy_in`."""
-        image = self._locked(service, path)
-        _check(extents, image.numel(), self.arena.numel())
+    def _map(self, path: str, size: int) -> torch.Tensor:
+        # Shared: page-locking a private mapping would copy it.
+        image = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+        _page_lock(image, "the host image")
+        return image
+
+    def _release(self, image: torch.Tensor) -> None:
+        self._stream.synchronize()  # a copy may still read it
+        torch.cuda.cudart().cudaHostUnregister(image.data_ptr())
+
+    def _start(self, image: torch.Tensor, extents: tuple[Extent, ...]) -> Copy:
         self._after_steps()
         return _CudaCopy(self._stream, self.arena, image, extents)
-
-    def drop_image(self, service: str) -> None:
-        """Unlock and unmap it."""
-        known = self._images.pop(service, None)
-        if known is not None:
-            self._stream.synchronize()  # a copy may still read it
-            torch.cuda.cudart().cudaHostUnregister(known[1].data_ptr())
 
     def _copy_kv(self, pairs: Iterable[Pair], blocks: Sequence[int]) -> None:
         """As `Device._copy_kv`, on the copy stream: copies are carried out in order, weights included."""
@@ -251,18 +281,6 @@ class CudaDevice(Device):
         """Copies from here on wait: the ledger reuses blocks that earlier steps may still read."""
         self._stream.wait_event(torch.cuda.current_stream(self.torch_device).record_event())
 
-    def _locked(self, service: str, path: str) -> torch.Tensor:
-        status = os.stat(path)
-        identity = (status.st_dev, status.st_ino)  # not the path: its descriptor number is used again
-        known = self._images.get(service)
-        if known is not None and known[0] == identity:
-            return known[1]
-        self.drop_image(service)
-        image = _map(path, shared=True)  # page-locking a private mapping would copy it
-        _page_lock(image, "the host image")
-        self._images[service] = (identity, image)
-        return image
-
 
 def _page_lock(memory: torch.Tensor, name: str) -> None:
     error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
@@ -271,7 +289,7 @@ def _page_lock(memory: torch.Tensor, name: str) -> None:
 
 
 class _CudaCopy(Copy):
-    """Two chunks in flight at most, so that stopping and steps never wait for long."""
+    """A few chunks in flight at most, so that stopping and steps never wait for long."""
 
     def __init__(
         self,
@@ -294,7 +312,7 @@ class _CudaCopy(Copy):
         with torch.cuda.stream(self._stream):
             self._arena[to : to + size].copy_(self._image[at : at + size], non_blocking=True)
         self._flying.append(self._stream.record_event())
-        if len(self._flying) > 2:
+        if len(self._flying) > _CHUNKS_IN_FLIGHT:
             self._flying.popleft().synchronize()
         return size
 

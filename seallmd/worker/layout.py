@@ -84,23 +84,30 @@ def layout_of_rank(model: PreTrainedModel, ranks: int) -> Layout:
 def bind(model: nn.Module, layout: Layout, extents: tuple[Extent, ...], arena: torch.Tensor) -> None:
     """Make every weight of `model` a view of `arena`, where `extents` put its segment."""
     part_at = extents[0].image_at  # a rank's part of the image begins anywhere, with its first segment
+    modules = _modules(model)
     for place in layout.places:
         extent = extents[place.segment]
         at = extent.arena_at + place.at - (extent.image_at - part_at)
-        _put(model, place, arena[at : at + place.bytes_].view(place.dtype).view(place.shape))
+        _put(modules, place, arena[at : at + place.bytes_].view(place.dtype).view(place.shape))
 
 
 def unbind(model: nn.Module, layout: Layout) -> None:
     """Put every weight back on meta: a step that must not run fails instead of reading others' bytes."""
+    modules = _modules(model)
     for place in layout.places:
-        _put(model, place, torch.empty(place.shape, dtype=place.dtype, device="meta"))
+        _put(modules, place, torch.empty(place.shape, dtype=place.dtype, device="meta"))
 
 
-def _put(model: nn.Module, place: Place, tensor: torch.Tensor) -> None:
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """By name, shared ones under each: to look each up by its path took most of the time of a binding."""
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def _put(modules: dict[str, nn.Module], place: Place, tensor: torch.Tensor) -> None:
     parameter = nn.Parameter(tensor, requires_grad=False)
     for name in place.names:
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
+        module = modules[path]
         if leaf in module._parameters:
             module._parameters[leaf] = parameter
         else:

@@ -64,9 +64,16 @@ def _serve(channel: Channel, worker: Worker) -> None:
 
 
 def _copy_for(worker: Worker, seconds: float) -> bool:
-    """Get on with a copy for a while, one piece at least; False when none could be done."""
-    end = time.perf_counter() + seconds
+    """Get on with a copy for so long as a further piece likely fits, one piece at least; then it may bind.
+
+    False when nothing could be done.
+    """
+    begun = last = time.perf_counter()
     progressed = worker.copying and worker.advance()
-    while progressed and worker.copying and time.perf_counter() < end:
+    while progressed and worker.copying and not worker.binding:
+        now = time.perf_counter()
+        if now + (now - last) > begun + seconds:
+            break
+        last = now
         progressed = worker.advance()
     return progressed

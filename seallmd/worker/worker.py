@@ -49,6 +49,8 @@ from seallmd.worker.requests import Packed, Requests
 from seallmd.worker.sampler import sample
 from seallmd.worker.skeleton import DTYPES, build_skeleton, fix_rope, load_config
 
+_TELL_BYTES = 64 << 20  # of a copy, between two reports of its progress
+
 
 class _Origin(NamedTuple):
     """What a module tree follows from. rank and ranks: 0 and 1 without tensor parallelism."""
@@ -104,6 +106,7 @@ class _Arrival:
     joining: Joining | None  # None for a service on one device
     started: float | None = None
     done_bytes: int = 0
+    told_bytes: int = 0
     copied: bool = False
 
     def waits(self) -> bool:
@@ -139,6 +142,11 @@ class Worker:
     def copying(self) -> bool:
         """Whether `advance` has something to do."""
         return bool(self._arriving)
+
+    @property
+    def binding(self) -> bool:
+        """Whether what `advance` does next is no copy but a binding, some milliseconds of work or more."""
+        return bool(self._arriving) and self._arriving[0].copied
 
     def handle(self, message: Message) -> None:
         """Carry out one message. Raises on what only a defect of the daemon or of the device can cause."""
@@ -262,8 +270,11 @@ class Worker:
             piece = arrival.copy.advance()
             arrival.done_bytes += piece
             arrival.copied = piece == 0
-            if piece:
-                total = sum(extent.bytes_ for extent in arrival.wanted.extents)
+            total = sum(extent.bytes_ for extent in arrival.wanted.extents)
+            if piece and (
+                arrival.done_bytes == total or arrival.done_bytes >= arrival.told_bytes + _TELL_BYTES
+            ):
+                arrival.told_bytes = arrival.done_bytes
                 self._send(JobProgress(arrival.wanted.service, "copy", arrival.done_bytes, total))
             return True
         if arrival.waits():

@@ -15,15 +15,15 @@
 constexpr int SEGMENT = 64;     // keys
 constexpr int ITEM_QUERIES = 24;  // query tokens times heads of one work item, if there is a choice
 
-// out[b] += sum over t of p[b][t] v[t], for NV vectors of the value dimension.
+// out[b] += sum over t of p[b][t] v[t], for NV vectors of the value dimension, from element `at` on.
 template <class T, int B, int NV>
-inline void mix_tile(const float* p, int keys, const T* v, ptrdiff_t vs, float* out, ptrdiff_t os) {
+inline void mix_tile(const float* p, int keys, const T* const* v, int at, float* out, ptrdiff_t os) {
     V acc[B][NV];
     for (int b = 0; b < B; b++)
         for (int j = 0; j < NV; j++) acc[b][j] = load(out + b * os + j * W);
     for (int t = 0; t < keys; t++) {
         V value[NV];
-        for (int j = 0; j < NV; j++) value[j] = load(v + t * vs + j * W);
+        for (int j = 0; j < NV; j++) value[j] = load(v[t] + at + j * W);
         for (int b = 0; b < B; b++) {
             V weight = splat(p[b * SEGMENT + t]);
             for (int j = 0; j < NV; j++) acc[b][j] += weight * value[j];
@@ -33,18 +33,18 @@ inline void mix_tile(const float* p, int keys, const T* v, ptrdiff_t vs, float* 
         for (int j = 0; j < NV; j++) store(out + b * os + j * W, acc[b][j]);
 }
 
-// The end of a row that is no whole vector; `out` is padded.
+// The n elements at the end of a row that is no whole vector; `out` is padded.
 template <class T>
-inline void mix_tail(const float* p, int m, int keys, const T* v, ptrdiff_t vs, int n, float* out, ptrdiff_t os) {
+inline void mix_tail(const float* p, int m, int keys, const T* const* v, int at, int n, float* out, ptrdiff_t os) {
     for (int b = 0; b < m; b++) {
         V acc = load(out + b * os);
-        for (int t = 0; t < keys; t++) acc += splat(p[b * SEGMENT + t]) * load_part(v + t * vs, n);
+        for (int t = 0; t < keys; t++) acc += splat(p[b * SEGMENT + t]) * load_part(v[t] + at, n);
         store(out + b * os, acc);
     }
 }
 
 template <class T>
-inline void mix(const float* p, int m, int keys, const T* v, ptrdiff_t vs, int dim, float* out, ptrdiff_t os) {
+inline void mix(const float* p, int m, int keys, const T* const* v, int dim, float* out, ptrdiff_t os) {
     constexpr int B = W == 16 ? 6 : 2;
     int whole = dim / W;
     for (int b = 0; b < m;) {
@@ -53,14 +53,14 @@ inline void mix(const float* p, int m, int keys, const T* v, ptrdiff_t vs, int d
         float* ob = out + b * os;
         int j = 0;
         for (; j + 4 <= whole; j += 4) {
-            if (n == B) mix_tile<T, B, 4>(pb, keys, v + j * W, vs, ob + j * W, os);
+            if (n == B) mix_tile<T, B, 4>(pb, keys, v, j * W, ob + j * W, os);
             else for (int i = 0; i < n; i++)
-                mix_tile<T, 1, 4>(pb + i * SEGMENT, keys, v + j * W, vs, ob + i * os + j * W, os);
+                mix_tile<T, 1, 4>(pb + i * SEGMENT, keys, v, j * W, ob + i * os + j * W, os);
         }
         for (; j < whole; j++)
             for (int i = 0; i < n; i++)
-                mix_tile<T, 1, 1>(pb + i * SEGMENT, keys, v + j * W, vs, ob + i * os + j * W, os);
-        if (dim % W) mix_tail(pb, n, keys, v + j * W, vs, dim % W, ob + j * W, os);
+                mix_tile<T, 1, 1>(pb + i * SEGMENT, keys, v, j * W, ob + i * os + j * W, os);
+        if (dim % W) mix_tail(pb, n, keys, v, j * W, dim % W, ob + j * W, os);
         b += n;
     }
 }
@@ -91,7 +91,7 @@ inline float soften(float* s, int keys, int from, int to, float scale, float sof
     return sum(total);
 }
 
-// The element at which the block begins that holds a position's K or V.
+// The element at which the block begins that holds a position's K and V.
 inline int64_t block_of(const Cache& c, const int32_t* table, int position) {
     return table[position / c.page_tokens * c.page_blocks + c.block_of_page] * c.block_stride;
 }
@@ -124,20 +124,18 @@ void attend_item(const Attention& a, const Step& step, const Item& item, const f
     const int end = start + item.tokens;
     const int first_key = a.window ? std::max(0, start - a.window + 1) : 0;
     const ptrdiff_t ks = static_cast<ptrdiff_t>(c.kv_heads) * c.k_dim, vs = static_cast<ptrdiff_t>(c.kv_heads) * c.v_dim;
-    // Calls f(first key, keys, element of their block, token in it) for each block's part of a segment.
-    const auto each_block = [&](int begin, int end, const auto& f) {
-        for (int part; begin < end; begin += part) {
-            const int token = begin % c.page_tokens;
-            part = std::min(end - begin, c.page_tokens - token);
-            f(begin, part, block_of(c, table, begin), token);
-        }
-    };
+    const T *keys_at[SEGMENT], *values_at[SEGMENT];
     for (int position = first_key / SEGMENT * SEGMENT; position < end; position += SEGMENT) {
-        const int seen = std::max(position, first_key), keys = std::min(SEGMENT, end - position);
-        each_block(seen, position + keys, [&](int key, int part, int64_t block, int token) {
+        const int keys = std::min(SEGMENT, end - position), skipped = std::max(0, first_key - position);
+        for (int t = skipped; t < keys;) {
+            const int token = (position + t) % c.page_tokens, stop = std::min(keys, t + c.page_tokens - token);
+            const int64_t block = block_of(c, table, position + t);
             const T* k = static_cast<const T*>(c.key) + block + token * ks + item.kv_head * c.k_dim;
-            dot_block(k, ks, part, at.query.data(), c.k_dim, m, c.k_dim, &at.score[key - position], SEGMENT);
-        });
+            const T* v = static_cast<const T*>(c.value) + block + token * vs + item.kv_head * c.v_dim;
+            for (; t < stop; t++, k += ks, v += vs) keys_at[t] = k, values_at[t] = v;
+        }
+        dot_block(Scattered<T>{keys_at + skipped}, keys - skipped, at.query.data(), c.k_dim, m, c.k_dim,
+                  at.score.data() + skipped, SEGMENT);
         for (int i = 0; i < m; i++) {
             const int own = start + i / group - position;  // its own key, seen from this segment
             const int from = a.window ? std::max(0, own - a.window + 1) : 0, to = std::min(keys, own + 1);
@@ -152,10 +150,7 @@ void attend_item(const Attention& a, const Step& step, const Item& item, const f
             if (shrink != 1.0f)
                 for (int j = 0; j < os; j += W) store(&at.out[i * os + j], load(&at.out[i * os + j]) * shrink);
         }
-        each_block(seen, position + keys, [&](int key, int part, int64_t block, int token) {
-            const T* v = static_cast<const T*>(c.value) + block + token * vs + item.kv_head * c.v_dim;
-            mix(&at.score[key - position], m, part, v, vs, c.v_dim, at.out.data(), os);
-        });
+        mix(at.score.data() + skipped, m, keys - skipped, values_at + skipped, c.v_dim, at.out.data(), os);
     }
     for (int i = 0; i < m; i++) {
         const int head = item.kv_head * group + i % group;

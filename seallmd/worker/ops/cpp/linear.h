@@ -9,19 +9,38 @@
 // How far ahead weights are asked for; rows follow each other in memory. Measured: 4 to 32 KiB differ little.
 constexpr ptrdiff_t AHEAD_BYTES = 12 << 10;
 
+// Rows of a matrix in memory; they are asked for ahead of their use.
+template <class T> struct Matrix {
+    const T* first;
+    ptrdiff_t stride;
+    const T* operator[](int r) const { return first + r * stride; }
+    Matrix from(int r) const { return {first + r * stride, stride}; }
+    template <int R> void ask(int i) const {
+#pragma GCC unroll 8
+        for (size_t line = 0; line < R * W * sizeof(T); line += 64)  // in the order in which rows lie in memory
+            __builtin_prefetch(reinterpret_cast<const char*>(first + i * R) + AHEAD_BYTES + line);
+    }
+};
+
+// Rows that lie anywhere.
+template <class T> struct Scattered {
+    const T* const* rows;
+    const T* operator[](int r) const { return rows[r]; }
+    Scattered from(int r) const { return {rows + r}; }
+    template <int R> void ask(int) const {}
+};
+
 // out[b][r] = w[r] . x[b] over k elements, for R rows of weights and B of activations held in registers.
 // The order of additions depends on k alone, so a row's result depends neither on its neighbours nor on B.
-template <class T, int R, int B>
-inline void dot_tile(const T* w, ptrdiff_t ws, const float* x, ptrdiff_t xs, int k, float* out, ptrdiff_t os) {
+template <int R, int B, class Rows>
+inline void dot_tile(const Rows& w, const float* x, ptrdiff_t xs, int k, float* out, ptrdiff_t os) {
     V acc[B][R] = {};
     int i = 0;
     for (; i + W <= k; i += W) {
         V rows[R];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) rows[r] = load(w + r * ws + i);
-#pragma GCC unroll 8
-        for (size_t line = 0; line < R * W * sizeof(T); line += 64)  // in the order in which rows lie in memory
-            __builtin_prefetch(reinterpret_cast<const char*>(w + i * R) + AHEAD_BYTES + line);
+        for (int r = 0; r < R; r++) rows[r] = load(w[r] + i);
+        w.template ask<R>(i);
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) {
             V row = load(x + b * xs + i);
@@ -37,7 +56,7 @@ inline void dot_tile(const T* w, ptrdiff_t ws, const float* x, ptrdiff_t xs, int
         for (int b = 0; b < B; b++) {
             V row = load_part(x + b * xs + i, k - i);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) acc[b][r] += load_part(w + r * ws + i, k - i) * row;
+            for (int r = 0; r < R; r++) acc[b][r] += load_part(w[r] + i, k - i) * row;
         }
     }
 #pragma GCC unroll 8
@@ -53,31 +72,29 @@ inline void dot_tile(const T* w, ptrdiff_t ws, const float* x, ptrdiff_t xs, int
 }
 
 // out[b][r] for `rows` rows of weights.
-template <class T, int B>
-inline void dot_rows(const T* w, ptrdiff_t ws, int rows, const float* x, ptrdiff_t xs, int k, float* out,
-                     ptrdiff_t os) {
+template <int B, class Rows>
+inline void dot_rows(const Rows& w, int rows, const float* x, ptrdiff_t xs, int k, float* out, ptrdiff_t os) {
     int r = 0;
-    for (; r + 4 <= rows; r += 4) dot_tile<T, 4, B>(w + r * ws, ws, x, xs, k, out + r, os);
-    for (; r < rows; r++) dot_tile<T, 1, B>(w + r * ws, ws, x, xs, k, out + r, os);
+    for (; r + 4 <= rows; r += 4) dot_tile<4, B>(w.from(r), x, xs, k, out + r, os);
+    for (; r < rows; r++) dot_tile<1, B>(w.from(r), x, xs, k, out + r, os);
 }
 
 // The same for any number of activation rows, in tiles of nearly equal size.
-template <class T>
-inline void dot_block(const T* w, ptrdiff_t ws, int rows, const float* x, ptrdiff_t xs, int m, int k, float* out,
-                      ptrdiff_t os) {
+template <class Rows>
+inline void dot_block(const Rows& w, int rows, const float* x, ptrdiff_t xs, int m, int k, float* out, ptrdiff_t os) {
     int tiles = (m + QUERIES - 1) / QUERIES;
     for (int t = 0; t < tiles; t++) {
         int b = m * t / tiles, n = m * (t + 1) / tiles - b;
         const float* xb = x + b * xs;
         float* ob = out + b * os;
         switch (n) {
-            case 1: dot_rows<T, 1>(w, ws, rows, xb, xs, k, ob, os); break;
-            case 2: dot_rows<T, 2>(w, ws, rows, xb, xs, k, ob, os); break;
-            case 3: dot_rows<T, 3>(w, ws, rows, xb, xs, k, ob, os); break;
+            case 1: dot_rows<1>(w, rows, xb, xs, k, ob, os); break;
+            case 2: dot_rows<2>(w, rows, xb, xs, k, ob, os); break;
+            case 3: dot_rows<3>(w, rows, xb, xs, k, ob, os); break;
 #if defined(__AVX512F__)
-            case 4: dot_rows<T, 4>(w, ws, rows, xb, xs, k, ob, os); break;
-            case 5: dot_rows<T, 5>(w, ws, rows, xb, xs, k, ob, os); break;
-            case 6: dot_rows<T, 6>(w, ws, rows, xb, xs, k, ob, os); break;
+            case 4: dot_rows<4>(w, rows, xb, xs, k, ob, os); break;
+            case 5: dot_rows<5>(w, rows, xb, xs, k, ob, os); break;
+            case 6: dot_rows<6>(w, rows, xb, xs, k, ob, os); break;
 #endif
         }
     }
@@ -98,6 +115,6 @@ inline void matmul(const float* x, ptrdiff_t xs, int m, const T* w, ptrdiff_t ws
     const int size = pool.threads() == 1 ? panel : std::min(panel, std::max(least, each));
     pool.run((units + size - 1) / size, [&](int chunk) {
         const int first = chunk * size * 4, rows = std::min(n - first, size * 4);
-        dot_block(w + first * ws, ws, rows, x, xs, m, k, y + first, ys);
+        dot_block(Matrix<T>{w + first * ws, ws}, rows, x, xs, m, k, y + first, ys);
     });
 }
