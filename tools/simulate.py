@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--context", type=int, default=CONTEXT_TOKENS, help="longer requests are cut to so many tokens")
     add("--step-tokens", type=int, default=SchedulerSettings().step_tokens)
     add("--max-rows", type=int, default=SchedulerSettings().max_rows)
+    add("--no-replicate", action="store_true", help="no service comes in on a second device")
     add("--drain-seconds", type=float, default=600.0, help="who is not done then counts as failed")
     add("--services", action="store_true", help="print the services of every run as well")
     add("--json", type=Path, metavar="FILE", help="write all figures")
@@ -110,7 +111,9 @@ def _run_all(options: argparse.Namespace, console: Console, recorded: Sequence[S
     profiles = comparison.read_profiles(options.profiles) if options.profiles else {}
     if strangers := profiles.keys() - shapes.keys():
         raise SimError(f"profiles of {', '.join(sorted(strangers))}, which --models does not name")
-    scheduler = SchedulerSettings(step_tokens=options.step_tokens, max_rows=options.max_rows)
+    scheduler = SchedulerSettings(
+        step_tokens=options.step_tokens, max_rows=options.max_rows, replicate=not options.no_replicate
+    )
     plots = options.plots is not None
     middle = options.seconds / 2
     runs: list[Run] = []

@@ -33,8 +33,9 @@ def profiles(slower: float) -> dict[str, ServiceProfile]:
     found = {}
     for name, shape in parse_models(MODELS).items():
         costs = StepCosts.guess(ROOFLINES["cpu"], shape)
-        a, b, c, d = costs.coefficients
-        costs.coefficients = (a * slower, b * slower, c * slower, d * slower)
+        fixed, rows, context = costs.decode
+        costs.decode = (fixed * slower, rows * slower, context * slower)
+        costs.prompt *= slower
         found[name] = ServiceProfile(costs)
     return found
 
