@@ -2,6 +2,10 @@
 
     python -m tools.simulate --models muxserve --devices '28*a100-80g,1*a100-80g:4' --rate 20,40
     python -m tools.simulate --trace conv.csv code.csv --models 'llama-7b,llama-13b' --plots plots/
+    python -m tools.simulate --compare report.json --profiles ~/.cache/seallmd/profiles.json \\
+        --devices 2*cpu --models chat=smollm2-135m,code=gemma-3-270m --policy budget
+
+The last predicts a run of a real daemon that `tools.replay_trace --json` has recorded.
 
 Prints one line per policy and rate. Exit code 0, or 2 when what was asked for cannot be done.
 
@@ -12,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,8 +24,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from seallmd.core.cost import ROOFLINES
 from seallmd.core.settings import SchedulerSettings
-from seallmd.sim import experiment, metrics
+from seallmd.sim import comparison, experiment, metrics
 from seallmd.sim.experiment import Outcome, Setup
+from seallmd.sim.metrics import Seen
 from seallmd.sim.models import CONTEXT_TOKENS, MODELS, PRESETS, SimError, parse_devices, parse_models
 from seallmd.sim.workload import Arrival, Lengths, from_traces, read_trace, synthetic
 
@@ -35,12 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     console = Console(stderr=True)
     try:
-        runs = _run_all(options, console)
+        recorded = comparison.read_recording(options.compare) if options.compare else []
+        runs = _run_all(options, console, recorded)
     except SimError as error:
         print(f"simulate: {error}", file=sys.stderr)
         return 2
     reports = [report for _, _, report in runs]
     _show(runs, options.services)
+    for _, outcome, report in runs if recorded else ():
+        _show_comparison(report.name, comparison.compare(recorded, metrics.seen(outcome.served)))
     if options.json is not None:
         options.json.write_bytes(metrics.encode(reports))
     if options.plots is not None:
@@ -55,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Compare policies in virtual time.")
     add = parser.add_argument
     models = f"{', '.join(MODELS)}; or a set: {', '.join(PRESETS)}"
-    add("--models", default="small", help=f"COUNT*MODEL,... of {models}")
+    add("--models", default="small", help=f"COUNT*MODEL or SERVICE=MODEL,... of {models}")
     kinds = ", ".join(ROOFLINES)
     devices = f"COUNT*KIND,..., KIND:N is N that act as one, KIND@GIB other memory, kinds: {kinds}"
     add("--devices", default="2*a100-80g", help=devices)
@@ -65,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=120.0, help="of virtual time in which requests arrive")
     add("--seed", type=int, default=0)
     add("--trace", type=Path, nargs="+", help="CSV files: seconds, prompt_tokens, output_tokens")
+    add("--compare", type=Path, metavar="FILE", help="simulate what tools.replay_trace --json recorded")
+    add("--profiles", type=Path, metavar="FILE", help="take step times from a daemon's profiles.json")
     add("--alpha", type=float, default=0.9, help="service i gets a share proportional to (i + 1) ** -alpha")
     add("--cv", type=float, default=1.0, help="variation of arrival gaps: 1 Poisson, more comes in bursts")
     add("--prompt", type=float, default=161.0, help="mean prompt tokens of made-up requests")
@@ -72,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--context", type=int, default=CONTEXT_TOKENS, help="longer requests are cut to so many tokens")
     add("--step-tokens", type=int, default=SchedulerSettings().step_tokens)
     add("--max-rows", type=int, default=SchedulerSettings().max_rows)
+    add("--no-replicate", action="store_true", help="no service comes in on a second device")
     add("--drain-seconds", type=float, default=600.0, help="who is not done then counts as failed")
     add("--services", action="store_true", help="print the services of every run as well")
     add("--json", type=Path, metavar="FILE", help="write all figures")
@@ -93,16 +104,21 @@ def _rates(text: str) -> list[float]:
 # ------------------------------------------------------------------------------------------- running
 
 
-def _run_all(options: argparse.Namespace, console: Console) -> list[Run]:
+def _run_all(options: argparse.Namespace, console: Console, recorded: Sequence[Seen]) -> list[Run]:
     """Every policy at every rate, on the same arrivals."""
     shapes, devices = parse_models(options.models, max(2, options.context)), parse_devices(options.devices)
     traces = [read_trace(path) for path in options.trace or ()]
-    scheduler = SchedulerSettings(step_tokens=options.step_tokens, max_rows=options.max_rows)
+    profiles = comparison.read_profiles(options.profiles) if options.profiles else {}
+    if strangers := profiles.keys() - shapes.keys():
+        raise SimError(f"profiles of {', '.join(sorted(strangers))}, which --models does not name")
+    scheduler = SchedulerSettings(
+        step_tokens=options.step_tokens, max_rows=options.max_rows, replicate=not options.no_replicate
+    )
     plots = options.plots is not None
     middle = options.seconds / 2
     runs: list[Run] = []
-    for rate in options.rate:
-        arrivals = _arrivals(options, list(shapes), traces, rate)
+    for rate in [len(recorded) / max(recorded[-1].seconds, 1.0)] if recorded else options.rate:
+        arrivals = _recorded(recorded, shapes) or _arrivals(options, list(shapes), traces, rate)
         for policy in options.policy:
             setup = Setup(
                 shapes=shapes,
@@ -111,11 +127,18 @@ def _run_all(options: argparse.Namespace, console: Console) -> list[Run]:
                 policy=policy,
                 scheduler=scheduler,
                 drain_seconds=options.drain_seconds,
+                profiles=profiles,
                 span_window=(middle, middle + _GANTT_SECONDS) if plots else (0.0, 0.0),
                 sample_seconds=options.seconds / _SAMPLES if plots else 0.0,
             )
             runs.append(_run(setup, rate, options.seconds, console))
     return runs
+
+
+def _recorded(recorded: Sequence[Seen], services: Collection[str]) -> list[Arrival]:
+    if strangers := {request.service for request in recorded} - set(services):
+        raise SimError(f"requests of {', '.join(sorted(strangers))}, which --models does not name")
+    return comparison.arrivals_of(recorded)
 
 
 def _arrivals(
@@ -158,6 +181,14 @@ def _show(runs: Sequence[Run], services: bool) -> None:
     console.print(metrics.table_of_runs(report for _, _, report in runs))
     for _, _, report in runs if services else ():
         console.print(metrics.table_of_services(report))
+
+
+def _show_comparison(name: str, figures: Sequence[comparison.Figures]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console.width = _FILE_COLUMNS
+    console.print(f"measured -> predicted ({name})", highlight=False)
+    console.print(comparison.table_of(figures))
 
 
 def _plot(folder: Path, runs: Sequence[Run]) -> None:

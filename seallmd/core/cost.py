@@ -5,9 +5,10 @@ devices with the same rooflines; the daemon learns from every `StepDone` (DESIGN
 
 A step is described by three numbers: tokens (all rows together), context (tokens of KV that all rows read
 together) and rows (those that draw a token). Seconds are taken to be linear in them: fixed cost (weights read
-once, launches), per token (matrix products of the layers), per token of context (KV read), per row (the
-output layer, which runs for the last token of a prompt alone, and sampling). In models with large
-vocabularies the output layer is most of a decode step and nothing of a prompt: tokens alone cannot tell both.
+once, launches), per row (its last token in the layers and the output layer, sampling), per other token, those
+of prompts (the layers alone), per token of context (KV read). Rows and prompts differ: the output layer of a
+large vocabulary is most of a decode step and nothing of a prompt, and on GPUs a decode step has its products
+for free while it reads the weights.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Work(msgspec.Struct, frozen=True):
         A model without such a segment is taken to have an output layer that costs nothing.
         """
         row_bytes = max(1, shape.vocab) * shape.itemsize
-        vocabulary = [size for size in shape.segments if size % row_bytes == 0]
+        vocabulary = [size for size in shape.segments if size and size % row_bytes == 0]
         layers, output = shape.weights_bytes - sum(vocabulary), (vocabulary or [0])[-1]
         flops = 2 / shape.itemsize  # of one byte of weights and one token: multiply and add
         return cls(
@@ -108,26 +109,31 @@ ROOFLINES = {
 }
 
 
-_TOKENS, _CONTEXT, _ROWS = 100.0, 1000.0, 10.0  # scales of the features: coefficients are of one size
-_FEATURES = range(4)
+_ROWS, _CONTEXT, _PROMPT = 100.0, 1000.0, 100.0  # scales of the features: coefficients are of one size
 _NOISE = 0.1  # of one step, as a share
-_UNSURE = 10.0  # a first guess may be off by so many times itself
+_UNSURE = 50.0  # a first guess may be off by so many times itself
 _DRIFT = 0.003  # of a coefficient between two steps, as a share: about 30 steps are remembered
 _ERROR_WEIGHT = 0.02
 _MANY = 1 << 20  # tokens whose cost is nothing but theirs
+_BATCH = 8  # rows of a decode step
 
 
 class StepCosts(msgspec.Struct):
-    """Seconds of a service's steps: fixed, per token, per token of context and per row, learnt from each.
+    """Seconds of a service's steps: fixed, per row, per token of context, per prompt token.
 
-    A Kalman filter whose state, the coefficients, drifts slowly (Haykin, Adaptive Filter Theory, ch. 14), on
-    relative errors, so that short steps count as much as long ones. coefficients: seconds for (one step, 100
-    tokens, 1000 tokens of context, 10 rows). covariance: how unsure they still are, 4 x 4. error: mean of
-    |predicted - measured| / measured, lately.
+    Kalman filters whose states, the coefficients, drift slowly (Haykin, Adaptive Filter Theory, ch. 14),
+    on relative errors of each step, so that short steps count as much as long ones. Steps that only
+    decode teach the first three, steps with prompts the last one: what prompts cost is not quite linear
+    (on GPUs a short one is free while the weights are read), and one filter for all four shifted that
+    error to where steps that are all alike cannot tell coefficients apart. decode: seconds for (one step,
+    100 rows, 1000 tokens of context). covariance: how unsure they still are, 3 x 3. prompt: seconds for
+    100 tokens; variance: of that. error: mean of |predicted - measured| / measured, lately.
     """
 
-    coefficients: tuple[float, float, float, float]
+    decode: tuple[float, float, float]
     covariance: list[list[float]]
+    prompt: float
+    variance: float
     steps: int = 0
     error: float = 0.0
 
@@ -135,27 +141,33 @@ class StepCosts(msgspec.Struct):
     def guess(cls, roofline: Roofline, shape: ModelShape, ranks: int = 1) -> StepCosts:
         """What the device's roofline says of so many ranks, and very unsure of it."""
         work = Work.of(shape, ranks)
-        fixed = roofline.step(work, 0, 0, 0)
-        start = (
-            roofline.step(work, 0, 0, 1),
-            (roofline.step(work, _MANY, 0, 0) - fixed) / _MANY * _TOKENS,
-            (roofline.step(work, 0, _MANY, 0) - fixed) / _MANY * _CONTEXT,
-            (roofline.step(work, 0, 0, _MANY) - fixed) / _MANY * _ROWS,
-        )
-        unsure = [[0.0] * 4 for _ in _FEATURES]
-        for i, value in enumerate(start):
-            unsure[i][i] = (_UNSURE * max(value, start[0]) / _NOISE) ** 2
-        return cls(start, unsure)
+        nothing, one = roofline.step(work, 0, 0, 0), roofline.step(work, 1, 0, 1)
+        per_row = (roofline.step(work, _BATCH, 0, _BATCH) - one) / (_BATCH - 1)
+        fixed = one - per_row
+        per_context = (roofline.step(work, 0, _MANY, 0) - nothing) / _MANY
+        per_prompt = (roofline.step(work, _MANY, 0, 0) - nothing) / _MANY
+        return cls.known(fixed, per_row, per_context, per_prompt, unsure=_UNSURE)
+
+    @classmethod
+    def known(
+        cls, fixed: float, per_row: float, per_context: float, per_prompt: float, unsure: float = 0.1
+    ) -> StepCosts:
+        """These costs, in seconds. unsure: how many times itself each may be off, or the fixed one."""
+        decode, prompt = (fixed, per_row * _ROWS, per_context * _CONTEXT), per_prompt * _PROMPT
+        doubts = [(unsure * max(value, fixed) / _NOISE) ** 2 for value in (*decode, prompt)]
+        covariance = [[doubts[i] if i == j else 0.0 for j in range(3)] for i in range(3)]
+        return cls(decode, covariance, prompt, doubts[3])
 
     def predict(self, tokens: float, context: float, rows: float | None = None) -> float:
         """Seconds of a step with so many tokens in all rows, which read so many tokens of KV.
 
         rows: those that draw a token; None: each token is such a row, as in a step that only decodes.
         """
-        fixed, per_token, per_context, per_row = self.coefficients
-        drawn = tokens if rows is None else rows
-        seconds = fixed + per_token * tokens / _TOKENS + per_context * context / _CONTEXT
-        return max(seconds + per_row * drawn / _ROWS, 1e-6)
+        fixed, per_row, per_context = self.decode
+        if rows is None:
+            rows = tokens
+        seconds = fixed + per_row * rows / _ROWS + per_context * context / _CONTEXT
+        return max(seconds + self.prompt * (tokens - rows) / _PROMPT, 1e-6)
 
     def learn(self, tokens: int, context: int, rows: int, seconds: float) -> None:
         """A step took so long."""
@@ -164,18 +176,33 @@ class StepCosts(msgspec.Struct):
         weight = max(_ERROR_WEIGHT, 1 / (self.steps + 1))
         self.error += weight * (abs(wrong) - self.error)
         self.steps += 1
-        x = (1 / seconds, tokens / _TOKENS / seconds, context / _CONTEXT / seconds, rows / _ROWS / seconds)
+        if tokens > rows:
+            self._learn_prompt((tokens - rows) / _PROMPT / seconds, wrong)
+        else:
+            self._learn_decode((1 / seconds, rows / _ROWS / seconds, context / _CONTEXT / seconds), wrong)
+
+    def _learn_decode(self, x: tuple[float, float, float], wrong: float) -> None:
         px = [sum(map(mul, row, x)) for row in self.covariance]
         denominator = 1 + sum(map(mul, px, x))
         gain = wrong / denominator
-        a, b, c, d = (old + gain * p for old, p in zip(self.coefficients, px, strict=True))
         # A coefficient below zero would make larger batches look free.
-        self.coefficients = (max(0.0, a), max(0.0, b), max(0.0, c), max(0.0, d))
+        a, b, c = (max(0.0, old + gain * p) for old, p in zip(self.decode, px, strict=True))
+        self.decode = (a, b, c)
         self.covariance = [
             [entry - p * q / denominator for entry, q in zip(row, px, strict=True)]
             for row, p in zip(self.covariance, px, strict=True)
         ]
         # Drift adds doubt at a steady rate. Forgetting by a factor would let it explode in the directions of
         # which steps that are all alike teach nothing.
-        for i, value in enumerate(self.coefficients):
-            self.covariance[i][i] += (_DRIFT * max(value, self.coefficients[0]) / _NOISE) ** 2
+        for i, value in enumerate(self.decode):
+            self.covariance[i][i] += _drift(max(value, a))
+
+    def _learn_prompt(self, x: float, wrong: float) -> None:
+        gain = self.variance * x / (1 + self.variance * x * x)
+        self.prompt = max(0.0, self.prompt + gain * wrong)
+        self.variance += _drift(max(self.prompt, self.decode[0])) - gain * x * self.variance
+
+
+def _drift(coefficient: float) -> float:
+    """Variance that a coefficient gains from one step to the next."""
+    return (_DRIFT * coefficient / _NOISE) ** 2

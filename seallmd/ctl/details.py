@@ -144,12 +144,12 @@ def _counters(status: Record) -> list[tuple[str, str]]:
 
 def _learnt(profile: Record) -> list[tuple[str, str]]:
     costs = profile["costs"]
-    fixed, tokens, context, rows = costs["coefficients"]
+    fixed, rows, context = costs["decode"]
     return [
         ("a step costs", f"{fixed * 1e3:.2f} ms"),
-        ("with 100 tokens", f"{tokens * 1e3:.2f} ms more"),
+        ("with 100 rows", f"{rows * 1e3:.2f} ms more"),
+        ("with 100 prompt tokens", f"{costs['prompt'] * 1e3:.2f} ms more"),
         ("with 1000 of context", f"{context * 1e3:.2f} ms more"),
-        ("with 10 that draw", f"{rows * 1e3:.2f} ms more"),
         ("predictions are off", f"{costs['error']:.0%}, after {costs['steps']} steps"),
         ("mean prompt, output", f"{profile['prompt_tokens']:.0f}, {profile['output_tokens']:.0f} tokens"),
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import msgspec
@@ -16,6 +17,7 @@ import msgspec
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.cost import Roofline, Work
+from seallmd.core.profile import ServiceProfile
 from seallmd.core.scheduler import POLICIES
 from seallmd.core.settings import NodeSettings, SchedulerSettings, ServiceSettings
 from seallmd.sim import metrics
@@ -38,7 +40,8 @@ class Setup:
     block_bytes: 0 = what suits devices and models. arena_share: of a device's memory, the rest is activations
     and the engine. host_bytes: for host images. drain_seconds: how long after the last arrival requests may
     still finish; those that do not count as failed. span_window: (from, to) in which steps and copies are
-    kept, for a Gantt chart. sample_seconds: how often arenas are looked at; 0 = never.
+    kept, for a Gantt chart. sample_seconds: how often arenas are looked at; 0 = never. profiles: of services
+    that were measured: the node knows them, and steps take as long as they say.
     """
 
     shapes: Mapping[str, msg.ModelShape]
@@ -52,6 +55,7 @@ class Setup:
     drain_seconds: float = 600.0
     span_window: tuple[float, float] = (0.0, 0.0)
     sample_seconds: float = 0.0
+    profiles: Mapping[str, ServiceProfile] = field(default_factory=dict)
 
     def isolated(self) -> dict[str, metrics.Isolated]:
         """T_iso by service: on the device where it is shortest."""
@@ -149,13 +153,14 @@ class _Run:
             block_bytes=self._block_bytes,
             host_bytes=setup.host_bytes,
             roofline=setup.devices[0],
+            profiles=dict(setup.profiles),
             scheduler=msgspec.structs.replace(setup.scheduler, policy=setup.policy),
         )
         self._world = World(
             settings,
             dict(setup.shapes),
             tuple(int(device.memory_bytes * setup.arena_share) for device in setup.devices),
-            RooflineTiming(setup.devices, setup.shapes),
+            RooflineTiming(setup.devices, setup.shapes, profiles=deepcopy(dict(setup.profiles))),
             self._observe,
             lengths=self._lengths,
             on_span=self._on_span,

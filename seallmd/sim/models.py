@@ -6,6 +6,7 @@ Owns the table of models and the words of the command line for models ("12*llama
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -74,15 +75,20 @@ PRESETS = {
 
 
 def parse_models(text: str, context: int = CONTEXT_TOKENS) -> dict[str, ModelShape]:
-    """Services and their shapes, from a preset's name or "COUNT*MODEL,...". Raises SimError."""
-    names: list[str] = []
-    for name, count in _counted(PRESETS.get(text, text)):
+    """Services and their shapes, from a preset's name or "COUNT*MODEL,SERVICE=MODEL,...". Raises SimError.
+
+    Services without a name are called after their models, and numbered.
+    """
+    services: dict[str, ModelShape] = {}
+    numbers: Counter[str] = Counter()
+    for words, count in _counted(PRESETS.get(text, text)):
+        service, named, name = words.rpartition("=")
         if name not in MODELS:
             raise SimError(f"no model is called {name!r}; there are {', '.join(MODELS)}")
-        names += [name] * count
-    return {
-        f"{name}-{names[: i + 1].count(name)}": MODELS[name].shape(context) for i, name in enumerate(names)
-    }
+        for _ in range(count):
+            numbers[name] += 1
+            services[service if named else f"{name}-{numbers[name]}"] = MODELS[name].shape(context)
+    return services
 
 
 def parse_devices(text: str) -> tuple[Roofline, ...]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from seallmd.core.cost import Roofline, Work
 from seallmd.core.messages import ModelShape
+from seallmd.core.profile import ServiceProfile
 
 
 class Timing(Protocol):
@@ -65,7 +67,10 @@ class Costs:
 
 
 class RooflineTiming:
-    """Each device by its own roofline, each service by its own shape."""
+    """Each device by its own roofline, each service by its own shape, or by costs that were learnt of it.
+
+    profiles: of services whose steps were measured, on devices of one kind; these count instead of rooflines.
+    """
 
     probe = 0.2
     start = 2.0
@@ -75,14 +80,18 @@ class RooflineTiming:
         devices: Sequence[Roofline],
         shapes: Mapping[str, ModelShape],
         read_bytes_per_second: float = 2e9,
+        profiles: Mapping[str, ServiceProfile] = MappingProxyType({}),
     ) -> None:
         self._devices = devices
+        self._learnt = {name: profile.costs for name, profile in profiles.items()}
         self._shapes = shapes
         self._work: dict[tuple[str, int], Work] = {}
         self._read_bytes_per_second = read_bytes_per_second
 
     def step(self, device: int, service: str, tokens: int, context: int, rows: int, ranks: int = 1) -> float:
-        """What the roofline says."""
+        """What was learnt, or what the roofline says."""
+        if (costs := self._learnt.get(service)) is not None:
+            return costs.predict(tokens, context, rows)
         work = self._work.get((service, ranks))
         if work is None:
             work = self._work[service, ranks] = Work.of(self._shapes[service], ranks)

@@ -26,8 +26,7 @@ SERVICES = ("a", "b", "c", "d")
 
 def known_profile() -> ServiceProfile:
     """A profile that predicts the steps of `Costs(FIXED, TOKEN)` exactly, and does not doubt it."""
-    nothing = [[0.0] * 4 for _ in range(4)]
-    return ServiceProfile(StepCosts((FIXED, TOKEN * 100, 0.0, 0.0), nothing), output_tokens=20.0)
+    return ServiceProfile(StepCosts.known(FIXED, TOKEN, 0.0, TOKEN), output_tokens=20.0)
 
 
 # ------------------------------------------------------------------------------------- the budget
@@ -54,7 +53,7 @@ def test_doublings_and_last_budget(tokens: int, budget: float, token_seconds: fl
     )  # fmt: skip
     for token in range(tokens):
         seconds = token_seconds * (slower if token > tokens // 2 else 1.0)
-        costs.coefficients = (seconds, 0.0, 0.0, 0.0)
+        costs.decode = (seconds, 0.0, 0.0)
         charge(request, service)
         assert request.attained <= request.budget
     needed = request.attained

@@ -141,7 +141,9 @@ class FakeNode:
             status=status,
             settings=settings,
             shape=SHAPE if known else None,
-            profile=ServiceProfile(StepCosts((0.005, 0.002, 0.0001, 0.0), [], 77, 0.12)) if known else None,
+            profile=ServiceProfile(StepCosts((0.005, 0.002, 0.0001), [], 0.003, 1.0, 77, 0.12))
+            if known
+            else None,
             kv_bytes_per_token=SHAPE.kv_bytes_per_token if known else 0,
             places=(Place(0, "resident", 1024 * MIB, 3, 75.0),) if known else (),
         )
