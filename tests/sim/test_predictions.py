@@ -33,7 +33,7 @@ def test_predicted_latency_is_what_the_simulator_finds(models: str, rate: float)
         output = statistics.mean(arrival.output for arrival in own)
         demands.append(Demand(name, len(own) / seconds, prompt, output, (split,)))
     machine = Machine((device.memory_bytes,), device.copy_bytes_per_second)
-    found = estimate(Plan({name: ((0,),) for name in shapes}), demands, machine).services
+    found = estimate(Plan(dict.fromkeys(shapes, ((0,),))), demands, machine).services
     predicted = sum(d.rate * found[d.name].seconds for d in demands) / sum(d.rate for d in demands)
     simulated = statistics.mean(record.finished - record.arrived for record in outcome.served)
     assert predicted == pytest.approx(simulated, rel=0.2)
