@@ -20,11 +20,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from seallmd.core.latency import NOWHERE_SECONDS, Load, Work, estimate, solve
-from seallmd.core.plan import Demand, Devices, Machine, Plan, by_name
+from seallmd.core.plan import Demand, Devices, Machine, Plan, broken, by_name, groups_of
 
 _LEAST_GAIN = 1e-3  # of the objective if nobody had neighbours: what gains less is not worth a replica
 _POLISHED = 3  # partitions that get the whole local search
 _EFFORT = 1200  # cells predicted in one local search, at most
+_FINISH = 6000  # devices * services * whole plans predicted after the search in cells, at most
 
 
 class Spot(NamedTuple):
@@ -285,8 +286,41 @@ class _Planner:
         layouts = sorted(self._filled.values(), key=lambda layout: layout.objective)[:_POLISHED]
         for layout in layouts:
             layout.polish()
-        plans = [self._plan(layout) for layout in layouts]
-        return min(plans, key=lambda p: estimate(p, self._demands, self._machine).normalized_latency)
+        return self._finish(min((self._plan(layout) for layout in layouts), key=self._latency))
+
+    def _latency(self, plan: Plan) -> float:
+        return estimate(plan, self._demands, self._machine).normalized_latency
+
+    def _finish(self, plan: Plan) -> Plan:
+        """Let single services leave the cells, while it helps. Only where predicting whole plans is cheap."""
+        left = _FINISH // (len(self._demands) * len(self._machine.arena_bytes))
+        best, helped = self._latency(plan), left > len(self._free)
+        while helped:
+            helped = False
+            for i in self._free:
+                for groups in self._elsewhere(plan, i):
+                    other = Plan({**plan.replicas, self._demands[i].name: groups})
+                    if left <= 0 or broken(other, self._demands, self._machine):
+                        continue
+                    left -= 1
+                    if (latency := self._latency(other)) < best * (1 - _LEAST_GAIN):
+                        plan, best, helped = other, latency, True
+        return plan
+
+    def _elsewhere(self, plan: Plan, service: int) -> Iterator[tuple[Devices, ...]]:
+        """Other groups for one service, whatever the cells: one more, one less, one alone, all of a size."""
+        demand = self._demands[service]
+        if demand.placed is not None:
+            return
+        mine = plan.of(demand.name)
+        yield from (tuple(group for group in mine if group != gone) for gone in mine)
+        for split in demand.splits:
+            groups = groups_of(self._machine, split.ranks)
+            yield tuple(groups)
+            for group in groups:
+                yield (group,)
+                if all(set(group).isdisjoint(other) for other in mine):
+                    yield tuple(sorted((*mine, group)))
 
     def _descend(self, order: Sequence[int]) -> None:
         """Fill partitions into runs of the order: even ones, then variants of the best while they help."""
