@@ -3,15 +3,17 @@
 Owns the search. Predictions come from `core.latency`; when a plan is worth moving to is `core.replacement`'s.
 
 Stage 1 cuts the devices into *cells*, stage 2 gives every service a spot: cells where it has replicas, or one
-that it visits while it is absent. Services go in descending rate * work, each to where the rate-weighted
-normalized latency grows least; replicas are added while they pay; then services move, swap, and gain or lose
-replicas until nothing helps. The steps of SeaLLM's stages are reconstructed (the paper names the two stages).
+that it visits while it is absent. Services go in descending rate * work (and once more in descending
+weights), each to where the rate-weighted normalized latency grows least; replicas are added while they pay;
+then services move, swap, and gain or lose replicas until nothing helps. The steps of SeaLLM's stages are
+reconstructed (the paper names the two stages).
 
 All replicas of a cell span it whole, so that cells do not touch each other and the objective is a sum over
 cells, each remembered by its contents. Two limits keep this fast: cells are aligned runs of devices sorted by
 memory, so that of equal devices only the number in each cell counts; and partitions are not all tried (32
-devices have 165 multisets of sizes): from the even ones, cells are cut and joined while it helps.
-Replicas that the operator placed need not fit the cells: each counts in every cell that it touches.
+devices have 165 multisets of sizes): from the even ones, cells are cut and joined while it helps. Replicas
+that the operator placed need not fit the cells: each counts in every cell that it touches. On small machines,
+where whole plans are predicted quickly, single services may leave the cells in the end.
 """
 
 from __future__ import annotations
@@ -271,17 +273,20 @@ class _Planner:
         arenas = machine.arena_bytes
         falling = sorted(range(len(arenas)), key=lambda device: (-arenas[device], device))
         # The runs of one order leave over a small device where those of the other leave over a large one.
-        self._orders = [falling] if len(set(arenas)) == 1 else [falling, falling[::-1]]
+        self._orders_of_devices = [falling] if len(set(arenas)) == 1 else [falling, falling[::-1]]
         self._free = [i for i, demand in enumerate(demands) if not demand.placed]
         loads = {i: self._predictor.works[i, demands[i].splits[0].ranks].load() for i in self._free}
         self._free.sort(key=lambda i: (-loads[i], i))
+        weights = {i: self._predictor.works[i, demands[i].splits[0].ranks].weights_bytes for i in self._free}
+        # By work, as SeaLLM; and by weights, which fits in more where memory is what is short.
+        self._orders_of_services = (self._free, sorted(self._free, key=lambda i: (-weights[i], i)))
         self._filled: dict[tuple[object, ...], _Layout] = {}
         usable = {split.ranks for i in self._free for split in demands[i].splits}
         self._sizes = [s for s in machine.sizes if s <= len(arenas) and (s in usable or s == 1)]
 
     def best(self) -> Plan:
         """The best plan found."""
-        for order in self._orders:
+        for order in self._orders_of_devices:
             self._descend(order)
         layouts = sorted(self._filled.values(), key=lambda layout: layout.objective)[:_POLISHED]
         for layout in layouts:
@@ -343,8 +348,12 @@ class _Planner:
         key = tuple(sorted((len(cell.devices), cell.arena, tuple(sorted(cell.placed))) for cell in cells))
         if key not in self._filled:
             visit_only = {i for i in self._free if self._demands[i].placed is not None}
-            self._filled[key] = _Layout(cells, self._free, visit_only, self._predictor)
-            self._filled[key].fill()
+            filled = [
+                _Layout(cells, order, visit_only, self._predictor) for order in self._orders_of_services
+            ]
+            for layout in filled:
+                layout.fill()
+            self._filled[key] = min(filled, key=lambda layout: layout.objective)
         return self._filled[key]
 
     def _placed(self, group: Devices, groups: list[Devices]) -> frozenset[_Guest]:
@@ -413,6 +422,7 @@ def place(demands: Sequence[Demand], machine: Machine, near: Plan | None = None)
     is absent. Raises ValueError when a service is in the demands twice or placed where it cannot run.
     """
     _check_placed(demands, machine)
-    if not machine.arena_bytes:
+    if not machine.arena_bytes or not demands:
         return Plan({demand.name: () for demand in demands})
-    return _Planner(demands, machine, near).best()
+    in_order = sorted(demands, key=lambda demand: demand.name)  # theirs is not to change the plan
+    return _Planner(in_order, machine, near).best()

@@ -76,7 +76,8 @@ class Machine(msgspec.Struct, frozen=True):
     """What there is to place on.
 
     arena_bytes: of each device. copy_bytes_per_second: from the host to one device, measured. swap_seconds:
-    what a swap takes beside its copy. max_rows: requests in one step. sizes: of groups that may be formed.
+    what a swap takes beside its copy. max_rows: requests in one step. sizes: of groups that may be formed, in
+    ascending order, 1 among them, each a multiple of the one before.
     """
 
     arena_bytes: tuple[int, ...]

@@ -144,8 +144,8 @@ def test_the_search_is_close_to_all_plans_there_are() -> None:
     chance = random.Random(7)
     cases = [draw(chance.randrange(1 << 30), chance.randint(1, 2), chance.randint(1, 3)) for _ in range(36)]
     ratios = compare(cases, {"place": place})["place"]
-    assert max(ratios) < 1.2
-    assert statistics.mean(ratios) < 1.02
+    assert max(ratios) < 1.1
+    assert statistics.mean(ratios) < 1.01
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -164,7 +164,7 @@ def test_planning_is_deterministic() -> None:
     demands, machine = draw(3, 4, 9)
     assert place(demands, machine) == place(demands, machine)
     shuffled = random.Random(0).sample(demands, len(demands))
-    assert place(shuffled, machine).same(place(demands, machine))
+    assert place(shuffled, machine) == place(demands, machine)
 
 
 def test_busy_neighbours_are_parted_and_replicated() -> None:
@@ -188,6 +188,14 @@ def test_what_does_not_fit_is_absent_and_what_is_called_most_is_not() -> None:
     demands = [demand(f"s{i}", rate, gib=30) for i, rate in enumerate((0.01, 0.5, 0.002, 0.4))]
     plan = place(demands, one)
     assert {name for name, groups in plan.replicas.items() if groups} == {"s1", "s3"}
+
+
+def test_replicas_and_groups_mix_on_the_same_devices() -> None:
+    """Protects the end of the search on small machines: there, no partition is as good as what overlaps."""
+    demands, machine = draw(299088013, 2, 2)
+    plan = place(demands, machine)
+    assert {len(plan.of(demand.name)) for demand in demands} == {1, 2}
+    assert [len(group) for _, group in sorted(plan.placed())] in ([2, 1, 1], [1, 1, 2])
 
 
 def test_idle_services_take_room_that_nobody_needs() -> None:
@@ -239,6 +247,7 @@ def test_many_devices_do_not_mean_many_partitions() -> None:
 def test_a_machine_without_devices_has_an_empty_plan() -> None:
     """Protects the moments before the first worker is up."""
     assert place([demand("a", 1)], Machine((), 1.0)) == Plan({"a": ()})
+    assert place([], TWO) == Plan({})
 
 
 def test_work_counts_idle_services_a_little() -> None:
