@@ -198,6 +198,13 @@ def test_replicas_and_groups_mix_on_the_same_devices() -> None:
     assert [len(group) for _, group in sorted(plan.placed())] in ([2, 1, 1], [1, 1, 2])
 
 
+def test_a_small_device_may_join_a_large_one() -> None:
+    """Protects mixed machines: of one small and two large devices, the small one is not always left over."""
+    demands, machine = draw(491263128, 3, 1)
+    assert machine.arena_bytes == (24 * GIB, 48 * GIB, 48 * GIB)
+    assert sorted(map(len, place(demands, machine).of("service-0"))) == [1, 2]
+
+
 def test_idle_services_take_room_that_nobody_needs() -> None:
     """Protects the first request to a service that nobody called yet."""
     assert len(place([demand("a", 0), demand("b", 0)], TWO).of("b")) >= 1
@@ -242,6 +249,21 @@ def test_many_devices_do_not_mean_many_partitions() -> None:
     planner = _Planner(demands, machine, None)
     planner.best()
     assert len(planner._filled) < 80
+
+
+def test_replicas_fill_a_large_machine() -> None:
+    """Protects the replicas of stage 2 where nothing else would add them: no device is left idle."""
+    demands = [demand(f"s{i:02}", 8.0, ranks=(1,)) for i in range(10)]
+    plan = place(demands, Machine((80 * GIB,) * 32, 20 * GIB))
+    assert {device for _, group in plan.placed() for device in group} == set(range(32))
+
+
+def test_placed_replicas_count_where_they_are() -> None:
+    """Protects the cells beside a placed replica: what spans two of them weighs on both, and on no other."""
+    fixed = [demand("a", 3, placed=((1, 2),)), demand("b", 1)]
+    planner = _Planner(fixed, Machine((80 * GIB,) * 6, 20 * GIB), None)
+    cells = planner._fill([(0, 1), (2, 3), (4, 5)]).cells
+    assert [[guest.touched for guest in cell.placed] for cell in cells] == [[2], [2], []]
 
 
 def test_a_machine_without_devices_has_an_empty_plan() -> None:

@@ -203,7 +203,7 @@ def test_drift_brings_planning_forward() -> None:
 
 
 def test_a_move_is_made_once_regret_has_paid_for_it() -> None:
-    """Protects the whole: regret grows, the steps come once, and planning is quick again."""
+    """Protects the whole: regret grows, the steps come once, regret starts anew, planning is quick again."""
     control, demands, settings = Replacement(MACHINE), three(0.2, 4), ReplacementSettings()
     for now in (0.0, 20.0):
         control.planned(now, demands, A_ALONE, A_ALONE)
@@ -216,7 +216,10 @@ def test_a_move_is_made_once_regret_has_paid_for_it() -> None:
         ticks += 1
     assert rate * (ticks - 1) < cost <= rate * ticks
     assert order == steps(A_ALONE, B_ALONE, demands, MACHINE)
-    assert control.tick(1000.0, demands, B_ALONE, {"b": 8}) == []
+    assert (
+        control.tick(1000.0, demands, A_ALONE, {"b": 8}) == []
+    )  # the move came to nothing, and took its time
+    assert control.regret == 0
     assert control.status(60.0, demands, B_ALONE, {}).next_planning_seconds == settings.min_interval_seconds
 
 
