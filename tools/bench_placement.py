@@ -5,7 +5,8 @@
 Draws random services and machines, predicts the best plan found and the best of all, and prints the ratio of
 their normalized latencies (1 = as good as can be): median, P95 and worst. "all plans" includes those whose
 groups overlap, which the search tries in the end only. Rivals: `alpa` (AlpaServe's greedy) and `one_each`.
-Then the seconds of processor time of `place` for large machines. Needs no GPU: planning knows predictions alone, and so does this.
+Then the seconds of processor time of `place` for large machines. Needs no GPU: planning knows predictions
+alone, and so does this.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ where whole plans are predicted quickly, single services may leave the cells in 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import isinf
 from typing import NamedTuple
 
 from seallmd.core.latency import NOWHERE_SECONDS, Load, Work, estimate, solve
@@ -214,6 +215,8 @@ class _Layout:
 
     def fill(self) -> None:
         """Stage 2's first part: services in order to where it costs least, then replicas while they pay."""
+        if isinf(self.objective):
+            return  # what the operator placed does not fit the smallest device of a cell
         for service in self._order:
             self._take_best(self._alone(service), 0.0)
         helped = True
@@ -224,7 +227,7 @@ class _Layout:
 
     def polish(self) -> None:
         """Stage 2's second part: change one spot, or swap two, while it helps and the effort lasts."""
-        start, helped = self._predictor.tries, True
+        start, helped = self._predictor.tries, not isinf(self.objective)
         while helped:
             helped = False
             for service in self._order:
@@ -404,24 +407,16 @@ class _Planner:
         )
 
 
-def _check_placed(demands: Sequence[Demand], machine: Machine) -> None:
-    """Refuse what the operator placed where it cannot run at all."""
-    for demand in demands:
-        for group in demand.placed or ():
-            if demand.split(len(group)) is None:
-                raise ValueError(f"{demand.name} is placed on {len(group)} devices and cannot run on so many")
-            if not all(0 <= device < len(machine.arena_bytes) for device in group):
-                raise ValueError(f"{demand.name} is placed on a device that there is not")
-
-
 def place(demands: Sequence[Demand], machine: Machine, near: Plan | None = None) -> Plan:
     """The best plan found for these demands. Deterministic.
 
     near: of plans that differ by a renaming of equal devices, the one with the fewest moves from this one is
-    given. Demands with `placed` get just that, fitting or not. A service that fits nowhere beside the others
-    is absent. Raises ValueError when a service is in the demands twice or placed where it cannot run.
+    given. Demands with `placed` get just that. A service that fits nowhere beside the others is absent.
+    Raises ValueError when a service is in the demands twice, or when what is placed cannot exist.
     """
-    _check_placed(demands, machine)
+    fixed = Plan({demand.name: demand.placed or () for demand in demands})
+    if reason := broken(fixed, demands, machine):
+        raise ValueError(f"the operator's placement cannot be: {reason}")
     if not machine.arena_bytes or not demands:
         return Plan({demand.name: () for demand in demands})
     in_order = sorted(demands, key=lambda demand: demand.name)  # theirs is not to change the plan

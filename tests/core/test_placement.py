@@ -223,9 +223,19 @@ def test_the_operators_placement_is_kept_and_counted() -> None:
 def test_a_placement_that_cannot_run_is_refused() -> None:
     """Protects the operator from a plan that silently differs from the configuration."""
     with pytest.raises(ValueError, match="3 devices"):
-        place([demand("a", 1, placed=((0, 1, 2),))], TWO)
+        place([demand("a", 1, placed=((0, 1, 2),))], Machine((80 * GIB,) * 3, 20 * GIB))
     with pytest.raises(ValueError, match="there is not"):
         place([demand("a", 1, placed=((5,),))], TWO)
+    with pytest.raises(ValueError, match="bytes"):
+        place([demand("a", 1, gib=50, placed=((0,),)), demand("b", 1, gib=50, placed=((0,),))], TWO)
+
+
+def test_a_placement_that_fits_one_device_of_a_cell_alone_is_kept() -> None:
+    """Protects mixed machines: a cell that the placed replica does not fit is no place to search."""
+    mixed = Machine((80 * GIB, 24 * GIB), 20 * GIB)
+    plan = place([demand("a", 1, gib=40, placed=((0,),)), demand("b", 1, gib=16)], mixed)
+    assert plan.of("a") == ((0,),)
+    assert len(plan.of("b")) >= 1
 
 
 def test_equal_devices_are_not_renamed() -> None:

@@ -223,6 +223,16 @@ def test_a_move_is_made_once_regret_has_paid_for_it() -> None:
     assert control.status(60.0, demands, B_ALONE, {}).next_planning_seconds == settings.min_interval_seconds
 
 
+def test_nothing_moves_for_services_that_were_not_planned_for() -> None:
+    """Protects reloads of the configuration: an old plan is not moved to with new services."""
+    control = Replacement(MACHINE)
+    control.planned(0.0, three(0.1, 4), A_ALONE, B_ALONE)
+    changed = [*three(0.1, 4), demand("d", 1)]
+    assert [control.tick(at, changed, A_ALONE, {}) for at in (0.0, 1e6)] == [[], []]
+    assert control.status(1e6, changed, A_ALONE, {}).best.same(A_ALONE)
+    assert control.wants_plan(1e6, changed)
+
+
 def test_a_plan_that_is_hardly_better_is_no_better() -> None:
     """Protects from moving for a prediction's noise."""
     control, demands = Replacement(MACHINE, ReplacementSettings(least_gain=0.9)), three(0.2, 4)
