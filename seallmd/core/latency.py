@@ -73,7 +73,7 @@ class Work(NamedTuple):
             rate=rate,
             fixed=split.fixed_seconds,
             row=split.token_seconds + context * split.context_seconds,
-            prefill=prompt * (split.token_seconds + split.context_seconds),
+            prefill=prompt * (split.prompt_seconds + split.context_seconds),
             output=output,
             row_bytes=context * split.kv_bytes_per_token,
             weights_bytes=split.weights_bytes,

@@ -3,28 +3,32 @@
 Owns the search. Predictions come from `core.latency`; when a plan is worth moving to is `core.replacement`'s.
 
 Stage 1 cuts the devices into *cells*, stage 2 gives every service a spot: cells where it has replicas, or one
-that it visits while it is absent. Services go in descending rate * work, each to where the rate-weighted
-normalized latency grows least; replicas are added while they pay; then services move, swap, and gain or lose
-replicas until nothing helps. The steps of SeaLLM's stages are reconstructed (the paper names the two stages).
+that it visits while it is absent. Services go in descending rate * work (and once more in descending
+weights), each to where the rate-weighted normalized latency grows least; replicas are added while they pay;
+then services move, swap, and gain or lose replicas until nothing helps. The steps of SeaLLM's stages are
+reconstructed (the paper names the two stages).
 
 All replicas of a cell span it whole, so that cells do not touch each other and the objective is a sum over
 cells, each remembered by its contents. Two limits keep this fast: cells are aligned runs of devices sorted by
 memory, so that of equal devices only the number in each cell counts; and partitions are not all tried (32
-devices have 165 multisets of sizes): from the even ones, cells are cut and joined while it helps.
-Replicas that the operator placed need not fit the cells: each counts in every cell that it touches.
+devices have 165 multisets of sizes): from the even ones, cells are cut and joined while it helps. Replicas
+that the operator placed need not fit the cells: each counts in every cell that it touches. On small machines,
+where whole plans are predicted quickly, single services may leave the cells in the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import isinf
 from typing import NamedTuple
 
 from seallmd.core.latency import NOWHERE_SECONDS, Load, Work, estimate, solve
-from seallmd.core.plan import Demand, Devices, Machine, Plan, by_name
+from seallmd.core.plan import Demand, Devices, Machine, Plan, broken, by_name, groups_of
 
 _LEAST_GAIN = 1e-3  # of the objective if nobody had neighbours: what gains less is not worth a replica
 _POLISHED = 3  # partitions that get the whole local search
 _EFFORT = 1200  # cells predicted in one local search, at most
+_FINISH = 6000  # devices * services * whole plans predicted after the search in cells, at most
 
 
 class Spot(NamedTuple):
@@ -211,6 +215,8 @@ class _Layout:
 
     def fill(self) -> None:
         """Stage 2's first part: services in order to where it costs least, then replicas while they pay."""
+        if isinf(self.objective):
+            return  # what the operator placed does not fit the smallest device of a cell
         for service in self._order:
             self._take_best(self._alone(service), 0.0)
         helped = True
@@ -221,7 +227,7 @@ class _Layout:
 
     def polish(self) -> None:
         """Stage 2's second part: change one spot, or swap two, while it helps and the effort lasts."""
-        start, helped = self._predictor.tries, True
+        start, helped = self._predictor.tries, not isinf(self.objective)
         while helped:
             helped = False
             for service in self._order:
@@ -270,23 +276,59 @@ class _Planner:
         arenas = machine.arena_bytes
         falling = sorted(range(len(arenas)), key=lambda device: (-arenas[device], device))
         # The runs of one order leave over a small device where those of the other leave over a large one.
-        self._orders = [falling] if len(set(arenas)) == 1 else [falling, falling[::-1]]
+        self._orders_of_devices = [falling] if len(set(arenas)) == 1 else [falling, falling[::-1]]
         self._free = [i for i, demand in enumerate(demands) if not demand.placed]
         loads = {i: self._predictor.works[i, demands[i].splits[0].ranks].load() for i in self._free}
         self._free.sort(key=lambda i: (-loads[i], i))
+        weights = {i: self._predictor.works[i, demands[i].splits[0].ranks].weights_bytes for i in self._free}
+        # By work, as SeaLLM; and by weights, which fits in more where memory is what is short.
+        self._orders_of_services = (self._free, sorted(self._free, key=lambda i: (-weights[i], i)))
         self._filled: dict[tuple[object, ...], _Layout] = {}
         usable = {split.ranks for i in self._free for split in demands[i].splits}
         self._sizes = [s for s in machine.sizes if s <= len(arenas) and (s in usable or s == 1)]
 
     def best(self) -> Plan:
         """The best plan found."""
-        for order in self._orders:
+        for order in self._orders_of_devices:
             self._descend(order)
         layouts = sorted(self._filled.values(), key=lambda layout: layout.objective)[:_POLISHED]
         for layout in layouts:
             layout.polish()
-        plans = [self._plan(layout) for layout in layouts]
-        return min(plans, key=lambda p: estimate(p, self._demands, self._machine).normalized_latency)
+        return self._finish(min((self._plan(layout) for layout in layouts), key=self._latency))
+
+    def _latency(self, plan: Plan) -> float:
+        return estimate(plan, self._demands, self._machine).normalized_latency
+
+    def _finish(self, plan: Plan) -> Plan:
+        """Let single services leave the cells, while it helps. Only where predicting whole plans is cheap."""
+        left = _FINISH // (len(self._demands) * len(self._machine.arena_bytes))
+        best, helped = self._latency(plan), left > len(self._free)
+        while helped:
+            helped = False
+            for i in self._free:
+                for groups in self._elsewhere(plan, i):
+                    other = Plan({**plan.replicas, self._demands[i].name: groups})
+                    if left <= 0 or broken(other, self._demands, self._machine):
+                        continue
+                    left -= 1
+                    if (latency := self._latency(other)) < best * (1 - _LEAST_GAIN):
+                        plan, best, helped = other, latency, True
+        return plan
+
+    def _elsewhere(self, plan: Plan, service: int) -> Iterator[tuple[Devices, ...]]:
+        """Other groups for one service, whatever the cells: one more, one less, one alone, all of a size."""
+        demand = self._demands[service]
+        if demand.placed is not None:
+            return
+        mine = plan.of(demand.name)
+        yield from (tuple(group for group in mine if group != gone) for gone in mine)
+        for split in demand.splits:
+            groups = groups_of(self._machine, split.ranks)
+            yield tuple(groups)
+            for group in groups:
+                yield (group,)
+                if all(set(group).isdisjoint(other) for other in mine):
+                    yield tuple(sorted((*mine, group)))
 
     def _descend(self, order: Sequence[int]) -> None:
         """Fill partitions into runs of the order: even ones, then variants of the best while they help."""
@@ -309,8 +351,12 @@ class _Planner:
         key = tuple(sorted((len(cell.devices), cell.arena, tuple(sorted(cell.placed))) for cell in cells))
         if key not in self._filled:
             visit_only = {i for i in self._free if self._demands[i].placed is not None}
-            self._filled[key] = _Layout(cells, self._free, visit_only, self._predictor)
-            self._filled[key].fill()
+            filled = [
+                _Layout(cells, order, visit_only, self._predictor) for order in self._orders_of_services
+            ]
+            for layout in filled:
+                layout.fill()
+            self._filled[key] = min(filled, key=lambda layout: layout.objective)
         return self._filled[key]
 
     def _placed(self, group: Devices, groups: list[Devices]) -> frozenset[_Guest]:
@@ -361,24 +407,17 @@ class _Planner:
         )
 
 
-def _check_placed(demands: Sequence[Demand], machine: Machine) -> None:
-    """Refuse what the operator placed where it cannot run at all."""
-    for demand in demands:
-        for group in demand.placed or ():
-            if demand.split(len(group)) is None:
-                raise ValueError(f"{demand.name} is placed on {len(group)} devices and cannot run on so many")
-            if not all(0 <= device < len(machine.arena_bytes) for device in group):
-                raise ValueError(f"{demand.name} is placed on a device that there is not")
-
-
 def place(demands: Sequence[Demand], machine: Machine, near: Plan | None = None) -> Plan:
     """The best plan found for these demands. Deterministic.
 
     near: of plans that differ by a renaming of equal devices, the one with the fewest moves from this one is
-    given. Demands with `placed` get just that, fitting or not. A service that fits nowhere beside the others
-    is absent. Raises ValueError when a service is in the demands twice or placed where it cannot run.
+    given. Demands with `placed` get just that. A service that fits nowhere beside the others is absent.
+    Raises ValueError when a service is in the demands twice, or when what is placed cannot exist.
     """
-    _check_placed(demands, machine)
-    if not machine.arena_bytes:
+    fixed = Plan({demand.name: demand.placed or () for demand in demands})
+    if reason := broken(fixed, demands, machine):
+        raise ValueError(f"the operator's placement cannot be: {reason}")
+    if not machine.arena_bytes or not demands:
         return Plan({demand.name: () for demand in demands})
-    return _Planner(demands, machine, near).best()
+    in_order = sorted(demands, key=lambda demand: demand.name)  # theirs is not to change the plan
+    return _Planner(in_order, machine, near).best()

@@ -22,7 +22,8 @@ class Split(msgspec.Struct, frozen=True):
     """A service on `ranks` devices: what one rank holds, and how long a step of all of them takes.
 
     weights_bytes: of one rank. kv_bytes_per_token: of one rank, over all layers. A step takes fixed_seconds +
-    token_seconds for each of its tokens + context_seconds for each token of KV that its rows read.
+    token_seconds for each row that decodes + prompt_seconds for each token of a prompt + context_seconds for
+    each token of KV that its rows read.
     """
 
     ranks: int
@@ -31,6 +32,7 @@ class Split(msgspec.Struct, frozen=True):
     fixed_seconds: float
     token_seconds: float
     context_seconds: float
+    prompt_seconds: float
 
     @classmethod
     def of(cls, ranks: int, weights_bytes: int, kv_bytes_per_token: float, costs: StepCosts) -> Split:
@@ -39,7 +41,8 @@ class Split(msgspec.Struct, frozen=True):
         many = 1e6  # prediction is linear: the slope over many tokens is that of one
         token = (costs.predict(many, 0) - fixed) / many
         context = (costs.predict(0, many) - fixed) / many
-        return cls(ranks, weights_bytes, kv_bytes_per_token, fixed, token, context)
+        prompt = (costs.predict(many, 0, rows=0) - fixed) / many
+        return cls(ranks, weights_bytes, kv_bytes_per_token, fixed, token, context, prompt)
 
 
 class Demand(msgspec.Struct, frozen=True):
@@ -76,7 +79,8 @@ class Machine(msgspec.Struct, frozen=True):
     """What there is to place on.
 
     arena_bytes: of each device. copy_bytes_per_second: from the host to one device, measured. swap_seconds:
-    what a swap takes beside its copy. max_rows: requests in one step. sizes: of groups that may be formed.
+    what a swap takes beside its copy. max_rows: requests in one step. sizes: of groups that may be formed, in
+    ascending order, 1 among them, each a multiple of the one before.
     """
 
     arena_bytes: tuple[int, ...]

@@ -69,10 +69,14 @@ class Replacement:
     def _drifted(self, demands: Sequence[Demand]) -> bool:
         """Whether a rate is no longer what was planned for, or a service is new or gone."""
         planned = self._planned_rates
-        if self._planned_at is None or planned.keys() != {demand.name for demand in demands}:
+        if self._planned_at is None or not self._planned_for(demands):
             return self._planned_at is not None
         pairs = (sorted((planned[demand.name], demand.rate)) for demand in demands)
         return any(high + _NOISE_RATE > self._settings.drift * (low + _NOISE_RATE) for low, high in pairs)
+
+    def _planned_for(self, demands: Sequence[Demand]) -> bool:
+        """Whether the last planning was for just these services."""
+        return self._planned_rates.keys() == {demand.name for demand in demands}
 
     # ----------------------------------------------------------------------------- when to move
 
@@ -82,21 +86,19 @@ class Replacement:
         """Count regret since the last tick; the steps to the best plan once they pay, else none.
 
         inflight: requests running, by service. Steps that were given out are expected to be made, or given
-        up: call again when that is so, the time between does not count. Raises ValueError when `demands` lack
-        a service that a plan has.
+        up: call again when that is so, the time between does not count. While the services are not those that
+        were planned for, nothing is counted. Raises ValueError when `demands` lack a service of `current`.
         """
         elapsed = 0.0 if self._ticked_at is None else max(0.0, now - self._ticked_at)
         self._ticked_at = now
-        if self._best is None or self._best.same(current):
+        if self._best is None or not self._planned_for(demands) or self._best.same(current):
             return []
         if broken(self._best, demands, self._machine):  # ranks or places were changed since
             self._best = None
             return []
         self.regret += elapsed * regret_rate(current, self._best, demands, self._machine)
-        if (
-            self.regret < moving_cost(current, self._best, demands, self._machine, inflight)
-            or not self.regret
-        ):
+        cost = moving_cost(current, self._best, demands, self._machine, inflight)
+        if not self.regret or self.regret < cost:
             return []
         order = steps(current, self._best, demands, self._machine)
         self.regret = 0.0
@@ -108,7 +110,7 @@ class Replacement:
         self, now: float, demands: Sequence[Demand], current: Plan, inflight: Mapping[str, int]
     ) -> PlanStatus:
         """What `tick` goes by, for people. Changes nothing."""
-        best = self._best or current
+        best = self._best if self._best is not None and self._planned_for(demands) else current
         if best is not current and broken(best, demands, self._machine):
             best = current  # ranks or places were changed since
         gives, has = (estimate(plan, demands, self._machine) for plan in (best, current))

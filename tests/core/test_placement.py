@@ -30,7 +30,8 @@ def demand(
 ) -> Demand:
     """A model whose steps take 10 ms and more, faster on more ranks."""
     splits = tuple(
-        Split(r, gib * GIB // r, 500_000 / r, 0.01 / r**0.8, 1e-4 / r**0.8, 1e-7 / r**0.8) for r in ranks
+        Split(r, gib * GIB // r, 500_000 / r, 0.01 / r**0.8, 1e-4 / r**0.8, 1e-7 / r**0.8, 1e-4 / r**0.8)
+        for r in ranks
     )
     return Demand(name, rate, 100, output, splits, placed=placed)
 
@@ -144,8 +145,8 @@ def test_the_search_is_close_to_all_plans_there_are() -> None:
     chance = random.Random(7)
     cases = [draw(chance.randrange(1 << 30), chance.randint(1, 2), chance.randint(1, 3)) for _ in range(36)]
     ratios = compare(cases, {"place": place})["place"]
-    assert max(ratios) < 1.2
-    assert statistics.mean(ratios) < 1.02
+    assert max(ratios) < 1.1
+    assert statistics.mean(ratios) < 1.01
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -164,7 +165,7 @@ def test_planning_is_deterministic() -> None:
     demands, machine = draw(3, 4, 9)
     assert place(demands, machine) == place(demands, machine)
     shuffled = random.Random(0).sample(demands, len(demands))
-    assert place(shuffled, machine).same(place(demands, machine))
+    assert place(shuffled, machine) == place(demands, machine)
 
 
 def test_busy_neighbours_are_parted_and_replicated() -> None:
@@ -190,6 +191,21 @@ def test_what_does_not_fit_is_absent_and_what_is_called_most_is_not() -> None:
     assert {name for name, groups in plan.replicas.items() if groups} == {"s1", "s3"}
 
 
+def test_replicas_and_groups_mix_on_the_same_devices() -> None:
+    """Protects the end of the search on small machines: there, no partition is as good as what overlaps."""
+    demands, machine = draw(299088013, 2, 2)
+    plan = place(demands, machine)
+    assert {len(plan.of(demand.name)) for demand in demands} == {1, 2}
+    assert [len(group) for _, group in sorted(plan.placed())] in ([2, 1, 1], [1, 1, 2])
+
+
+def test_a_small_device_may_join_a_large_one() -> None:
+    """Protects mixed machines: of one small and two large devices, the small one is not always left over."""
+    demands, machine = draw(491263128, 3, 1)
+    assert machine.arena_bytes == (24 * GIB, 48 * GIB, 48 * GIB)
+    assert sorted(map(len, place(demands, machine).of("service-0"))) == [1, 2]
+
+
 def test_idle_services_take_room_that_nobody_needs() -> None:
     """Protects the first request to a service that nobody called yet."""
     assert len(place([demand("a", 0), demand("b", 0)], TWO).of("b")) >= 1
@@ -208,9 +224,19 @@ def test_the_operators_placement_is_kept_and_counted() -> None:
 def test_a_placement_that_cannot_run_is_refused() -> None:
     """Protects the operator from a plan that silently differs from the configuration."""
     with pytest.raises(ValueError, match="3 devices"):
-        place([demand("a", 1, placed=((0, 1, 2),))], TWO)
+        place([demand("a", 1, placed=((0, 1, 2),))], Machine((80 * GIB,) * 3, 20 * GIB))
     with pytest.raises(ValueError, match="there is not"):
         place([demand("a", 1, placed=((5,),))], TWO)
+    with pytest.raises(ValueError, match="bytes"):
+        place([demand("a", 1, gib=50, placed=((0,),)), demand("b", 1, gib=50, placed=((0,),))], TWO)
+
+
+def test_a_placement_that_fits_one_device_of_a_cell_alone_is_kept() -> None:
+    """Protects mixed machines: a cell that the placed replica does not fit is no place to search."""
+    mixed = Machine((80 * GIB, 24 * GIB), 20 * GIB)
+    plan = place([demand("a", 1, gib=40, placed=((0,),)), demand("b", 1, gib=16)], mixed)
+    assert plan.of("a") == ((0,),)
+    assert len(plan.of("b")) >= 1
 
 
 def test_equal_devices_are_not_renamed() -> None:
@@ -236,9 +262,25 @@ def test_many_devices_do_not_mean_many_partitions() -> None:
     assert len(planner._filled) < 80
 
 
+def test_replicas_fill_a_large_machine() -> None:
+    """Protects the replicas of stage 2 where nothing else would add them: no device is left idle."""
+    demands = [demand(f"s{i:02}", 8.0, ranks=(1,)) for i in range(10)]
+    plan = place(demands, Machine((80 * GIB,) * 32, 20 * GIB))
+    assert {device for _, group in plan.placed() for device in group} == set(range(32))
+
+
+def test_placed_replicas_count_where_they_are() -> None:
+    """Protects the cells beside a placed replica: what spans two of them weighs on both, and on no other."""
+    fixed = [demand("a", 3, placed=((1, 2),)), demand("b", 1)]
+    planner = _Planner(fixed, Machine((80 * GIB,) * 6, 20 * GIB), None)
+    cells = planner._fill([(0, 1), (2, 3), (4, 5)]).cells
+    assert [[guest.touched for guest in cell.placed] for cell in cells] == [[2], [2], []]
+
+
 def test_a_machine_without_devices_has_an_empty_plan() -> None:
     """Protects the moments before the first worker is up."""
     assert place([demand("a", 1)], Machine((), 1.0)) == Plan({"a": ()})
+    assert place([], TWO) == Plan({})
 
 
 def test_work_counts_idle_services_a_little() -> None:

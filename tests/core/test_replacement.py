@@ -22,7 +22,9 @@ B_ALONE = Plan({"a": ((1,),), "b": ((0,),), "c": ((1,),)})
 
 def demand(name: str, rate: float, gib: int = 20) -> Demand:
     """A model for one or two devices."""
-    splits = tuple(Split(r, gib * GIB // r, 1e5 / r, 0.01 / r**0.8, 1e-4 / r, 1e-8 / r) for r in (1, 2))
+    splits = tuple(
+        Split(r, gib * GIB // r, 1e5 / r, 0.01 / r**0.8, 1e-4 / r, 1e-8 / r, 1e-4 / r) for r in (1, 2)
+    )
     return Demand(name, rate, 100, 200, splits)
 
 
@@ -198,7 +200,7 @@ def test_drift_brings_planning_forward() -> None:
 
 
 def test_a_move_is_made_once_regret_has_paid_for_it() -> None:
-    """Protects the whole: regret grows, the steps come once, and planning is quick again."""
+    """Protects the whole: regret grows, the steps come once, regret starts anew, planning is quick again."""
     control, demands, settings = Replacement(MACHINE), three(0.2, 4), ReplacementSettings()
     for now in (0.0, 20.0):
         control.planned(now, demands, A_ALONE, A_ALONE)
@@ -211,8 +213,21 @@ def test_a_move_is_made_once_regret_has_paid_for_it() -> None:
         ticks += 1
     assert rate * (ticks - 1) < cost <= rate * ticks
     assert order == steps(A_ALONE, B_ALONE, demands, MACHINE)
-    assert control.tick(1000.0, demands, B_ALONE, {"b": 8}) == []
+    assert (
+        control.tick(1000.0, demands, A_ALONE, {"b": 8}) == []
+    )  # the move came to nothing, and took its time
+    assert control.regret == 0
     assert control.status(60.0, demands, B_ALONE, {}).next_planning_seconds == settings.min_interval_seconds
+
+
+def test_nothing_moves_for_services_that_were_not_planned_for() -> None:
+    """Protects reloads of the configuration: an old plan is not moved to with new services."""
+    control = Replacement(MACHINE)
+    control.planned(0.0, three(0.1, 4), A_ALONE, B_ALONE)
+    changed = [*three(0.1, 4), demand("d", 1)]
+    assert [control.tick(at, changed, A_ALONE, {}) for at in (0.0, 1e6)] == [[], []]
+    assert control.status(1e6, changed, A_ALONE, {}).best.same(A_ALONE)
+    assert control.wants_plan(1e6, changed)
 
 
 def test_a_plan_that_is_hardly_better_is_no_better() -> None:
