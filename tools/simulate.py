@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from seallmd.core.cost import ROOFLINES
-from seallmd.core.settings import SchedulerSettings
+from seallmd.core.settings import ReplacementSettings, SchedulerSettings
 from seallmd.sim import comparison, experiment, metrics
 from seallmd.sim.experiment import Outcome, Setup
 from seallmd.sim.metrics import Seen
@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-rows", type=int, default=SchedulerSettings().max_rows)
     add("--no-replicate", action="store_true", help="no service comes in on a second device")
     add("--drain-seconds", type=float, default=600.0, help="who is not done then counts as failed")
+    add("--no-replacement", action="store_true", help="services come and go by demand alone")
     add("--services", action="store_true", help="print the services of every run as well")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--plots", type=Path, metavar="DIR", help="write charts (PNG)")
@@ -126,6 +127,7 @@ def _run_all(options: argparse.Namespace, console: Console, recorded: Sequence[S
                 arrivals=arrivals,
                 policy=policy,
                 scheduler=scheduler,
+                replacement=ReplacementSettings(enabled=not options.no_replacement),
                 drain_seconds=options.drain_seconds,
                 profiles=profiles,
                 span_window=(middle, middle + _GANTT_SECONDS) if plots else (0.0, 0.0),

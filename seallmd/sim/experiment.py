@@ -19,7 +19,7 @@ from seallmd.core import messages as msg
 from seallmd.core.cost import Roofline, Work
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.scheduler import POLICIES
-from seallmd.core.settings import NodeSettings, SchedulerSettings, ServiceSettings
+from seallmd.core.settings import NodeSettings, ReplacementSettings, SchedulerSettings, ServiceSettings
 from seallmd.sim import metrics
 from seallmd.sim.device import STOP, Span
 from seallmd.sim.metrics import Report, Served
@@ -49,6 +49,7 @@ class Setup:
     arrivals: Sequence[Arrival]
     policy: str = "budget"
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    replacement: ReplacementSettings = field(default_factory=ReplacementSettings)
     block_bytes: int = 0
     arena_share: float = 0.9
     host_bytes: int = 4 << 40
@@ -155,6 +156,7 @@ class _Run:
             roofline=setup.devices[0],
             profiles=dict(setup.profiles),
             scheduler=msgspec.structs.replace(setup.scheduler, policy=setup.policy),
+            replacement=setup.replacement,
         )
         self._world = World(
             settings,

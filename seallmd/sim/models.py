@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from seallmd.core.cost import ROOFLINES, Roofline
-from seallmd.core.messages import LayerShape, ModelShape
+from seallmd.core.messages import LayerShape, ModelShape, Shard
 from seallmd.errors import SeallmdError
 
 _SMALL_BLOCK, _LARGE_BLOCK = 512 << 10, 2 << 20
@@ -52,10 +52,20 @@ class Decoder:
         layer = attention + 3 * self.hidden * self.ffn + self.norms * self.hidden
         embedding = self.vocab * self.hidden
         segments = [embedding, *[layer] * self.layers, self.hidden, *[embedding] * (not self.tied)]
-        kv = LayerShape(self.kv_heads, self.head_dim, self.head_dim)
         bytes_ = tuple(count * itemsize for count in segments)
-        return ModelShape("sim", self.dtype, itemsize, (kv,) * self.layers, bytes_, self.vocab, context)
+        shards = tuple(
+            Shard(ranks, (self._kv(ranks),) * self.layers, tuple(size // ranks for size in bytes_))
+            for ranks in _RANKS
+            if self.kv_heads % ranks == 0
+        )
+        layers = (self._kv(1),) * self.layers
+        return ModelShape("sim", self.dtype, itemsize, layers, bytes_, self.vocab, context, shards=shards)
 
+    def _kv(self, ranks: int) -> LayerShape:
+        return LayerShape(self.kv_heads // ranks, self.head_dim, self.head_dim)
+
+
+_RANKS = (2, 4, 8)  # of tensor-parallel groups
 
 MODELS = {
     "llama-7b": Decoder(32, 4096, 32, 32, 128, 11008, 32000),
