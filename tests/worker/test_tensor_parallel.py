@@ -28,6 +28,19 @@ DIVIDED = {
     "mixtral": 1,
     "qwen3_moe": 1,
     "deepseek_v3": 4,  # its plan divides experts and MLPs alone
+    "gpt_neox": 2,  # packed head by head
+    "olmo2": 2,  # norms over all heads: gathered before them
+    "laguna": 1,  # a gate of one element per head
+    "granite_swa": 1,  # sinks: weights outside any layer
+}
+
+SMALLER: dict[str, dict[str, Any]] = {
+    "laguna": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
 }
 
 
@@ -46,7 +59,7 @@ def two(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.parametrize("family", DIVIDED)
 def test_equals_plain_forward(family: str, two: Ranks, tmp_path: Path) -> None:
     """Chunked prefill, mixed batches and decodes over two ranks give the plain model's logits and tokens."""
-    directory = save_tiny(tmp_path / "m", family, vocab_size=VOCABULARY - 1)
+    directory = save_tiny(tmp_path / "m", family, vocab_size=VOCABULARY - 1, **SMALLER.get(family, {}))
     model = plain(directory)
     two.load("s", directory)
     assert two.rigs[1].shapes["s"].layers[0].kv_heads == DIVIDED[family]
