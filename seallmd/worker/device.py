@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -132,8 +133,19 @@ def _cpu_name() -> str:
 # ------------------------------------------------------------------------------------------------- CUDA
 
 
+class _Locked(NamedTuple):
+    """A mapped image. identity: of the file and the part of it that is page-locked, from `pointer` on."""
+
+    identity: tuple[int, int, int, int]
+    image: torch.Tensor
+    pointer: int
+
+
 class CudaDevice(Device):
-    """A GPU. Images are page-locked once and stay mapped until another image takes the service's place."""
+    """A GPU. Images are page-locked once and stay mapped until another image takes the service's place.
+
+    Of an image for several ranks only this rank's part is locked: locking takes time.
+    """
 
     def __init__(self, settings: WorkerSettings, device: torch.device) -> None:
         torch.cuda.set_device(device)
@@ -145,11 +157,11 @@ class CudaDevice(Device):
             raise MemoryError("the GPU has no memory left for an arena")
         self.arena = torch.zeros(size, dtype=torch.uint8, device=device)
         self._stream = torch.cuda.Stream(device)
-        self._images: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}
+        self._images: dict[str, _Locked] = {}
 
     def copy_in(self, service: str, path: str, extents: tuple[Extent, ...]) -> Copy:
         """As `Device.copy_in`."""
-        image = self._locked(service, path)
+        image = self._locked(service, path, extents)
         _check(extents, image.numel(), self.arena.numel())
         # The ledger reuses blocks that steps enqueued before this copy may still read.
         self._stream.wait_event(torch.cuda.current_stream(self.torch_device).record_event())
@@ -160,20 +172,24 @@ class CudaDevice(Device):
         known = self._images.pop(service, None)
         if known is not None:
             self._stream.synchronize()  # a copy may still read it
-            torch.cuda.cudart().cudaHostUnregister(known[1].data_ptr())
+            torch.cuda.cudart().cudaHostUnregister(known.pointer)
 
-    def _locked(self, service: str, path: str) -> torch.Tensor:
+    def _locked(self, service: str, path: str, extents: tuple[Extent, ...]) -> torch.Tensor:
         status = os.stat(path)
-        identity = (status.st_dev, status.st_ino)  # not the path: its descriptor number is used again
+        first = min((extent.image_at for extent in extents), default=0) // mmap.PAGESIZE * mmap.PAGESIZE
+        last = max((extent.image_at + extent.bytes_ for extent in extents), default=0)
+        # Not the path: its descriptor number is used again.
+        identity = (status.st_dev, status.st_ino, first, last)
         known = self._images.get(service)
-        if known is not None and known[0] == identity:
-            return known[1]
+        if known is not None and known.identity == identity:
+            return known.image
         self.drop_image(service)
         image = _map(path, shared=True)  # page-locking a private mapping would copy it
-        error = int(torch.cuda.cudart().cudaHostRegister(image.data_ptr(), image.numel(), 0))
+        pointer = image.data_ptr() + first
+        error = int(torch.cuda.cudart().cudaHostRegister(pointer, last - first, 0))
         if error != 0:
             raise RuntimeError(f"the host image cannot be page-locked (CUDA error {error})")
-        self._images[service] = (identity, image)
+        self._images[service] = _Locked(identity, image, pointer)
         return image
 
 
