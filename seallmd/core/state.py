@@ -102,7 +102,7 @@ class Service:
     load failed, and retry_at when the next may be tried. wanted: bring it in unasked (preload, or it was
     resident when its worker died). evicted: by an operator, and nobody has asked for it since. pressed_since:
     since when another replica would pay. former: where its weights lay last, by device. tickets: operators
-    that wait for it. breaks: how often a group of its ranks fell apart; prefixes from before are not found
+    that wait for it. breaks: how often its ranks fell apart or changed; prefixes from before are not found
     again.
     """
 

@@ -97,17 +97,20 @@ class Joining:
 
     def __init__(self, group: Group, device: torch.device, rendezvous: Path) -> None:
         self._result: Future[ProcessGroup] = Future()
+        self._until = time.monotonic() + 2 * JOIN_SECONDS  # the backends have limits, but not for every wait
         self._given_up = False
         self._lock = threading.Lock()
         arguments = (group, device, rendezvous)
         threading.Thread(target=self._join, args=arguments, name=f"join {group.id}", daemon=True).start()
 
     def done(self) -> bool:
-        """Whether `take` will not wait."""
-        return self._result.done()
+        """Whether `take` has something to say."""
+        return self._result.done() or time.monotonic() > self._until
 
     def take(self) -> ProcessGroup:
-        """The group. Raises GroupLost if not everybody came in time."""
+        """The group, once `done`. Raises GroupLost if not everybody came in time."""
+        if not self._result.done():
+            raise GroupLost("its tensor-parallel group did not come together (timeout)")
         return self._result.result()
 
     def give_up(self) -> None:
@@ -209,7 +212,7 @@ class NcclGroup(ProcessGroup):
     def __init__(self, group: Group, store: distributed.Store, device: torch.device) -> None:
         super().__init__(group)
         # c10d's own watchdog would end this process, with all its other services, when a collective hangs.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # NoHandling
         self._store, self._device = store, device
         store.set(f"pid {group.rank}", str(os.getpid()))
         pids = [int(store.get(f"pid {rank}")) for rank in range(group.ranks)]

@@ -193,11 +193,13 @@ def _cut(name: str, whole: torch.Tensor, style: str, head: int | None, rank: int
 
 
 def _head_size(owner: str, modules: Mapping[str, nn.Module]) -> int | None:
-    """Elements of a head, where `owner` is a projection inside an attention module that names it."""
-    attention = modules[owner.rpartition(".")[0]]
-    size = getattr(attention, "head_dim", None) if hasattr(attention, "layer_idx") else None
-    if owner.endswith("v_proj"):
-        size = getattr(attention, "v_head_dim", None) or size
+    """Elements of a head, where `owner` projects to heads and its attention module says."""
+    path, _, leaf = owner.rpartition(".")
+    if leaf not in ("q_proj", "k_proj", "v_proj"):
+        return None
+    size = getattr(modules[path], "head_dim", None)
+    if leaf == "v_proj":
+        size = getattr(modules[path], "v_head_dim", None) or size
     return size if isinstance(size, int) else None
 
 

@@ -262,8 +262,13 @@ class Worker:
         self._arriving.append(_Arrival(wanted, copy, config, joining))
 
     def advance(self) -> bool:
-        """Do a piece of the oldest copy; False when there is nothing to do but wait for others."""
-        arrival = self._arriving[0]
+        """Do a piece of the oldest copy; False when there is nothing to do but wait for others.
+
+        A service that waits for its import or its group holds up no copy behind it.
+        """
+        arrival = next((a for a in self._arriving if not (a.copied and a.waits())), None)
+        if arrival is None:
+            return False
         if arrival.started is None:
             arrival.started = time.perf_counter()
         if not arrival.copied:
@@ -279,7 +284,7 @@ class Worker:
             return True
         if arrival.waits():
             return False
-        self._arriving.popleft()
+        self._arriving.remove(arrival)
         service = arrival.wanted.service
         try:
             self._resident[service] = self._bound(arrival)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from seallmd.core import messages as msg
 from seallmd.worker import group, ops
-from tests.worker.helpers import GREEDY, VOCABULARY, Talk, plain, plain_logits, save_tiny
+from tests.worker.helpers import BLOCK_BYTES, GREEDY, VOCABULARY, Talk, plain, plain_logits, save_tiny
 from tests.worker.ranks import Ranks
 
 # Families with a plan, by what their layers store on one of two ranks.
@@ -27,6 +28,19 @@ DIVIDED = {
     "mixtral": 1,
     "qwen3_moe": 1,
     "deepseek_v3": 4,  # its plan divides experts and MLPs alone
+    "gpt_neox": 2,  # packed head by head
+    "olmo2": 2,  # norms over all heads: gathered before them
+    "laguna": 1,  # a gate of one element per head
+    "granite_swa": 1,  # sinks: weights outside any layer
+}
+
+SMALLER: dict[str, dict[str, Any]] = {
+    "laguna": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
 }
 
 
@@ -45,7 +59,7 @@ def two(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.parametrize("family", DIVIDED)
 def test_equals_plain_forward(family: str, two: Ranks, tmp_path: Path) -> None:
     """Chunked prefill, mixed batches and decodes over two ranks give the plain model's logits and tokens."""
-    directory = save_tiny(tmp_path / "m", family, vocab_size=VOCABULARY - 1)
+    directory = save_tiny(tmp_path / "m", family, vocab_size=VOCABULARY - 1, **SMALLER.get(family, {}))
     model = plain(directory)
     two.load("s", directory)
     assert two.rigs[1].shapes["s"].layers[0].kv_heads == DIVIDED[family]
@@ -110,6 +124,8 @@ def test_swapped_out_and_in(two: Ranks, tmp_path: Path) -> None:
     assert "not resident" in two.answers([(two.talks(2, "s", [3]), 1)])[1].reason
     two.copy_in("s", *back)
     two.step(model, [(talks, 1)])
+    two.evict("s")
+    assert not list((tmp_path / "rendezvous").iterdir())
 
 
 # ------------------------------------------------------------------------------------------- failures
@@ -184,7 +200,8 @@ def test_a_rank_that_does_not_come_to_the_group(loaded: Ranks, monkeypatch: pyte
         pass
     assert worker.copying
     assert alone(loaded)
-    worker._arriving[0].joining._result.exception()  # waits for the limit
+    with pytest.raises(group.GroupLost):
+        worker._arriving[0].joining._result.result()  # waits for the limit
     worker.advance()
     failed = loaded.rigs[1].take()
     assert isinstance(failed, msg.CopyFailed)
@@ -212,6 +229,49 @@ def test_a_copy_that_is_cancelled_while_it_waits(loaded: Ranks) -> None:
     failed = loaded.rigs[0].step("s", admits, [row])
     assert "was lost" in failed.reason
     assert alone(loaded)
+
+
+def test_a_copy_behind_one_that_waits(loaded: Ranks) -> None:
+    """A service that waits for its group does not keep the next one from coming in."""
+    back, other = loaded.evict("s"), loaded.rigs[1].evict("t")
+    loaded.groups += 1
+    loaded.say_copy_in("s", *back, members=[1])
+    rig = loaded.rigs[1]
+    probed, image = other
+    at, extents = 0, []
+    for size in probed.shape.segments:
+        extents.append(msg.Extent(at, size, rig.take_run(-(-size // BLOCK_BYTES)) * BLOCK_BYTES))
+        at += size
+    rig.worker.handle(msg.CopyIn("t", probed.directory, "float32", 256, image, tuple(extents), 8))
+    while rig.worker.advance():
+        pass
+    assert rig.take().service == "t"
+    assert rig.worker.copying
+    assert alone(loaded)
+    rig.evict("s")
+
+
+def test_a_limit_of_our_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever a backend waits for, the limit holds; a group that comes to be later is left."""
+    monkeypatch.setattr(group, "JOIN_SECONDS", -1.0)
+    left, come = threading.Event(), threading.Event()
+
+    class Late:
+        def leave(self) -> None:
+            left.set()
+
+    def late(*_: object) -> Late:
+        come.wait()
+        return Late()
+
+    monkeypatch.setattr(group, "_join", late)
+    joining = group.Joining(msg.Group(1, 0, 2), torch.device("cpu"), tmp_path)
+    assert joining.done()
+    with pytest.raises(group.GroupLost, match="timeout"):
+        joining.take()
+    joining.give_up()
+    come.set()
+    assert left.wait(30)
 
 
 def test_groups_that_overlap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
 
 
 def test_a_rank_that_is_killed(processes: Processes, tmp_path: Path) -> None:
-    """Two processes generate what one does; when one is killed in a step, the other says so and lives."""
+    """Two processes generate what one does; when one is killed in a step, the other says so, lives, and can
+    end."""
     directory = save_tiny(tmp_path / "m", "gemma3_text", vocab_size=96)
     shape, image = processes.image("s", directory, ranks=2)
     processes.copy_in("s", directory, shape.shards[0].segments, image, 0, ranks=2)
@@ -99,3 +100,7 @@ def test_a_rank_that_is_killed(processes: Processes, tmp_path: Path) -> None:
     assert "was lost" in failed.reason
     processes.step("alone", [5, 9], 0, 101, [survivor])
     assert survivor.hear().tokens == (int(plain_logits(model, [5, 9]).argmax()),)
+
+    survivor.say(msg.CopyIn("other", str(directory), "float32", 256, image, (), 2, msg.Group(8, 0, 2)))
+    survivor.say(msg.Shutdown())
+    assert survivor.ended() == 0  # though a thread of it still waits for the other rank
