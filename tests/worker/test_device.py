@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from seallmd.core import messages as msg
 from seallmd.worker import main
-from seallmd.worker.device import CpuDevice
+from seallmd.worker.device import CpuDevice, CudaDevice
 
 BLOCK = 1 << 12
 
@@ -83,3 +84,33 @@ def test_copies_keep_to_their_share(
     monkeypatch.setattr(main.time, "perf_counter", lambda: worker.now)
     assert main._copy_for(worker, budget)  # type: ignore[arg-type]
     assert worker.done == done
+
+
+class Done:
+    """A CUDA event."""
+
+    def __init__(self, done: bool) -> None:
+        self._done = done
+
+    def query(self) -> bool:
+        return self._done
+
+
+@pytest.mark.parametrize(
+    ("tables", "awaited"), [([(1, 9)], None), ([(9, 3), (8,)], 1), ([(2,), (4,)], 2), ([], None)]
+)
+def test_steps_wait_for_copies_of_their_own_blocks(
+    tables: list[tuple[int, ...]], awaited: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU: for the last copy of any of them, which is behind the others; and never for what is done."""
+    waits: list[object] = []
+    stream = type("Stream", (), {"wait_event": lambda _, event: waits.append(event)})()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    device = object.__new__(CudaDevice)
+    device.torch_device = torch.device("cuda", 0)
+    events = [Done(True), Done(False), Done(False)]
+    blocks = [frozenset({1}), frozenset({2, 3}), frozenset({4})]
+    device._kv_copies = deque(zip(events, blocks, strict=True))  # type: ignore[arg-type]
+    device.wait_for(tables)
+    assert waits == ([] if awaited is None else [events[awaited]])
+    assert len(device._kv_copies) == 2
