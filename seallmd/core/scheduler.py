@@ -15,6 +15,8 @@ from seallmd.core.adbs import Adbs
 from seallmd.core.request import Request
 from seallmd.core.state import Device, NodeState, Replica, Service
 
+_HEAD_START = 0.1  # of its budget, that a request counts as having had: its slowdown does not begin endless
+
 Order = Callable[[NodeState, Device, Sequence[Replica]], list[Replica]]
 Admits = Callable[[NodeState, Device, Replica, Request], bool]
 
@@ -41,11 +43,13 @@ def fcfs(state: NodeState, _device: Device, ready: Sequence[Replica]) -> list[Re
 def budget(state: NodeState, _device: Device, ready: Sequence[Replica]) -> list[Replica]:
     """The service whose next step is worth most for the time it takes (SeaLLM, by batch density).
 
-    Each row is worth the share of its request's budget that the step gets done, more the longer the request
-    has waited. A service that has had work for `max_gap_rounds` without a step goes first, the longest
-    waiting of them, so that nobody waits without limit: a round is the time in which each service that has
-    work would get one step. The literal rule, the service of the one best request, throws batching away, and
-    a gap in seconds suits one size of model only (docs/log.md).
+    Each row is worth the share of its request's budget that the step gets done, times its slowdown so far
+    to the power of `ageing`: the time since it arrived over the execution time that it has had. That is
+    what clients notice, and it keeps the tail of the slowdown below that of taking turns (docs/log.md). A
+    service that has had work for `max_gap_rounds` without a step goes first, the longest waiting of them,
+    so that nobody waits without limit: a round is the time in which each service that has work would get
+    one step. The literal rule, the service of the one best request, throws batching away, and a gap in
+    seconds suits one size of model only (docs/log.md).
     """
     if len(ready) == 1:
         return list(ready)
@@ -86,8 +90,8 @@ def _next_step(state: NodeState, replica: Replica) -> tuple[float, float]:
         else:
             count = min(pending, left)
             gained = profile.prefill_seconds(pending) * count / pending
-        share = gained / request.budget
-        worth += share + share * (now - request.arrived) / (ageing * request.budget)
+        had = max(request.attained, _HEAD_START * request.budget)
+        worth += gained / request.budget * ((now - request.arrived) / had) ** ageing
         left -= count
         tokens += count
         context += scheduled + count

@@ -41,20 +41,20 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The `[scheduler]` table.
 
-    policy: which replica of a device steps next (`core.scheduler`). max_gap_rounds: `budget` lets no service
-    that has work wait longer for a step than so many rounds of one step each. ageing: `budget` doubles a
-    request's weight when it has waited so many times its budget. step_tokens: tokens in one step, prefill and
-    decode together. max_rows: requests in one step. pipeline_depth: steps a device may hold, running one
-    included. prefix_reuse: share KV blocks of equal prefixes. replicate: a busy service may come in on an
-    idle device too, when its steps would be faster by replicate_gain for replicate_seconds.
-    min_residency_seconds: how long a service that was brought in stays before another may push it out.
-    patience_seconds: how long a request of an absent service waits before a busy service is asked to make
-    room.
+    policy: which replica of a device steps next (`core.scheduler`). max_gap_rounds: `budget` lets no
+    service that has work wait longer for a step than so many rounds of one step each. ageing: in `budget`
+    a request counts by its slowdown so far to this power; 0 lets long ones wait. step_tokens: tokens in
+    one step, prefill and decode together. max_rows: requests in one step. pipeline_depth: steps a device
+    may hold, running one included. prefix_reuse: share KV blocks of equal prefixes. replicate: a busy
+    service may come in on an idle device too, when its steps would be faster by replicate_gain for
+    replicate_seconds. min_residency_seconds: how long a service that was brought in stays before another
+    may push it out. patience_seconds: how long a request of an absent service waits before a busy service
+    is asked to make room.
     """
 
     policy: Literal["budget", "round-robin", "fcfs", "adbs", "dedicated"] = "budget"
     max_gap_rounds: Annotated[float, Meta(ge=1, le=1000)] = 1.5
-    ageing: Annotated[float, Meta(gt=0, le=1e6)] = 4.0
+    ageing: Annotated[float, Meta(ge=0, le=10)] = 2.0
     step_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 512
     max_rows: Annotated[int, Meta(ge=1, le=4096)] = 64
     pipeline_depth: Annotated[int, Meta(ge=1, le=4)] = 2

@@ -122,11 +122,11 @@ class Watch:
 Work = tuple[float, str, int, int]  # when, for whom, tokens of the prompt and of the answer
 
 
-def watched(work: list[Work], max_gap_rounds: float) -> Watch:
+def watched(work: list[Work], max_gap_rounds: float, ageing: float = 2.0) -> Watch:
     """The real node on one device with room for everything, one step at a time, costs known beforehand."""
     watch = Watch()
     scheduler = SchedulerSettings(
-        max_gap_rounds=max_gap_rounds, pipeline_depth=1, prefix_reuse=False, replicate=False
+        max_gap_rounds=max_gap_rounds, ageing=ageing, pipeline_depth=1, prefix_reuse=False, replicate=False
     )
     node = NodeSettings(
         services=tuple(ServiceSettings(name=name, model=name, preload=True) for name in SERVICES),
@@ -179,9 +179,9 @@ def test_no_service_waits_longer_than_the_gap(work: list[Work], rounds: float) -
 
 
 def test_the_gap_is_what_bounds_it() -> None:
-    """Protects the test above from being true of any policy: without a gap, density alone starves."""
+    """Protects the test above from being true of any policy: without gap and ageing, density starves."""
     crowd: list[Work] = [(0.01 * n, "a", 1, 60) for n in range(100)]
     work = [*crowd, (0.5, "b", 1, 5)]
-    bounded, unbounded = watched(work, 1.0), watched(work, 1000.0)
+    bounded, unbounded = watched(work, 1.0, 0.0), watched(work, 1000.0, 0.0)
     assert bounded.waits["b"] <= 4 * bounded.longest_step
     assert unbounded.waits["b"] > 50 * unbounded.longest_step

@@ -210,3 +210,23 @@ def test_nonsense_is_refused() -> None:
 def test_records_are_comparable() -> None:
     """Protects `Served.latency`, which all figures begin with."""
     assert Served("a", 1.0, 1, 1, array("d", [2.0]), 2.5).latency == 1.5
+
+
+def test_budget_beats_turns_in_the_tail_and_in_the_mean() -> None:
+    """Protects the point of the default policy: below round-robin in mean and in P99 of the slowdown."""
+    shapes = parse_models("4*llama-7b,2*llama-13b")
+    arrivals = synthetic(list(shapes), rate=4, seconds=40, alpha=0.9, seed=0)
+    found = {}
+    for policy in ("budget", "round-robin"):
+        setup = Setup(
+            shapes,
+            (ROOFLINES["a100-80g"],) * 2,
+            arrivals,
+            policy=policy,
+            scheduler=SchedulerSettings(replicate=False),
+        )
+        found[policy] = experiment.run(setup).report(policy, setup, 4.0)
+    budget, turns = found["budget"], found["round-robin"]
+    assert budget.normalized_latency < 0.96 * turns.normalized_latency
+    assert budget.overall.slowdown.p99 < turns.overall.slowdown.p99
+    assert budget.overall.ms_per_token.mean < 0.9 * turns.overall.ms_per_token.mean
