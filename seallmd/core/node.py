@@ -55,20 +55,41 @@ class Node:
         self._state.now = max(now, self._state.now)
         self._state.actions = []
         self._on(event)
-        while self._settle():
-            pass
+        devices = self._touched(event)
+        while self._settle(devices):
+            devices = list(self._state.devices.values())
         return self._state.actions
 
-    def _settle(self) -> bool:
-        """Move services and send steps as things stand. True when memory came free: look again."""
-        evictions = self._room.evictions
+    def _touched(self, event: ev.Event) -> list[Device]:
+        """Devices on which the event may let a step begin; there are many, and most events concern few.
+
+        A step that is done, or a request that arrives, matters to the services of its device, wherever these
+        have replicas: what they share of their requests, and whom their claims keep waiting.
+        """
+        state = self._state
+        match event:
+            case ev.FromDevice(index, msg.StepDone()):
+                names, indexes = list(state.devices[index].replicas), {index}
+            case ev.Arrived() if event.service in state.services:
+                names, indexes = [event.service], set[int]()
+            case _:
+                return list(state.devices.values())
+        for name in names:
+            for replica in state.services[name].replicas:
+                indexes.update(replica.devices)
+        return [state.devices[index] for index in sorted(indexes)]
+
+    def _settle(self, devices: list[Device]) -> bool:
+        """Move services and send steps on some devices. True when things moved: look at all of them."""
+        state = self._state
+        moved = (self._room.evictions, state.copies, state.leaves)
         self._room.settle_drains()
         self._residency.bring_in_wanted()
         self._planner.settle()
-        for device in self._state.devices.values():
+        for device in devices:
             self._fill(device)
         self._room.settle_drains()
-        return self._room.evictions > evictions
+        return moved != (self._room.evictions, state.copies, state.leaves)
 
     def next_wakeup(self) -> float | None:
         """When the node wants a Tick although nothing happens; None: only when something does."""

@@ -33,6 +33,7 @@ class Residency:
         self._state = state
         self._room = room
         self._images = images
+        self._look_at = 0.0
 
     # ------------------------------------------------------------------------------- what could fit
 
@@ -134,9 +135,12 @@ class Residency:
 
     def _replicate_wanted(self) -> None:
         """Give idle devices to services for which one more would pay."""
-        if not self._state.settings.scheduler.replicate or not any(
-            is_idle(device) for device in self._state.devices.values()
-        ):
+        state, limits = self._state, self._state.settings.scheduler
+        if not limits.replicate or state.now < self._look_at:
+            return
+        # Often enough to tell for how long a replica would have paid.
+        self._look_at = state.now + limits.replicate_seconds / 8
+        if not any(is_idle(device) for device in state.devices.values()):
             return
         for service in self._state.services.values():
             watch_pressure(self._state, service)

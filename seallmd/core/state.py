@@ -272,6 +272,7 @@ class NodeState:
     orders: int = 0
     steps: int = 0
     copies: int = 0
+    leaves: int = 0
 
     # --------------------------------------------------------------------------- common deeds
 
@@ -338,6 +339,7 @@ class NodeState:
         replica = request.replica
         assert replica is not None
         del replica.running[request.id]
+        self.leaves += 1
         replica.ranks.release(request.tables)
         if request.announced:
             for device in replica.devices:

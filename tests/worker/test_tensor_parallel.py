@@ -125,7 +125,7 @@ def test_swapped_out_and_in(two: Ranks, tmp_path: Path) -> None:
     two.copy_in("s", *back)
     two.step(model, [(talks, 1)])
     two.evict("s")
-    assert not list((tmp_path / "rendezvous").iterdir())
+    assert not list((tmp_path / "cache" / "rendezvous").iterdir())
 
 
 # ------------------------------------------------------------------------------------------- failures
