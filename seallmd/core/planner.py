@@ -17,11 +17,12 @@ from seallmd.core.plan import Demand, Devices, Machine, Plan, Split
 from seallmd.core.replacement import Replacement
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
-from seallmd.core.state import Image, NodeState, Replica, Service, Stage
+from seallmd.core.state import Device, Image, NodeState, Replica, Service, Stage
 from seallmd.core.status import PlanStatus
 from seallmd.core.transition import Bring, Change
 
 TICK_SECONDS = 5.0  # between two looks at the regret
+KV_GROWTH = 0.5  # of the KV in use on a device: so much stays free beside a replica that a plan brings in
 IDLE_RATE = 1e-3  # requests per second: below it, an absent service is left alone
 STEP_SECONDS = 30.0  # that a step may take before the plan is given up
 
@@ -216,9 +217,17 @@ class Planner:
             self._residency.set_ranks(service, len(devices))
         if service.image is not Image.READY:
             self._images.want(service)
-        else:
+        elif all(self._has_spare_room(device, service) for device in place):
             self._residency.bring(service, place)
         return False
+
+    def _has_spare_room(self, device: Device, service: Service) -> bool:
+        """Whether requests that run on a device have room to grow beside a newcomer: a move is no emergency."""
+        arena = device.arena
+        assert arena is not None
+        idle = sum(arena.weights_of(replica.service) for replica in self._room.idle(device, service.name))
+        left = arena.available + idle - self._state.weights_blocks(service)
+        return left >= KV_GROWTH * arena.kv
 
     def _may_come(self, service: Service, devices: Devices) -> bool:
         busy = any(service.name in self._state.devices[index].replicas for index in devices)
