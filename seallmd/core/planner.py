@@ -222,7 +222,7 @@ class Planner:
         return False
 
     def _has_spare_room(self, device: Device, service: Service) -> bool:
-        """Whether requests that run on a device have room to grow beside a newcomer: a move is no emergency."""
+        """Whether running requests have room to grow beside a newcomer: a move is no emergency."""
         arena = device.arena
         assert arena is not None
         idle = sum(arena.weights_of(replica.service) for replica in self._room.idle(device, service.name))
