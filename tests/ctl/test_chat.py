@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pty
+import signal
 import sys
 import termios
 from collections.abc import AsyncIterator
@@ -124,6 +125,13 @@ def test_no_address() -> None:
         http.choose([])
 
 
+def own_terminal() -> None:
+    """In the child: stdin is its controlling terminal, and Ctrl-C counts even if we were told to ignore it."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 async def test_a_conversation_on_a_terminal(runner: web.AppRunner, engine: FakeEngine) -> None:
     """Two questions, Ctrl-C in an answer, Ctrl-D: answers come as they are spoken, the exit code is 0."""
     ours, theirs = pty.openpty()
@@ -133,7 +141,7 @@ async def test_a_conversation_on_a_terminal(runner: web.AppRunner, engine: FakeE
         stdout=theirs,
         stderr=theirs,
         env={**os.environ, "TERM": "dumb"},
-        preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+        preexec_fn=own_terminal,
     )
     screen = b""
 
