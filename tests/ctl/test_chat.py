@@ -126,7 +126,7 @@ def test_no_address() -> None:
 
 
 def own_terminal() -> None:
-    """In the child: stdin is its controlling terminal, and Ctrl-C counts even if we were told to ignore it."""
+    """In the child: stdin is its controlling terminal, and Ctrl-C counts even where it was ignored."""
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
