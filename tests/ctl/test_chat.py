@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import io
 import json
 import os
 import pty
-import signal
 import sys
-import termios
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from seallmd.ctl import http
 from seallmd.ctl.chat import Chat
 from seallmd.errors import ControlError
 from tests.api.engine_double import SPOKEN, FakeEngine, view, write_model
+from tests.ctl import terminal
 from tests.ctl.test_seallmctl import run
 
 
@@ -125,24 +123,10 @@ def test_no_address() -> None:
         http.choose([])
 
 
-def own_terminal() -> None:
-    """In the child: stdin is its controlling terminal, and Ctrl-C counts even where it was ignored."""
-    os.setsid()
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 async def test_a_conversation_on_a_terminal(runner: web.AppRunner, engine: FakeEngine) -> None:
     """Two questions, Ctrl-C in an answer, Ctrl-D: answers come as they are spoken, the exit code is 0."""
     ours, theirs = pty.openpty()
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "seallmd.ctl.main", "chat", "m", "--url", http_addresses(runner)[0]),
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env={**os.environ, "TERM": "dumb"},
-        preexec_fn=own_terminal,
-    )
+    process = await terminal.start(theirs, "dumb", "chat", "m", "--url", http_addresses(runner)[0])
     screen = b""
 
     async def until(text: bytes) -> None:

@@ -11,7 +11,6 @@ import pty
 import shutil
 import struct
 import subprocess
-import sys
 import termios
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from seallmd.core.status import PlanStatus, ServicePlan
 from seallmd.ctl import details
 from seallmd.ctl.completion import BASH
 from seallmd.ctl.main import make_parser
+from tests.ctl import terminal
 from tests.ctl.conftest import FakeNode
 from tests.ctl.test_seallmctl import run
 
@@ -113,14 +113,7 @@ async def test_top_on_a_terminal(control: Path, key: bytes) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 140, 0, 0))
     before = termios.tcgetattr(theirs)
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "seallmd.ctl.main", "--socket", str(control), "top"),
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env={**os.environ, "TERM": "xterm-256color"},
-        preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
-    )
+    process = await terminal.start(theirs, "xterm-256color", "--socket", str(control), "top")
     screen = b""
     while b"busy[red]" not in screen:
         screen += await asyncio.to_thread(os.read, ours, 1 << 16)
