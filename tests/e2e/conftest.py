@@ -56,7 +56,7 @@ def _generate(name: str) -> list[list[int]]:
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """Two CPU devices, both models and a third service, room for all but one; one device per service."""
     config = '[devices]\nkind = "cpu"\ncpu_workers = 2\nmemory = "1536 MiB"\n'
-    config += "[scheduler]\nstep_tokens = 256\nreplicate = false\n"
+    config += "[scheduler]\nstep_tokens = 256\nreplicate = false\n[replacement]\nenabled = false\n"
     config += service(SMOL, SMOL, dtype="float32", preload=True)
     config += service(GEMMA, GEMMA, dtype="float32")
     config += service("smol-b", SMOL, dtype="float32", context=1024)

@@ -177,17 +177,17 @@ def test_kill_9_of_a_worker(daemon: Daemon) -> None:
     async def run() -> list[object]:
         async with daemon.async_client() as client:
 
-            async def ask(model: str) -> object:
+            async def ask(model: str, tokens: int) -> object:
                 return await client.completions.create(
-                    model=model, prompt="Tell me", max_tokens=150, extra_body={"ignore_eos": True}
+                    model=model, prompt="Tell me", max_tokens=tokens, extra_body={"ignore_eos": True}
                 )
 
-            tasks = [asyncio.create_task(ask(model)) for model in (SMOL, SMOL, GEMMA)]
-            await asyncio.to_thread(
-                daemon.until,
-                lambda: daemon.service(SMOL)["running"] == 2 and daemon.service(GEMMA)["running"],
-                "run",
-            )
+            def both_run() -> bool:
+                running = {s["name"]: s["running"] for s in daemon.status()["services"]}
+                return running[SMOL] == 2 and running[GEMMA] == 1
+
+            tasks = [asyncio.create_task(ask(*what)) for what in ((SMOL, 1500), (SMOL, 1500), (GEMMA, 150))]
+            await asyncio.to_thread(daemon.until, both_run, "run")
             os.kill(victim, signal.SIGKILL)
             return await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -235,10 +235,8 @@ def test_a_busy_service_spreads_over_idle_devices(tmp_path: Path) -> None:
 
 def test_sigterm_finishes_what_is_in_flight(tmp_path: Path) -> None:
     """New requests are refused, the running one ends well, exit code 0, and the journal replays."""
-    config = '[devices]\nkind = "cpu"\ncpu_workers = 1\nmemory = "800 MiB"\n' + service(
-        SMOL, SMOL, preload=True
-    )
-    daemon = Daemon(tmp_path, config)
+    config = 'stop_seconds = 200\n[devices]\nkind = "cpu"\ncpu_workers = 1\nmemory = "800 MiB"\n'
+    daemon = Daemon(tmp_path, config + service(SMOL, SMOL, preload=True))
     try:
         daemon.wait_healthy()
         client = daemon.client()

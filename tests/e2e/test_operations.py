@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,28 +31,34 @@ os.execv(sys.executable, [sys.executable, "-m", "seallmd", *sys.argv[1:]])
 
 
 class Manager:
-    """What systemd is to the daemon: a datagram socket that is told things."""
+    """What systemd is to the daemon: a datagram socket that is told things.
+
+    It reads as they come, in a thread: a socket that nobody reads holds a few datagrams only.
+    """
 
     def __init__(self, address: str) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(address)
         self.told: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while text := self._socket.recv(4096).decode():
+            self.told += text.split("\n")
 
     def has(self, beginning: str) -> bool:
         """Whether something that begins like this was told since the last `forget`."""
-        try:
-            while True:
-                self.told += self._socket.recv(4096).decode().split("\n")
-        except BlockingIOError:
-            return any(line.startswith(beginning) for line in self.told)
+        return any(line.startswith(beginning) for line in list(self.told))
 
     def forget(self) -> None:
         """Drop what was told so far."""
-        self.has("")
         self.told.clear()
 
     def close(self) -> None:
         """Listen no more."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._reader.join()
         self._socket.close()
 
 
@@ -113,7 +120,7 @@ def check_reload(daemon: Daemon, manager: Manager, config: str) -> None:
     manager.forget()
     file.write_text("stop_seconds = 11\n" + config.replace("800 MiB", "900 MiB"))
     daemon.process.send_signal(signal.SIGHUP)
-    (read,) = daemon.until(lambda: log_lines(daemon, "configuration read again"), "the reload", 10)
+    (read,) = daemon.until(lambda: log_lines(daemon, "configuration read again"), "the reload")
     assert str(read["message"]).endswith("changed: stop_seconds")
     (restart,) = daemon.until(lambda: log_lines(daemon, "these changes need a restart"), "the rest", 10)
     assert str(restart["message"]).endswith(": devices.memory")
@@ -142,7 +149,7 @@ def check_hung_worker(daemon: Daemon, manager: Manager, config: str) -> None:
     assert error.value.code == "worker_lost"
     set_hung_seconds(daemon, config, 100)
     assert log_lines(daemon, "cpu0: hung: owes an answer (step)")
-    daemon.until(lambda: not psutil.pid_exists(victim), "the end of the hung worker", 10)
+    daemon.until(lambda: not psutil.pid_exists(victim), "the end of the hung worker")
     daemon.until(lambda: daemon.service(SMOL)["state"] == "resident", "the model came back")
     assert daemon.client().completions.create(model=SMOL, prompt="Hi", max_tokens=3).choices[0].text
     assert manager.has("WATCHDOG=1"), "systemd would have killed the daemon for its worker"
@@ -153,7 +160,7 @@ def set_hung_seconds(daemon: Daemon, config: str, seconds: int) -> None:
     reloads = len(log_lines(daemon, "configuration read again"))
     (daemon.directory / "seallmd.toml").write_text(f"hung_seconds = {seconds}\n{config}")
     daemon.process.send_signal(signal.SIGHUP)
-    daemon.until(lambda: len(log_lines(daemon, "configuration read again")) > reloads, "the reload", 10)
+    daemon.until(lambda: len(log_lines(daemon, "configuration read again")) > reloads, "the reload")
 
 
 def check_drain(daemon: Daemon, manager: Manager) -> None:
@@ -164,7 +171,7 @@ def check_drain(daemon: Daemon, manager: Manager) -> None:
         chunks = iter(stream)
         next(chunks)
         daemon.process.send_signal(signal.SIGTERM)
-        daemon.until(lambda: manager.has("STOPPING=1"), "STOPPING=1", 5)
+        daemon.until(lambda: manager.has("STOPPING=1"), "STOPPING=1")
         assert manager.has("EXTEND_TIMEOUT_USEC=")
         assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert daemon.process.wait(timeout=30) == 0
