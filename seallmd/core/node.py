@@ -372,7 +372,8 @@ class Node:
     def _on_step_done(self, step: SentStep, tokens: tuple[int, ...], seconds: float) -> None:
         profile = self._state.services[step.service].profile
         assert profile is not None
-        profile.stepped(step.tokens, len(step.rows), step.context, seconds)
+        drawing = sum(row.sample for row in step.rows)
+        profile.stepped(step.tokens, drawing, step.context, seconds)
         drawn = iter(tokens)
         for row in step.rows:
             token = next(drawn) if row.sample else None

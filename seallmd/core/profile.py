@@ -36,7 +36,7 @@ class ServiceProfile(msgspec.Struct):
         self.output_tokens += weight * (output - self.output_tokens)
 
     def stepped(self, tokens: int, rows: int, context: int, seconds: float) -> None:
-        """A step had these rows, and took so long."""
+        """A step had so many rows that drew a token, and took so long."""
         self.costs.learn(tokens, context, rows, seconds)
         if tokens == rows:
             self.rows += 0.05 * (rows - self.rows)

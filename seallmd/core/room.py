@@ -73,6 +73,8 @@ class Room:
         assert arena is not None
         self.evict_idle(device, blocks, keep=request.service)
         while arena.available < blocks:
+            if self._evict_spare(device, request):
+                continue
             junior = self._most_junior(device, request, kept)
             if junior is not None:
                 self._state.preempt(junior, f"request {request.id} is senior and needs memory")
@@ -87,6 +89,35 @@ class Room:
                     request, "failed", "the device has no memory left for this request", status=503
                 )
         return False
+
+    def _evict_spare(self, device: Device, request: Request) -> bool:
+        """Evict the replica with least to do of a service that has another one; its requests go on there.
+
+        Only one whose weights free more than the KV that it takes with it.
+        """
+        found: list[tuple[int, Replica]] = []
+        for replica in device.replicas.values():
+            if replica is request.replica or not self._has_stand_in(replica) or not self.may_leave(replica):
+                continue
+            kv = sum(len(other.tables[0]) for other in replica.running.values())
+            if kv < sum(self._state.services[replica.service].segment_blocks):
+                found.append((kv, replica))
+        if not found:
+            return False
+        _, replica = min(found, key=lambda pair: pair[0])
+        for other in list(replica.running.values()):
+            self._state.preempt(other, "its replica makes room for others' KV")
+        self.evict(replica, "its service is elsewhere too, and memory is short")
+        return True
+
+    def _has_stand_in(self, replica: Replica) -> bool:
+        """Whether another replica of its service is there to take all that it runs."""
+        state = self._state
+        least = state.most_kv_blocks_of(replica)
+        return any(
+            other is not replica and other.stage is Stage.RESIDENT and state.most_kv_blocks_of(other) >= least
+            for other in state.services[replica.service].replicas
+        )
 
     def _most_junior(self, device: Device, request: Request, kept: Container[int]) -> Request | None:
         juniors = [
