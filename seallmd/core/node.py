@@ -100,9 +100,7 @@ class Node:
                 times.append(service.pressed_since + patience.replicate_seconds)
             if service.demand and not service.replicas and not service.refused:
                 times.append(service.retry_at)
-                times.extend(
-                    r.arrived + patience.patience_seconds for r in list(service.waiting.values())[:1]
-                )
+                times.append(service.asks_at)
                 times.extend(
                     r.since + patience.min_residency_seconds
                     for d in state.devices.values()
@@ -254,6 +252,9 @@ class Node:
         if service.shape is None:
             return failed(f"model {service.name!r} is still being examined", "model_loading", 503, 1.0)
         limit = self._residency.context_limit(service)
+        if limit < 1:
+            error = f"pinned services leave no room for model {service.name!r} on any device"
+            return failed(error, "model_unavailable", 503)
         if len(event.prompt) + event.max_tokens > limit:
             error = (
                 f"this model's context is {limit} tokens; the request has {len(event.prompt)} "

@@ -181,6 +181,7 @@ class Room:
         service = self._state.services[replica.service]
         service.replicas.remove(replica)
         service.progress = None
+        service.left_at = self._state.now
         for device, arena in zip(self._state.group(replica), replica.ranks.arenas, strict=True):
             del device.replicas[service.name]
             if device.reserved is replica:
