@@ -8,6 +8,8 @@ import pytest
 
 from seallmd.core.cost import ROOFLINES, StepCosts
 from seallmd.core.profile import ServiceProfile
+from seallmd.core.request import SavedKv
+from seallmd.core.scheduler import _next_step
 from tests.core.helpers import shape, world
 
 CPU = ROOFLINES["cpu"]
@@ -59,3 +61,63 @@ def test_lengths_are_learnt_from_requests_that_ended() -> None:
         profile.ended(prompt=50, output=20)
     assert profile.output_tokens == pytest.approx(20, rel=0.1)
     assert profile.prompt_tokens == pytest.approx(50, rel=0.1)
+
+
+def test_a_part_of_a_prompt_draws_no_token() -> None:
+    """Rows are those that draw: a chunk of a long prompt teaches what prompts cost, nothing of rows."""
+    costs = StepCosts.known(0.01, 0.002, 0.0, 0.001)
+    recorder = world({"a": shape()}, step_tokens=8)
+    profile = recorder.world.node.state.services["a"].profile
+    assert profile is not None
+    profile.costs = costs
+    seen: list[tuple[int, int]] = []
+    learn = profile.stepped
+
+    def stepped(tokens: int, rows: int, context: int, seconds: float) -> None:
+        seen.append((tokens, rows))
+        learn(tokens, rows, context, seconds)
+
+    recorder.world.node.state.services["a"].profile = spy = _Spy(profile, stepped)
+    recorder.arrive(1, "a", tuple(range(20)), 2)
+    recorder.world.run()
+    assert seen == [(8, 0), (8, 0), (4, 1), (1, 1)]
+    assert spy.rows == 1.0
+
+
+class _Spy:
+    """A profile whose `stepped` is listened to."""
+
+    def __init__(self, profile: ServiceProfile, stepped: object) -> None:
+        self._profile = profile
+        self.stepped = stepped
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._profile, name)
+
+
+def test_what_comes_back_from_host_memory_is_one_token_of_work() -> None:
+    """A preempted request whose KV was kept is not weighed as if its prompt had to be run again."""
+    recorder = world({"a": shape()}, (200,))
+    recorder.arrive(1, "a", tuple(range(30)), 20)
+    recorder.world.run(until=recorder.world.now + 0.2)
+    state = recorder.world.node.state
+    request, (replica,) = state.requests[1], state.services["a"].replicas
+    again, kept = dict(replica.running), len(request.tokens) - 1
+    replica.running.clear()
+    state.services["a"].waiting[request.order] = request
+    request.scheduled, scheduled = 0, request.scheduled
+    request.drawn, drawn = len(request.tokens) - request.prompt, request.drawn
+    whole, whole_seconds = _next_step(state, replica)
+    request.saved = SavedKv(replica.devices, ([],), kept)
+    one, one_seconds = _next_step(state, replica)
+    request.saved = SavedKv((7,), ([],), kept)
+    assert _next_step(state, replica) == (whole, whole_seconds)  # beside another device it is of no use
+    assert one < whole
+    assert one_seconds < whole_seconds
+    profile = state.services["a"].profile
+    assert profile is not None
+    assert one_seconds == profile.costs.predict(1, kept + 1)
+    request.saved, request.scheduled, request.drawn = None, scheduled, drawn
+    del state.services["a"].waiting[request.order]
+    replica.running.update(again)
+    recorder.world.run()
