@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from copy import deepcopy
 
+from msgspec.structs import replace
+
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.arena import Arena
@@ -82,14 +84,14 @@ class Node:
     def _settle(self, devices: list[Device]) -> bool:
         """Move services and send steps on some devices. True when things moved: look at all of them."""
         state = self._state
-        moved = (self._room.evictions, state.copies, state.leaves)
+        moved = (self._room.evictions, self._room.kept, state.copies, state.leaves)
         self._room.settle_drains()
         self._residency.bring_in_wanted()
         self._planner.settle()
         for device in devices:
             self._fill(device)
         self._room.settle_drains()
-        return moved != (self._room.evictions, state.copies, state.leaves)
+        return moved != (self._room.evictions, self._room.kept, state.copies, state.leaves)
 
     def next_wakeup(self) -> float | None:
         """When the node wants a Tick although nothing happens; None: only when something does."""
@@ -112,8 +114,12 @@ class Node:
 
     def profiles(self) -> dict[str, ServiceProfile]:
         """What was learnt of each service, for a later run's `NodeSettings.profiles`."""
-        services = self._state.services.values()
-        return {service.name: service.profile for service in services if service.profile is not None}
+        found = {}
+        for service in self._state.services.values():
+            if service.profile is not None:
+                rate = service.arrivals.value(self._state.now)
+                found[service.name] = replace(service.profile, requests_per_second=rate)
+        return found
 
     def context_limit(self, name: str) -> int:
         """Most tokens, prompt and output, that a request of a probed service may have."""
@@ -463,6 +469,7 @@ class Node:
                 costs = StepCosts.guess(self._state.settings.roofline, shape)
                 known = self._state.settings.profiles.get(name)
                 service.profile = deepcopy(known) if known is not None else ServiceProfile(costs)
+                service.arrivals.begin(service.profile.requests_per_second, self._state.now)
                 self._residency.look_at_sizes()
             case msg.ProbeFailed(name, reason):
                 self._residency.refuse(self._state.services[name], reason)

@@ -218,6 +218,8 @@ class Residency:
             others = dedicated.in_the_way(place, service)
             if not others and self._start(service, place):
                 return
+            if not service.waiting and not service.load_tickets:
+                return  # nobody asks for it now: the others stay
             for device in place:
                 device.claim = Claim(self._order(service), service.name, load=True)
             for replica in others:
@@ -279,6 +281,8 @@ class Residency:
         for device in place:
             if service.demand:  # else it was given up on the device before
                 self._drain_enough(device, service, need)
+        if service.demand and _available(place) >= need:
+            self._start(service, place)  # room that was promised to somebody who goes behind
 
     def _movable(self, device: Device, service: Service) -> list[Replica]:
         """Replicas that can be made to leave, those that are leaving first, then the least missed."""
@@ -323,7 +327,7 @@ class Residency:
         for replica in leaving:
             if replica.stage is Stage.RESIDENT:
                 self._room.drain(replica, admit_below=0, seconds=drain_seconds(self._state, service))
-        if not leaving and not arena.kv:
+        if not leaving and not arena.kv and not arena.fits(service.segment_blocks, (), kv_stays=False):
             self._cannot(service)  # all is free that ever will be, and yet no run is long enough
 
     def _promised(self, device: Device, service: Service) -> bool:

@@ -16,11 +16,12 @@ from seallmd.core.state import Device, NodeState, Replica, Service, Stage
 
 
 class Room:
-    """Frees memory on the shared state. evictions: how many there were; callers see whether any was."""
+    """Frees memory on the shared state. evictions, kept: how many left, or were to leave
+    and stay after all; callers see whether any was."""
 
     def __init__(self, state: NodeState) -> None:
         self._state = state
-        self.evictions = 0
+        self.evictions = self.kept = 0
 
     def may_leave(self, replica: Replica) -> bool:
         """Whether a replica can be made to leave for another service."""
@@ -157,6 +158,7 @@ class Room:
         wanted_gone = service.evict_tickets or replica.leaving
         if not wanted_gone and not any(claim is not None and claim.load for claim in claims):
             replica.move("keep")
+            self.kept += 1  # it admits again
             self._state.answer(service.load_tickets)
             return
         if replica.drain_until is not None and self._state.now >= replica.drain_until:

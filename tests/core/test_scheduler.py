@@ -5,9 +5,13 @@ from __future__ import annotations
 import random
 
 import pytest
+from msgspec.structs import replace
 
+from seallmd.core import events as ev
 from seallmd.core.cost import ROOFLINES, StepCosts
-from seallmd.core.profile import ServiceProfile
+from seallmd.core.messages import Probed
+from seallmd.core.node import Node
+from seallmd.core.profile import Lengths, ServiceProfile
 from seallmd.core.request import SavedKv
 from seallmd.core.scheduler import _next_step
 from tests.core.helpers import shape, world
@@ -61,6 +65,34 @@ def test_lengths_are_learnt_from_requests_that_ended() -> None:
         profile.ended(prompt=50, output=20)
     assert profile.output_tokens == pytest.approx(20, rel=0.1)
     assert profile.prompt_tokens == pytest.approx(50, rel=0.1)
+
+
+def test_the_distribution_of_lengths_is_learnt_and_follows() -> None:
+    """Quantiles to within the width of a bin; what was long ago counts for little."""
+    lengths, rng = Lengths(), random.Random(1)
+    assert lengths.quantile(0.5) == 0.0
+    for _ in range(300):
+        lengths.add(1000)
+    for _ in range(1000):
+        lengths.add(int(rng.lognormvariate(5.0, 0.8)))
+    assert lengths.quantile(0.5) == pytest.approx(148, rel=0.35)
+    assert lengths.quantile(0.95) == pytest.approx(553, rel=0.45)
+    assert sum(lengths.bins) < 51
+
+
+def test_rates_outlive_the_daemon() -> None:
+    """A node that is started again expects of each service what it was asked for before."""
+    recorder = world({"a": shape(), "b": shape()})
+    for request in range(1, 31):
+        recorder.arrive(request, "a", (request,), 2)
+        recorder.world.run(until=recorder.world.now + 0.5)
+    kept = recorder.world.node.profiles()
+    assert kept["a"].requests_per_second > 0.3
+    again = Node(replace(recorder.world.node.state.settings, profiles=kept))
+    again.handle(ev.FromHostProcess(Probed("a", "/a", shape())), 100.0)
+    arrivals = again.state.services["a"].arrivals
+    assert arrivals.value(100.0) == pytest.approx(kept["a"].requests_per_second)
+    assert arrivals.value(1000.0) < 1e-3
 
 
 def test_a_part_of_a_prompt_draws_no_token() -> None:
