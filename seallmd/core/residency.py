@@ -225,6 +225,8 @@ class Residency:
             for replica in others:
                 if replica.stage is Stage.RESIDENT:
                     self._room.drain(replica, admit_below=self._order(service), seconds=None)
+                else:  # leaving already: its seniors would wait for ever behind this claim
+                    replica.admit_below = min(replica.admit_below, self._order(service))
 
     def _evict_idle_for(self, service: Service, place: Place, need: int) -> bool:
         """Evict as few idle services as let this one in, the longest unused first. False if all would not."""
@@ -327,6 +329,7 @@ class Residency:
         for replica in leaving:
             if replica.stage is Stage.RESIDENT:
                 self._room.drain(replica, admit_below=0, seconds=drain_seconds(self._state, service))
+            replica.admit_below = 0  # its seniors would wait for ever behind the claim
         if not leaving and not arena.kv and not arena.fits(service.segment_blocks, (), kv_stays=False):
             self._cannot(service)  # all is free that ever will be, and yet no run is long enough
 
