@@ -92,7 +92,9 @@ class Adbs:
         if any(request.pending > 1 for request in replica.running.values()):
             return True
         waiting = next(iter(state.services[replica.service].waiting.values()), None)
-        return waiting is not None and self.admits(state, device, replica, waiting)
+        if waiting is None or (waiting.saved is not None and waiting.saved.devices == replica.devices):
+            return False  # whose KV comes back from host memory would only decode
+        return self.admits(state, device, replica, waiting)
 
 
 def _among(names: Collection[str], known: Mapping[str, float], bytes_: int) -> dict[str, float]:

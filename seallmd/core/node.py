@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from copy import deepcopy
 
+from msgspec.structs import replace
+
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.arena import Arena
@@ -82,14 +84,14 @@ class Node:
     def _settle(self, devices: list[Device]) -> bool:
         """Move services and send steps on some devices. True when things moved: look at all of them."""
         state = self._state
-        moved = (self._room.evictions, state.copies, state.leaves)
+        moved = (self._room.evictions, self._room.kept, state.copies, state.leaves)
         self._room.settle_drains()
         self._residency.bring_in_wanted()
         self._planner.settle()
         for device in devices:
             self._fill(device)
         self._room.settle_drains()
-        return moved != (self._room.evictions, state.copies, state.leaves)
+        return moved != (self._room.evictions, self._room.kept, state.copies, state.leaves)
 
     def next_wakeup(self) -> float | None:
         """When the node wants a Tick although nothing happens; None: only when something does."""
@@ -100,9 +102,7 @@ class Node:
                 times.append(service.pressed_since + patience.replicate_seconds)
             if service.demand and not service.replicas and not service.refused:
                 times.append(service.retry_at)
-                times.extend(
-                    r.arrived + patience.patience_seconds for r in list(service.waiting.values())[:1]
-                )
+                times.append(service.asks_at)
                 times.extend(
                     r.since + patience.min_residency_seconds
                     for d in state.devices.values()
@@ -114,8 +114,12 @@ class Node:
 
     def profiles(self) -> dict[str, ServiceProfile]:
         """What was learnt of each service, for a later run's `NodeSettings.profiles`."""
-        services = self._state.services.values()
-        return {service.name: service.profile for service in services if service.profile is not None}
+        found = {}
+        for service in self._state.services.values():
+            if service.profile is not None:
+                rate = service.arrivals.value(self._state.now)
+                found[service.name] = replace(service.profile, requests_per_second=rate)
+        return found
 
     def context_limit(self, name: str) -> int:
         """Most tokens, prompt and output, that a request of a probed service may have."""
@@ -254,6 +258,9 @@ class Node:
         if service.shape is None:
             return failed(f"model {service.name!r} is still being examined", "model_loading", 503, 1.0)
         limit = self._residency.context_limit(service)
+        if limit < 1:
+            error = f"pinned services leave no room for model {service.name!r} on any device"
+            return failed(error, "model_unavailable", 503)
         if len(event.prompt) + event.max_tokens > limit:
             error = (
                 f"this model's context is {limit} tokens; the request has {len(event.prompt)} "
@@ -372,7 +379,8 @@ class Node:
     def _on_step_done(self, step: SentStep, tokens: tuple[int, ...], seconds: float) -> None:
         profile = self._state.services[step.service].profile
         assert profile is not None
-        profile.stepped(step.tokens, len(step.rows), step.context, seconds)
+        drawing = sum(row.sample for row in step.rows)
+        profile.stepped(step.tokens, drawing, step.context, seconds)
         drawn = iter(tokens)
         for row in step.rows:
             token = next(drawn) if row.sample else None
@@ -461,6 +469,7 @@ class Node:
                 costs = StepCosts.guess(self._state.settings.roofline, shape)
                 known = self._state.settings.profiles.get(name)
                 service.profile = deepcopy(known) if known is not None else ServiceProfile(costs)
+                service.arrivals.begin(service.profile.requests_per_second, self._state.now)
                 self._residency.look_at_sizes()
             case msg.ProbeFailed(name, reason):
                 self._residency.refuse(self._state.services[name], reason)

@@ -40,6 +40,7 @@ class Planner:
         self._tick_at = 0.0
         self._steps: deque[Change] = deque()
         self._step_ends = 0.0
+        self._copying = False
 
     # ------------------------------------------------------------------------------- its turn
 
@@ -176,6 +177,7 @@ class Planner:
 
     def _begin_step(self) -> None:
         self._step_ends = self._state.now + STEP_SECONDS
+        self._copying = False
 
     def _go_on(self) -> None:
         """Do what the step at hand still needs; go to the next one when it is made."""
@@ -185,22 +187,36 @@ class Planner:
             do = self._bring if isinstance(step, Bring) else self._drop
             made = do(service, step.devices)
             if made is None or self._state.now >= self._step_ends:
-                self._give_up(step)
+                verb = "come to" if isinstance(step, Bring) else "leave"
+                where = "+".join(map(str, step.devices))
+                self._give_up(step.service, f"it could not {verb} devices {where}")
                 return
             if not made:
                 return
             self._steps.popleft()
             self._begin_step()
+            if self._steps and not self._holds():
+                self._give_up("", "what is asked for has changed")
+                return
 
-    def _give_up(self, step: Change) -> None:
-        """Something else went before the plan; what was done of it stays, and the next one starts there."""
-        verb = "come to" if isinstance(step, Bring) else "leave"
-        where = "+".join(map(str, step.devices))
-        self._state.note(step.service, f"the plan is given up: it could not {verb} devices {where}")
+    def _holds(self) -> bool:
+        """Whether the rest of the plan is still worth going on with."""
+        replacement = self._replacement
+        return replacement is not None and replacement.holds(self._demands(), self._current())
+
+    def _give_up(self, service: str, why: str) -> None:
+        """Something else goes before the plan. What was done of it stays, and the next one starts there.
+
+        But a service that has been made to leave for what does not come now is to come back, and one that was
+        leaving stays.
+        """
+        self._state.note(service, f"the plan is given up: {why}")
         self._steps.clear()
-        for service in self._state.services.values():
-            for replica in service.replicas:
+        for other in self._plannable():
+            for replica in other.replicas:
                 replica.leaving = False
+            if self._state.planned.get(other.name) and not (other.replicas or other.evicted):
+                other.wanted = True
 
     def _at(self, service: Service, devices: Devices) -> Replica | None:
         return next((r for r in service.replicas if r.devices == devices), None)
@@ -211,14 +227,14 @@ class Planner:
         if replica is not None:
             return replica.stage is Stage.RESIDENT
         place = [self._state.devices[index] for index in devices]
-        if not self._may_come(service, devices):
-            return None
+        if self._copying or not self._may_come(service, devices):
+            return None  # its copy failed, or somebody pushed it out
         if len(devices) != service.ranks:
             self._residency.set_ranks(service, len(devices))
         if service.image is not Image.READY:
             self._images.want(service)
         elif all(self._has_spare_room(device, service) for device in place):
-            self._residency.bring(service, place)
+            self._copying = self._residency.bring(service, place)
         return False
 
     def _has_spare_room(self, device: Device, service: Service) -> bool:

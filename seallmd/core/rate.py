@@ -22,6 +22,10 @@ class Rate:
         self._level = self.value(now) + count / self.window_seconds
         self._at = now
 
+    def begin(self, rate: float, now: float) -> None:
+        """Take it that there was this rate up to `now`."""
+        self._level, self._at = rate, now
+
     def value(self, now: float) -> float:
         """The rate at `now`; falls towards 0 while nothing happens."""
         return self._level * math.exp(-max(0.0, now - self._at) / self.window_seconds)

@@ -106,6 +106,13 @@ class Replacement:
         self._ticked_at = None
         return order
 
+    def holds(self, demands: Sequence[Demand], current: Plan) -> bool:
+        """Whether to go on with a move that is half made: where it leads is still no worse than `current`."""
+        if self._best is None or not self._planned_for(demands) or broken(self._best, demands, self._machine):
+            return False
+        gives, has = (estimate(plan, demands, self._machine) for plan in (self._best, current))
+        return has.normalized_latency > gives.normalized_latency * (1 - self._settings.least_gain)
+
     def status(
         self, now: float, demands: Sequence[Demand], current: Plan, inflight: Mapping[str, int]
     ) -> PlanStatus:

@@ -5,6 +5,7 @@ Owns the wording of states. Must not change anything.
 
 from __future__ import annotations
 
+from seallmd.core.profile import Lengths
 from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
 from seallmd.core.state import Device, Image, NodeState, Replica, Service, Stage
@@ -120,7 +121,13 @@ def service_detail(state: NodeState, status: ServiceStatus, now: float) -> Servi
             )
             for replica in service.replicas
         ),
+        prompt_quantiles=_quantiles(service.profile.prompts) if service.profile else (0.0, 0.0),
+        output_quantiles=_quantiles(service.profile.outputs) if service.profile else (0.0, 0.0),
     )
+
+
+def _quantiles(lengths: Lengths) -> tuple[float, float]:
+    return lengths.quantile(0.5), lengths.quantile(0.95)
 
 
 def request_statuses(state: NodeState, now: float) -> list[RequestStatus]:

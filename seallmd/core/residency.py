@@ -20,6 +20,7 @@ from seallmd.core.request import Life
 from seallmd.core.room import Room
 from seallmd.core.scaling import is_idle, wants_replica, watch_pressure
 from seallmd.core.state import Claim, Device, Image, NodeState, Replica, Service, Stage
+from seallmd.core.worth import asks_at, drain_seconds, loss
 
 MAX_RETRY_SECONDS = 60.0
 
@@ -206,7 +207,7 @@ class Residency:
         for place in sorted(free, key=lambda p: max(map(self._idle_age, p))):
             if self._evict_idle_for(service, place, need) and self._start(service, place):
                 return
-        if self._state.now >= self._patience_ends(service):
+        if self._state.now >= service.asks_at or service.load_tickets:
             self._ask_for_room(service, need, able)
 
     def _take_turn(self, service: Service) -> None:
@@ -217,11 +218,15 @@ class Residency:
             others = dedicated.in_the_way(place, service)
             if not others and self._start(service, place):
                 return
+            if not service.waiting and not service.load_tickets:
+                return  # nobody asks for it now: the others stay
             for device in place:
                 device.claim = Claim(self._order(service), service.name, load=True)
             for replica in others:
                 if replica.stage is Stage.RESIDENT:
                     self._room.drain(replica, admit_below=self._order(service), seconds=None)
+                else:  # leaving already: its seniors would wait for ever behind this claim
+                    replica.admit_below = min(replica.admit_below, self._order(service))
 
     def _evict_idle_for(self, service: Service, place: Place, need: int) -> bool:
         """Evict as few idle services as let this one in, the longest unused first. False if all would not."""
@@ -246,21 +251,14 @@ class Residency:
                 return idle[:count]
         return None
 
-    def _patience_ends(self, service: Service) -> float:
-        """When busy services are asked to make room for this one."""
-        if service.load_tickets:
-            return 0.0
-        oldest = next(iter(service.waiting.values()))
-        return oldest.arrived + self._state.settings.scheduler.patience_seconds
-
     def _idle_age(self, device: Device) -> float:
         """When the most recently used idle service of the device was used last; inf when it has none."""
         return max((r.used for r in self._room.idle(device, keep="")), default=float("inf"))
 
     def _ask_for_room(self, service: Service, need: int, able: list[Place]) -> None:
-        """Claim a place's memory: nobody junior is admitted there, and busy services drain.
+        """Claim a place's memory once it is worth it: nobody junior is admitted there, busy services drain.
 
-        The claim replaces that of a request of a resident service: patience has run out.
+        The claim replaces that of a request of a resident service.
         """
         if not able:
             if all(device.state == "up" for device in self._state.devices.values()):
@@ -272,49 +270,67 @@ class Residency:
             if not any(self._loads_another(device, service) for device in place)
             and all(self._reachable(device) >= need for device in place)
         ]
-        if free:
-            place = min(free, key=lambda p: self._asking_costs(p, service))
-            for device in place:
-                device.claim = Claim(self._order(service), service.name, load=True)
-            for device in place:
-                if service.demand:  # else it was given up on the device before
-                    self._drain_enough(device, service, need)
+        if not free:
+            return  # who is there has come but now; `next_wakeup` says when that changes
+        costs = {place[0].index: self._asking_costs(place, service, need) for place in free}
+        place = min(free, key=lambda p: costs[p[0].index])
+        not_asked, lost, _ = costs[place[0].index]
+        service.asks_at = asks_at(self._state, service, lost) if not_asked else self._state.now
+        if service.asks_at > self._state.now:
+            return
+        for device in place:
+            device.claim = Claim(self._order(service), service.name, load=True)
+        for device in place:
+            if service.demand:  # else it was given up on the device before
+                self._drain_enough(device, service, need)
+        if service.demand and _available(place) >= need:
+            self._start(service, place)  # room that was promised to somebody who goes behind
 
-    def _movable(self, device: Device) -> list[Replica]:
-        """Replicas that can be made to leave, those that are leaving first, then the longest resident."""
-        replicas = [r for r in device.replicas.values() if self._room.may_leave(r)]
-        return sorted(replicas, key=lambda r: (r.stage is not Stage.DRAINING, r.since))
+    def _movable(self, device: Device, service: Service) -> list[Replica]:
+        """Replicas that can be made to leave, those that are leaving first, then the least missed."""
+
+        def order(replica: Replica) -> tuple[bool, float, float]:
+            staying = replica.stage is not Stage.DRAINING
+            return staying, loss(self._state, replica, service), replica.since
+
+        return sorted(filter(self._room.may_leave, device.replicas.values()), key=order)
 
     def _reachable(self, device: Device) -> int:
         """Blocks that are free once all that can leave has left and all that runs has ended."""
         assert device.arena is not None
-        leaving = sum(device.arena.weights_of(r.service) for r in self._movable(device))
+        leaving = sum(
+            device.arena.weights_of(r.service) for r in device.replicas.values() if self._room.may_leave(r)
+        )
         return device.arena.available + device.arena.kv + leaving
 
-    def _asking_costs(self, place: Place, service: Service) -> tuple[bool, int, int]:
-        """What speaks against a place: that another was asked before, and the work it disturbs."""
+    def _asking_costs(self, place: Place, service: Service, need: int) -> tuple[bool, float, int]:
+        """What speaks against a place: that another was asked before, and what those who leave lose."""
         asked = all(d.claim is not None and d.claim.service == service.name for d in place)
-        names = {replica.service for device in place for replica in self._movable(device)}
-        services = [self._state.services[name] for name in names]
-        work = sum(len(s.waiting) + sum(1 for _ in s.running) for s in services)
-        return not asked, work, place[0].index
+        leaving = {r.copy: r for device in place for r in self._leavers(device, service, need)}
+        lost = sum(loss(self._state, replica, service) for replica in leaving.values())
+        return not asked, lost, place[0].index
+
+    def _leavers(self, device: Device, service: Service, need: int) -> list[Replica]:
+        """Who has to leave a device for a service, the least missed first."""
+        arena, leaving = device.arena, list[Replica]()
+        assert arena is not None
+        coming = arena.available
+        for replica in self._movable(device, service):
+            names = [other.service for other in leaving]
+            if coming >= need and arena.fits(service.segment_blocks, names, kv_stays=False):
+                break
+            leaving.append(replica)
+            coming += arena.weights_of(replica.service) + len(_kv_blocks(replica, device))
+        return leaving
 
     def _drain_enough(self, device: Device, service: Service, need: int) -> None:
-        arena, movable = device.arena, self._movable(device)
+        arena, leaving = device.arena, self._leavers(device, service, need)
         assert arena is not None
-        sizes = service.segment_blocks
-        coming, leaving = arena.available, list[str]()
-        for replica in movable:
-            if coming >= need and arena.fits(sizes, leaving, kv_stays=False):
-                return
-            leaving.append(replica.service)
+        for replica in leaving:
             if replica.stage is Stage.RESIDENT:
-                self._room.drain(
-                    replica, admit_below=0, seconds=self._state.settings.scheduler.patience_seconds
-                )
-            coming += arena.weights_of(replica.service)
-            coming += len(_kv_blocks(replica, device))
-        if not movable and not arena.kv:
+                self._room.drain(replica, admit_below=0, seconds=drain_seconds(self._state, service))
+            replica.admit_below = 0  # its seniors would wait for ever behind the claim
+        if not leaving and not arena.kv and not arena.fits(service.segment_blocks, (), kv_stays=False):
             self._cannot(service)  # all is free that ever will be, and yet no run is long enough
 
     def _promised(self, device: Device, service: Service) -> bool:

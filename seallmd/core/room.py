@@ -16,11 +16,12 @@ from seallmd.core.state import Device, NodeState, Replica, Service, Stage
 
 
 class Room:
-    """Frees memory on the shared state. evictions: how many there were; callers see whether any was."""
+    """Frees memory on the shared state. evictions, kept: how many left, or were to leave
+    and stay after all; callers see whether any was."""
 
     def __init__(self, state: NodeState) -> None:
         self._state = state
-        self.evictions = 0
+        self.evictions = self.kept = 0
 
     def may_leave(self, replica: Replica) -> bool:
         """Whether a replica can be made to leave for another service."""
@@ -73,6 +74,8 @@ class Room:
         assert arena is not None
         self.evict_idle(device, blocks, keep=request.service)
         while arena.available < blocks:
+            if self._evict_spare(device, request):
+                continue
             junior = self._most_junior(device, request, kept)
             if junior is not None:
                 self._state.preempt(junior, f"request {request.id} is senior and needs memory")
@@ -87,6 +90,35 @@ class Room:
                     request, "failed", "the device has no memory left for this request", status=503
                 )
         return False
+
+    def _evict_spare(self, device: Device, request: Request) -> bool:
+        """Evict the replica with least to do of a service that has another one; its requests go on there.
+
+        Only one whose weights free more than the KV that it takes with it.
+        """
+        found: list[tuple[int, Replica]] = []
+        for replica in device.replicas.values():
+            if replica is request.replica or not self._has_stand_in(replica) or not self.may_leave(replica):
+                continue
+            kv = sum(len(other.tables[0]) for other in replica.running.values())
+            if kv < sum(self._state.services[replica.service].segment_blocks):
+                found.append((kv, replica))
+        if not found:
+            return False
+        _, replica = min(found, key=lambda pair: pair[0])
+        for other in list(replica.running.values()):
+            self._state.preempt(other, "its replica makes room for others' KV")
+        self.evict(replica, "its service is elsewhere too, and memory is short")
+        return True
+
+    def _has_stand_in(self, replica: Replica) -> bool:
+        """Whether another replica of its service is there to take all that it runs."""
+        state = self._state
+        least = state.most_kv_blocks_of(replica)
+        return any(
+            other is not replica and other.stage is Stage.RESIDENT and state.most_kv_blocks_of(other) >= least
+            for other in state.services[replica.service].replicas
+        )
 
     def _most_junior(self, device: Device, request: Request, kept: Container[int]) -> Request | None:
         juniors = [
@@ -126,6 +158,7 @@ class Room:
         wanted_gone = service.evict_tickets or replica.leaving
         if not wanted_gone and not any(claim is not None and claim.load for claim in claims):
             replica.move("keep")
+            self.kept += 1  # it admits again
             self._state.answer(service.load_tickets)
             return
         if replica.drain_until is not None and self._state.now >= replica.drain_until:
@@ -150,6 +183,7 @@ class Room:
         service = self._state.services[replica.service]
         service.replicas.remove(replica)
         service.progress = None
+        service.left_at = self._state.now
         for device, arena in zip(self._state.group(replica), replica.ranks.arenas, strict=True):
             del device.replicas[service.name]
             if device.reserved is replica:

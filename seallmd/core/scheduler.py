@@ -84,6 +84,8 @@ def _next_step(state: NodeState, replica: Replica) -> tuple[float, float]:
         drawn, scheduled = request.drawn, request.scheduled
         if drawn >= request.max_tokens or not left:
             continue
+        if request.saved is not None and request.saved.devices == replica.devices:
+            scheduled = request.saved.tokens  # comes back without being computed again
         pending = request.prompt + drawn - scheduled
         if pending == 1:
             gained, count = token, 1
@@ -95,7 +97,7 @@ def _next_step(state: NodeState, replica: Replica) -> tuple[float, float]:
         left -= count
         tokens += count
         context += scheduled + count
-        rows += 1
+        rows += count == pending
     return worth, profile.costs.predict(tokens, context, rows)
 
 

@@ -101,9 +101,10 @@ class Service:
     rank; run_tokens is 0 when not even one fits. refused: why it can never be served. trouble: why its last
     load failed, and retry_at when the next may be tried. wanted: bring it in unasked (preload, or it was
     resident when its worker died). evicted: by an operator, and nobody has asked for it since. pressed_since:
-    since when another replica would pay. former: where its weights lay last, by device. tickets: operators
-    that wait for it. breaks: how often its ranks fell apart or changed; prefixes from before are not found
-    again.
+    since when another replica would pay. left_at: when a replica of it last left; asks_at: when it is looked
+    at next whether others are to leave for it. former: where its weights lay last, by device. tickets:
+    operators that wait for it. breaks: how often its ranks fell apart or changed; prefixes from before are
+    not found again.
     """
 
     settings: ServiceSettings
@@ -125,6 +126,8 @@ class Service:
     image_ranks: int = 1
     image_used: float = 0.0
     pressed_since: float | None = None
+    left_at: float = 0.0
+    asks_at: float = 0.0
     replicas: list[Replica] = field(default_factory=list)
     waiting: dict[int, Request] = field(default_factory=dict)  # by order, most senior first
     former: dict[int, tuple[int, ...]] = field(default_factory=dict)

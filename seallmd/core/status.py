@@ -113,7 +113,10 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class ServiceDetail(msgspec.Struct, frozen=True):
-    """All that is known of one service. shape and profile (what was learnt) are None until it was probed."""
+    """All that is known of one service. shape and profile (what was learnt) are None until it was probed.
+
+    prompt_quantiles, output_quantiles: half of the requests, and 95% of them, are no longer, in tokens.
+    """
 
     status: ServiceStatus
     settings: ServiceSettings
@@ -121,6 +124,8 @@ class ServiceDetail(msgspec.Struct, frozen=True):
     profile: ServiceProfile | None
     kv_bytes_per_token: int
     places: tuple[Place, ...]
+    prompt_quantiles: tuple[float, float] = (0.0, 0.0)
+    output_quantiles: tuple[float, float] = (0.0, 0.0)
 
 
 class ServicePlan(msgspec.Struct, frozen=True):

@@ -65,7 +65,7 @@ def show_service(out: Console, detail: Record) -> None:
         _section(out, f"on device {place['device']}", _place(place))
     _section(out, "so far", _counters(status))
     if detail["profile"] is not None:
-        _section(out, "learnt", _learnt(detail["profile"]))
+        _section(out, "learnt", _learnt(detail))
 
 
 def human_seconds(seconds: float) -> str:
@@ -142,8 +142,11 @@ def _counters(status: Record) -> list[tuple[str, str]]:
     ]
 
 
-def _learnt(profile: Record) -> list[tuple[str, str]]:
+def _learnt(detail: Record) -> list[tuple[str, str]]:
+    profile = detail["profile"]
     costs = profile["costs"]
+    lengths = zip(detail["prompt_quantiles"], detail["output_quantiles"], strict=True)
+    half, most = (f"{prompt:.0f}, {output:.0f} tokens" for prompt, output in lengths)
     fixed, rows, context = costs["decode"]
     return [
         ("a step costs", f"{fixed * 1e3:.2f} ms"),
@@ -152,6 +155,8 @@ def _learnt(profile: Record) -> list[tuple[str, str]]:
         ("with 1000 of context", f"{context * 1e3:.2f} ms more"),
         ("predictions are off", f"{costs['error']:.0%}, after {costs['steps']} steps"),
         ("mean prompt, output", f"{profile['prompt_tokens']:.0f}, {profile['output_tokens']:.0f} tokens"),
+        ("half are up to", half),
+        ("95% are up to", most),
     ]
 
 

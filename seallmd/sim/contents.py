@@ -118,6 +118,21 @@ class Contents:
         for request in requests:
             self._requests.pop(request, None)
 
+    def failed(self, step: msg.Step) -> None:
+        """Its requests are over. Before the daemon hears of it, it may have their blocks saved: of no use."""
+        self.forget([row.request for row in step.rows])
+        for row in step.rows:
+            self._leave_blank(step.service, row)
+
+    def _leave_blank(self, service: str, row: msg.Row) -> None:
+        """Blocks that a row was given and never wrote are KV, and nothing that is read from them is right.
+
+        Those that it shares with others were written before.
+        """
+        for block in row.blocks:
+            if not isinstance(self._memory.get(block), list):
+                self._memory[block] = [None] * self._runs_of[service]()[0]
+
     def run(self, step: msg.Step) -> tuple[int, ...]:
         """Read and write what the step reads and writes; the tokens it draws. Raises Corruption."""
         self._check_weights(step.service)
@@ -125,7 +140,7 @@ class Contents:
             known = self._requests[admit.request] = _Known(step.service, [], [])
             for token in admit.tokens:
                 known.append(token)
-        drawn = [self._run_row(row) for row in step.rows]
+        drawn = [self._run_row(step.service, row) for row in step.rows]
         return tuple(token for token in drawn if token is not None)
 
     def _check_weights(self, service: str) -> None:
@@ -137,9 +152,10 @@ class Contents:
                 if not isinstance(owner, tuple) or owner[0] != service:
                     raise Corruption(f"block {block} of {service}'s weights holds {owner!r:.60}")
 
-    def _run_row(self, row: msg.Row) -> int | None:
+    def _run_row(self, service: str, row: msg.Row) -> int | None:
         known = self._requests.get(row.request)
         if known is None:  # an earlier step of it failed
+            self._leave_blank(service, row)
             return 0 if row.sample else None
         size, blocks = self._runs_of[known.service]()
         known.table += row.blocks

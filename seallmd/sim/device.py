@@ -59,6 +59,9 @@ class Memory(Protocol):
     def forget(self, requests: Sequence[int]) -> None:
         """Requests that are over."""
 
+    def failed(self, step: msg.Step) -> None:
+        """The step raised: its requests are over, and nothing was written."""
+
     def run(self, step: msg.Step) -> tuple[int, ...]:
         """The tokens that the step draws, one per row with `sample`."""
 
@@ -95,6 +98,9 @@ class Blank:
         """Nothing is kept."""
 
     def forget(self, requests: Sequence[int]) -> None:
+        """Nothing is kept."""
+
+    def failed(self, step: msg.Step) -> None:
         """Nothing is kept."""
 
     def run(self, step: msg.Step) -> tuple[int, ...]:
@@ -290,7 +296,7 @@ class SimDevice:
         self.busy_seconds += seconds
         self._span(step.service, "step", self._clock.now - seconds)
         if self._fails(group):
-            self._memory.forget([row.request for row in step.rows])
+            self._memory.failed(step)
             self._say(msg.StepFailed(step.step, "made to fail"))
         else:
             tokens = self._memory.run(step)

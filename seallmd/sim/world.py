@@ -114,6 +114,7 @@ class World:
         keep_history: bool = True,
     ) -> None:
         self.now = 0.0
+        self.search = place  # tests may look for other plans
         self.timing: Timing = timing or Costs()
         self.node = Node(settings)
         self.host = SimHost(self, shapes)
@@ -182,7 +183,7 @@ class World:
         self._schedule_tick()
 
     def _search(self, wanted: ev.SearchPlan) -> None:
-        self.happen(ev.PlanFound(place(wanted.demands, wanted.machine, wanted.near)))
+        self.happen(ev.PlanFound(self.search(wanted.demands, wanted.machine, wanted.near)))
 
     def _schedule_tick(self) -> None:
         at = self.node.next_wakeup()

@@ -110,6 +110,7 @@ def world(
     tensor_parallel: dict[str, int] | None = None,
     groups: dict[str, tuple[tuple[int, ...], ...]] | None = None,
     replacement: ReplacementSettings | None = None,
+    costs: Costs | None = None,
     **scheduler: object,
 ) -> Recorder:
     """A started world. arenas: blocks of each device. host_kv: blocks of host memory for KV of each."""
@@ -136,7 +137,7 @@ def world(
     )
     recorder = Recorder(check_every_event=check_every_event)
     recorder.world = World(
-        settings, services, tuple(n * BLOCK for n in arenas), Costs(), observe=recorder.observe
+        settings, services, tuple(n * BLOCK for n in arenas), costs or Costs(), observe=recorder.observe
     )
     recorder.world.start()
     recorder.world.run(until=10.0)

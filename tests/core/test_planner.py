@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from seallmd.core import events as ev
 from seallmd.core.plan import Plan
 from seallmd.core.settings import ReplacementSettings
 from seallmd.core.status import ServiceStatus
+from seallmd.core.transition import Bring, Drop
+from seallmd.sim.world import Costs
 from tests.core.helpers import Recorder, shape, world
 
 EAGER = ReplacementSettings(min_interval_seconds=5.0, max_interval_seconds=20.0)
@@ -115,3 +119,75 @@ def test_the_plan_is_told() -> None:
     assert {s.service for s in status.services} == {"a", "b", "c"}
     assert status.regret >= 0
     assert status.cost >= 0
+
+
+def moving(**options: object) -> Recorder:
+    """A crowded node that has just begun to move a service from device 0 to device 1."""
+    recorder = crowded(replacement=EAGER, **options)
+    number = 2000
+    while not any("better plan" in note for note in recorder.notes):
+        number += 2
+        recorder.arrive(number, "a", (number % 50,), 40)
+        recorder.arrive(number + 1, "b", (number % 50,), 40)
+        recorder.world.run(until=recorder.world.now + 0.1)
+    return recorder
+
+
+def all_is_served(recorder: Recorder) -> None:
+    """Both services answer, and every request that did not fail by a fault of its device has its tokens."""
+    for request, name in ((9001, "a"), (9002, "b")):
+        recorder.arrive(request, name, (1, 2), 5)
+    recorder.world.run()
+    for request, finish in recorder.finished.items():
+        if finish.code != "worker_lost":
+            recorder.assert_output(request)
+    assert recorder.prompts.keys() == recorder.finished.keys()
+
+
+def test_a_move_whose_copy_fails_is_abandoned_without_loss() -> None:
+    """The one that was to move has not left: nobody notices but the operator."""
+    recorder = moving(costs=Costs(copy_byte=5e-4))
+    recorder.world.devices[1].fail_copies = 1
+    recorder.world.run(until=recorder.world.now + 1.0)
+    assert any("the plan is given up: it could not come" in note for note in recorder.notes)
+    assert status_of(recorder, "a").devices == status_of(recorder, "b").devices == (0,)
+    all_is_served(recorder)
+
+
+def test_a_move_whose_device_is_lost_is_abandoned() -> None:
+    """Half way to device 1, device 1 dies: requests go on where they were."""
+    recorder = moving(costs=Costs(copy_byte=5e-4))
+    recorder.world.devices[1].kill(restart_after=1.0)
+    assert any("the plan is given up" in note for note in recorder.notes)
+    assert status_of(recorder, "a").devices == status_of(recorder, "b").devices == (0,)
+    all_is_served(recorder)
+
+
+def test_a_move_stops_half_way_when_demand_has_changed() -> None:
+    """After each step it is asked whether the rest is still worth it; who was to leave then stays."""
+    recorder = moving(costs=Costs(copy_byte=5e-4))
+    planner = recorder.world.node._planner
+    assert planner._replacement is not None
+    planner._replacement._best = planner._current()  # as if by now the best were what there was before
+    recorder.world.run(until=recorder.world.now + 3.0)
+    assert any("what is asked for has changed" in note for note in recorder.notes)
+    assert not any(r.leaving for s in recorder.world.node.state.services.values() for r in s.replicas)
+    all_is_served(recorder)
+
+
+def test_what_left_for_what_never_came_comes_back() -> None:
+    """A step that made a service leave is taken back when the step that it was for cannot be made."""
+    services = {"a": shape(segments=(40 * 256,)), "b": shape(segments=(40 * 256,))}
+    recorder = world(dict(services), (60,), preload=("a",), replacement=EAGER)
+    node = recorder.world.node
+    planner, state = node._planner, node.state
+    planner._begin()
+    state.planned = {"a": ((0,),), "b": ((0,),)}
+    planner._steps = deque([Drop("a", (0,)), Bring("b", (0,))])
+    planner._holds = lambda: True  # type: ignore[method-assign]
+    planner._begin_step()
+    recorder.world.devices[0].fail_copies = 1
+    recorder.world.happen(ev.Tick())
+    recorder.world.run()
+    assert any("given up: it could not come" in note for note in recorder.notes), recorder.notes
+    assert status_of(recorder, "a").state == "resident"

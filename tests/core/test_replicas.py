@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from seallmd.core import events as ev
+from seallmd.core.settings import ReplacementSettings
 from seallmd.core.status import ServiceStatus
 from tests.core.helpers import Recorder, shape, world
 
@@ -96,4 +99,33 @@ def test_a_lost_worker_leaves_the_other_replica_serving() -> None:
     assert status_of(recorder, "a").devices == (0,)
     recorder.world.run()
     for request in set(range(1, 41)) - failed:
+        recorder.assert_output(request)
+
+
+@pytest.mark.parametrize("stand_in", [True, False])
+def test_under_pressure_a_spare_replica_leaves_before_requests_do(stand_in: bool) -> None:
+    """What is there twice is the cheapest to give: nobody of the service that lacks memory is preempted."""
+    recorder = world(
+        {"a": shape(), "big": shape(segments=(30 * 256,))},
+        (60, 60),
+        groups={"a": ((0,),), "big": ((0,), (1,)) if stand_in else ((0,),)},
+        min_residency_seconds=0.0,
+        replicate_seconds=0.05,
+        replicate_gain=1.0,
+        replacement=ReplacementSettings(enabled=False),
+    )
+    recorder.arrive(9, "a", (1,), 1)
+    recorder.world.run()
+    for request in (1, 2):
+        recorder.arrive(request, "big", (request, 2), 50)
+    recorder.world.run(until=recorder.world.now + 0.3)
+    assert len(status_of(recorder, "big").devices) == 1 + stand_in
+    for request in (3, 4):
+        recorder.arrive(request, "big", (request, 2), 40)
+    for request in range(10, 14):
+        recorder.arrive(request, "a", (request,), 40)
+    recorder.world.run()
+    assert (status_of(recorder, "a").preemptions > 0) != stand_in
+    assert any("its service is elsewhere too" in note for note in recorder.notes) == stand_in
+    for request in recorder.prompts:
         recorder.assert_output(request)

@@ -5,9 +5,15 @@ from __future__ import annotations
 import random
 
 import pytest
+from msgspec.structs import replace
 
+from seallmd.core import events as ev
 from seallmd.core.cost import ROOFLINES, StepCosts
-from seallmd.core.profile import ServiceProfile
+from seallmd.core.messages import Probed
+from seallmd.core.node import Node
+from seallmd.core.profile import Lengths, ServiceProfile
+from seallmd.core.request import SavedKv
+from seallmd.core.scheduler import _next_step
 from tests.core.helpers import shape, world
 
 CPU = ROOFLINES["cpu"]
@@ -59,3 +65,91 @@ def test_lengths_are_learnt_from_requests_that_ended() -> None:
         profile.ended(prompt=50, output=20)
     assert profile.output_tokens == pytest.approx(20, rel=0.1)
     assert profile.prompt_tokens == pytest.approx(50, rel=0.1)
+
+
+def test_the_distribution_of_lengths_is_learnt_and_follows() -> None:
+    """Quantiles to within the width of a bin; what was long ago counts for little."""
+    lengths, rng = Lengths(), random.Random(1)
+    assert lengths.quantile(0.5) == 0.0
+    for _ in range(300):
+        lengths.add(1000)
+    for _ in range(1000):
+        lengths.add(int(rng.lognormvariate(5.0, 0.8)))
+    assert lengths.quantile(0.5) == pytest.approx(148, rel=0.35)
+    assert lengths.quantile(0.95) == pytest.approx(553, rel=0.45)
+    assert sum(lengths.bins) < 51
+
+
+def test_rates_outlive_the_daemon() -> None:
+    """A node that is started again expects of each service what it was asked for before."""
+    recorder = world({"a": shape(), "b": shape()})
+    for request in range(1, 31):
+        recorder.arrive(request, "a", (request,), 2)
+        recorder.world.run(until=recorder.world.now + 0.5)
+    kept = recorder.world.node.profiles()
+    assert kept["a"].requests_per_second > 0.3
+    again = Node(replace(recorder.world.node.state.settings, profiles=kept))
+    again.handle(ev.FromHostProcess(Probed("a", "/a", shape())), 100.0)
+    arrivals = again.state.services["a"].arrivals
+    assert arrivals.value(100.0) == pytest.approx(kept["a"].requests_per_second)
+    assert arrivals.value(1000.0) < 1e-3
+
+
+def test_a_part_of_a_prompt_draws_no_token() -> None:
+    """Rows are those that draw: a chunk of a long prompt teaches what prompts cost, nothing of rows."""
+    costs = StepCosts.known(0.01, 0.002, 0.0, 0.001)
+    recorder = world({"a": shape()}, step_tokens=8)
+    profile = recorder.world.node.state.services["a"].profile
+    assert profile is not None
+    profile.costs = costs
+    seen: list[tuple[int, int]] = []
+    learn = profile.stepped
+
+    def stepped(tokens: int, rows: int, context: int, seconds: float) -> None:
+        seen.append((tokens, rows))
+        learn(tokens, rows, context, seconds)
+
+    recorder.world.node.state.services["a"].profile = spy = _Spy(profile, stepped)
+    recorder.arrive(1, "a", tuple(range(20)), 2)
+    recorder.world.run()
+    assert seen == [(8, 0), (8, 0), (4, 1), (1, 1)]
+    assert spy.rows == 1.0
+
+
+class _Spy:
+    """A profile whose `stepped` is listened to."""
+
+    def __init__(self, profile: ServiceProfile, stepped: object) -> None:
+        self._profile = profile
+        self.stepped = stepped
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._profile, name)
+
+
+def test_what_comes_back_from_host_memory_is_one_token_of_work() -> None:
+    """A preempted request whose KV was kept is not weighed as if its prompt had to be run again."""
+    recorder = world({"a": shape()}, (200,))
+    recorder.arrive(1, "a", tuple(range(30)), 20)
+    recorder.world.run(until=recorder.world.now + 0.2)
+    state = recorder.world.node.state
+    request, (replica,) = state.requests[1], state.services["a"].replicas
+    again, kept = dict(replica.running), len(request.tokens) - 1
+    replica.running.clear()
+    state.services["a"].waiting[request.order] = request
+    request.scheduled, scheduled = 0, request.scheduled
+    request.drawn, drawn = len(request.tokens) - request.prompt, request.drawn
+    whole, whole_seconds = _next_step(state, replica)
+    request.saved = SavedKv(replica.devices, ([],), kept)
+    one, one_seconds = _next_step(state, replica)
+    request.saved = SavedKv((7,), ([],), kept)
+    assert _next_step(state, replica) == (whole, whole_seconds)  # beside another device it is of no use
+    assert one < whole
+    assert one_seconds < whole_seconds
+    profile = state.services["a"].profile
+    assert profile is not None
+    assert one_seconds == profile.costs.predict(1, kept + 1)
+    request.saved, request.scheduled, request.drawn = None, scheduled, drawn
+    del state.services["a"].waiting[request.order]
+    replica.running.update(again)
+    recorder.world.run()

@@ -1,0 +1,71 @@
+"""What it is worth that a service is resident, and when an absent one is worth more.
+
+Owns the judgement alone; `residency` moves services. Everything is in request-seconds, the unit of a plan's
+regret (`replacement`), and the rule is the same ski rental: what the newcomer's requests have waited grows;
+once it has reached what those who would have to leave for it would lose, they are asked to. So a crowd of
+waiters, or a light resident, makes a swap come early, and nobody swaps back and forth for a few requests.
+"""
+
+from __future__ import annotations
+
+from seallmd.core.request import Request
+from seallmd.core.state import NodeState, Replica, Service, Stage
+
+_LOOKS = 4  # in the time of one swap: how often it is looked at whether it is worth it by now
+_LEAST_LOOK_SECONDS = 0.01
+
+
+def swap_seconds(state: NodeState, service: Service) -> float:
+    """Until an absent service is resident: what it took last time, or what the link should take."""
+    if service.swaps_in:
+        return service.last_swap_seconds
+    return sum(service.segments) / state.settings.roofline.copy_bytes_per_second
+
+
+def waited(service: Service, now: float) -> float:
+    """Request-seconds that the requests of an absent service have waited for it to come.
+
+    As if they had arrived at a steady rate: the queue is not walked through at every event.
+    """
+    if not service.waiting:
+        return 0.0
+    first, last = next(iter(service.waiting.values())), next(reversed(service.waiting.values()))
+    return len(service.waiting) * (2 * now - _since(service, first) - _since(service, last)) / 2
+
+
+def _since(service: Service, request: Request) -> float:
+    """Since when a request has waited for its absent service; what it waited while that was there is past."""
+    return max(request.arrived, service.left_at)
+
+
+def loss(state: NodeState, replica: Replica, newcomer: Service) -> float:
+    """Request-seconds that are lost when a replica leaves for a newcomer, and comes back after it.
+
+    Those that it runs or keeps waiting, and those that are going to arrive meanwhile, wait for as long as it
+    is away: until the newcomer is in and it is back, at least. The last replica but one or more leaves its
+    requests to the others, which take them when the newcomer comes.
+    """
+    service = state.services[replica.service]
+    if any(other is not replica and other.stage is Stage.RESIDENT for other in service.replicas):
+        return len(replica.running) * swap_seconds(state, newcomer)
+    away = swap_seconds(state, newcomer) + swap_seconds(state, service)
+    there = len(replica.running) + len(service.waiting)
+    return away * (there + away * service.arrivals.value(state.now))
+
+
+def asks_at(state: NodeState, service: Service, lost: float) -> float:
+    """When to ask those to leave who would lose so much: now, or when to look at it again.
+
+    At once for an operator, and whatever they lose once somebody has waited for `patience_seconds`.
+    """
+    if service.load_tickets or waited(service, state.now) >= lost:
+        return state.now
+    oldest = next(iter(service.waiting.values()))
+    patience = state.settings.scheduler.patience_seconds
+    look = max(_LEAST_LOOK_SECONDS, swap_seconds(state, service) / _LOOKS)
+    return max(state.now, min(_since(service, oldest) + patience, state.now + look))
+
+
+def drain_seconds(state: NodeState, service: Service) -> float:
+    """How long those who were asked to leave may still run their requests: as long as the swap takes."""
+    return min(swap_seconds(state, service), state.settings.scheduler.patience_seconds)

@@ -1,0 +1,170 @@
+"""When one model makes room for another: what is worth more, how long anybody waits, what never leaves."""
+
+from __future__ import annotations
+
+import pytest
+
+from seallmd.core import events as ev
+from seallmd.core.messages import StepDone
+from seallmd.core.settings import SchedulerSettings
+from seallmd.core.worth import loss, waited
+from seallmd.sim.world import Costs
+from tests.core.helpers import Recorder, shape, world
+
+ONE_FITS = (60,)  # blocks: a model has 40, and KV beside it
+LARGE = shape(segments=(40 * 256,))
+SLOW = Costs(copy_byte=2e-5)  # 0.2 s for a model of 40 blocks
+
+
+def state_of(recorder: Recorder, name: str) -> str:
+    status = recorder.world.node.status(recorder.world.now)
+    return next(s.state for s in status.services if s.name == name)
+
+
+def two(**options: object) -> Recorder:
+    """Two models of which one fits; both have been there, so that it is known what a swap takes."""
+    recorder = world({"a": LARGE, "b": LARGE}, ONE_FITS, costs=SLOW, **options)  # type: ignore[arg-type]
+    for request, name in enumerate("ba", 1):
+        recorder.arrive(request, name, (1,), 1)
+        recorder.world.run()
+    assert state_of(recorder, "a") == "resident"
+    return recorder
+
+
+def crowd(recorder: Recorder, service: str, count: int, first: int, tokens: int = 30) -> None:
+    """So many requests at once."""
+    for request in range(first, first + count):
+        recorder.arrive(request, service, (request % 50, 1), tokens)
+
+
+def keep_busy(recorder: Recorder, service: str, count: int, first: int, until: float) -> int:
+    """So many requests of a service at every moment; the number of the next one."""
+    world, number = recorder.world, first
+    while world.now < until:
+        open_ = sum(r.service == service for r in world.node.state.requests.values())
+        for _ in range(count - open_):
+            recorder.arrive(number, service, (number % 50, 1), 20)
+            number += 1
+        world.run(until=min(until, world.now + 0.02))
+    return number
+
+
+def seconds_until_resident(recorder: Recorder, service: str, busy: str, count: int) -> float:
+    """How long a service takes to come in while another is kept busy."""
+    began, number = recorder.world.now, 10_000
+    while state_of(recorder, service) != "resident":
+        number = keep_busy(recorder, busy, count, number, recorder.world.now + 0.02)
+        assert recorder.world.now < began + 1000, "it never came in"
+    return recorder.world.now - began
+
+
+@pytest.mark.parametrize(("waiters", "there"), [(20, 1), (1, 4)])
+def test_it_comes_in_when_it_is_worth_more_than_what_leaves(waiters: int, there: int) -> None:
+    """Many waiters push out a light resident at once; a single one has to wait for a busy one, but comes."""
+    recorder = two(min_residency_seconds=0.0, patience_seconds=1000.0)
+    number = keep_busy(recorder, "a", there, 100, recorder.world.now + 1.0)
+    crowd(recorder, "b", waiters, first=number + 1000, tokens=5)
+    took = seconds_until_resident(recorder, "b", "a", there)
+    copy = recorder.world.node.state.services["b"].last_swap_seconds
+    lost = there * 2 * copy  # request-seconds of those who run: away for two swaps
+    if waiters > there:
+        assert took <= lost / waiters + 3 * copy, "a crowd waited for one"
+    else:
+        assert lost / waiters <= took < 20, "one outweighed several, or waited for ever"
+    recorder.world.run()
+
+
+def test_nobody_waits_for_a_swap_longer_than_patience() -> None:
+    """However much those lose who have to leave: after `patience_seconds` they are asked."""
+    patience = 0.5
+    recorder = two(min_residency_seconds=0.0, patience_seconds=patience)
+    services = recorder.world.node.state.services
+    services["a"].last_swap_seconds = 1000.0  # as if the way back were endless
+    number = keep_busy(recorder, "a", 10, 100, recorder.world.now + 1.0)
+    crowd(recorder, "b", 1, first=number + 1000, tokens=5)
+    took = seconds_until_resident(recorder, "b", "a", 10)
+    assert took >= patience
+    assert took <= patience + 2 * services["b"].last_swap_seconds + 0.3
+    recorder.world.run()
+
+
+def test_alternating_demand_does_not_thrash() -> None:
+    """Two models in demand all the time and room for one: each stays for its time, and all is served."""
+    residency = 1.0
+    recorder = two(min_residency_seconds=residency, patience_seconds=0.1)
+    began, seconds, number = recorder.world.now, 20.0, 100
+    before = sum(s.swaps_in for s in recorder.world.node.state.services.values())
+    while recorder.world.now < began + seconds:
+        number += 1
+        recorder.arrive(number, "ab"[number % 2], (number % 50, 1), 3)
+        recorder.world.run(until=recorder.world.now + 0.05)
+    recorder.world.run()
+    swaps = sum(s.swaps_in for s in recorder.world.node.state.services.values()) - before
+    assert 4 <= swaps <= (recorder.world.now - began) / residency + 2
+    for request in recorder.prompts:
+        recorder.assert_output(request)
+
+
+def test_waiters_share_one_swap_and_are_counted_together() -> None:
+    """All who wait while it comes are served by that one copy; so is who arrives on the way."""
+    recorder = two()
+    crowd(recorder, "b", 10, first=100)
+    while state_of(recorder, "b") == "absent":
+        recorder.world.step()
+    crowd(recorder, "b", 10, first=200)
+    recorder.world.run()
+    assert recorder.world.node.state.services["b"].swaps_in == 2
+    for request in (*range(100, 110), *range(200, 210)):
+        recorder.assert_output(request)
+
+
+def test_pinned_services_never_leave_and_the_newcomer_hears_it() -> None:
+    """All there is is pinned: the request fails with the reason, at once, and nobody moves."""
+    recorder = world({"a": LARGE, "b": LARGE}, ONE_FITS, pinned=("a",))
+    began = recorder.world.now
+    crowd(recorder, "b", 30, first=1)
+    recorder.world.run()
+    assert {recorder.finished[request].status for request in range(1, 31)} == {503}
+    assert all("pinned" in recorder.finished[request].error for request in range(1, 31))
+    assert recorder.world.now - began < SchedulerSettings().patience_seconds
+    assert state_of(recorder, "a") == "resident"
+    assert recorder.world.node.state.services["a"].swaps_in == 1
+
+
+def test_others_keep_stepping_while_a_model_is_copied() -> None:
+    """The copy is long: a resident that is not in its way answers all the while."""
+    services = {"a": shape(), "b": shape(segments=(400 * 256,))}
+    recorder = world(dict(services), (460,), costs=Costs(copy_byte=5e-6))
+    crowd(recorder, "a", 4, first=1, tokens=60)
+    recorder.world.run(until=recorder.world.now + 0.1)
+    steps: list[bool] = []
+    follow = recorder.observe
+
+    def observe(event: ev.Event, actions: list[ev.Action]) -> None:
+        if isinstance(event, ev.FromDevice) and isinstance(event.message, StepDone):
+            steps.append(state_of(recorder, "b") == "copying")
+        follow(event, actions)
+
+    recorder.world._observe = observe
+    recorder.arrive(100, "b", (1,), 2)
+    recorder.world.run()
+    assert sum(steps) > 3, "nothing stepped beside the copy"
+    for request in (1, 2, 3, 4, 100):
+        recorder.assert_output(request)
+
+
+def test_worth_in_request_seconds() -> None:
+    """The unit of the rule: who is there, times how long they would be without their model."""
+    recorder = two()
+    state = recorder.world.node.state
+    a, b = state.services["a"], state.services["b"]
+    (replica,) = a.replicas
+    a.arrivals.add(-a.arrivals.value(state.now) * a.arrivals.window_seconds, state.now)
+    a.last_swap_seconds, b.last_swap_seconds, b.swaps_in = 3.0, 2.0, 1
+    assert loss(state, replica, b) == pytest.approx(0.0)
+    recorder.arrive(50, "a", (1,), 20)
+    assert loss(state, replica, b) == pytest.approx(5.0 * (1 + 5.0 * a.arrivals.value(state.now)))
+    recorder.arrive(51, "b", (1,), 2)
+    recorder.arrive(52, "b", (1,), 2)
+    assert waited(b, state.now + 3.0) == pytest.approx(2 * 3.0)
+    recorder.world.run()
