@@ -161,10 +161,10 @@ def _run(setup: Setup, rate: float, seconds: float, console: Console) -> Run:
     with Progress(*bar, TimeElapsedColumn(), console=console, transient=True, disable=quiet) as bars:
         task = bars.add_task(f"{setup.policy} at {rate:g} req/s", total=seconds)
         outcome = experiment.run(setup, lambda now: bars.update(task, completed=now))
-    speed = outcome.events / max(outcome.wall_seconds, 1e-9)
+    speed = outcome.events / max(outcome.cpu_seconds, 1e-9)
     console.print(
         f"{setup.policy} at {rate:g} req/s, {len(outcome.devices)} devices, {len(outcome.served)} requests: "
-        f"{outcome.seconds:.0f} s simulated in {outcome.wall_seconds:.1f} s, {speed:.0f} events/s",
+        f"{outcome.seconds:.0f} s simulated in {outcome.cpu_seconds:.1f} s of one core, {speed:.0f} events/s",
         soft_wrap=True,
         highlight=False,
     )

@@ -94,11 +94,11 @@ class Node:
     def next_wakeup(self) -> float | None:
         """When the node wants a Tick although nothing happens; None: only when something does."""
         state, patience = self._state, self._state.settings.scheduler
-        times = [r.drain_until for s in state.services.values() for r in s.replicas if r.drain_until]
+        times = self._room.next_deadlines()
         for service in state.services.values():
             if service.pressed_since is not None:
                 times.append(service.pressed_since + patience.replicate_seconds)
-            if service.demand and not service.replicas and not service.refused:
+            if not service.replicas and service.demand and not service.refused:
                 times.append(service.retry_at)
                 times.extend(
                     r.arrived + patience.patience_seconds for r in list(service.waiting.values())[:1]

@@ -234,7 +234,9 @@ class Planner:
         other_ranks = bool(service.replicas) and len(devices) != service.ranks
         paused = self._state.now < service.retry_at
         gone = bool(service.refused or service.evict_tickets or service.evicted)
-        return self._is_ready() and not (busy or other_ranks or paused or gone)
+        if not self._is_ready() or busy or other_ranks or paused or gone:
+            return False
+        return self._residency.holds_waiting(service, [self._state.devices[index] for index in devices])
 
     def _drop(self, service: Service, devices: Devices) -> bool | None:
         """Whether the replica is gone; None when it cannot go."""
