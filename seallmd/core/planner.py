@@ -13,7 +13,7 @@ from collections import deque
 from seallmd.core.cost import StepCosts
 from seallmd.core.events import SearchPlan
 from seallmd.core.images import Images
-from seallmd.core.plan import Demand, Devices, Machine, Plan, Split
+from seallmd.core.plan import Demand, Devices, Machine, Plan, Split, broken
 from seallmd.core.replacement import Replacement
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
@@ -73,6 +73,8 @@ class Planner:
         demands, replacement = self._demands(), self._replacement
         if replacement is None or not self._is_ready() or plan.replicas.keys() != {d.name for d in demands}:
             return  # services were refused, or devices lost, while it went on
+        if broken(plan, demands, self._machine()):
+            return  # a service came in meanwhile, with other ranks than the plan has for it
         replacement.planned(self._state.now, demands, self._current(), plan)
         self._state.planned = replacement.best(self._current()).replicas
 
