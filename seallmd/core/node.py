@@ -282,6 +282,8 @@ class Node:
             service.refused = ""
             service.load_tickets.append(event.ticket)
             self._probe(service)
+        elif event.devices:
+            self._planner.load(service, event.devices, event.ticket)
         elif any(replica.stage is Stage.RESIDENT for replica in service.replicas):
             self._state.answer([event.ticket])
         else:

@@ -174,6 +174,19 @@ class Planner:
         kv = shape.itemsize * sum(layer.kv_heads * (layer.k_dim + layer.v_dim) for layer in shard.layers)
         return Split.of(ranks, sum(shard.segments), kv, costs)
 
+    # ------------------------------------------------------------------------------- an operator's plan
+
+    def load(self, service: Service, devices: Devices, ticket: int) -> None:
+        """Bring a replica to devices of an operator's choice, if only idle services have to leave for it."""
+        known = len(devices) == service.ranks and self._state.devices.keys() >= set(devices)
+        if known and service.image is Image.READY and self._may_come(service, devices):
+            place = [self._state.devices[index] for index in devices]
+            if self._residency.bring(service, place):
+                service.load_tickets.append(ticket)
+                return
+        where = "+".join(map(str, devices))
+        self._state.answer([ticket], f"{service.name} cannot come to devices {where} now")
+
     # ------------------------------------------------------------------------------- applying a plan
 
     def _begin_step(self) -> None:
