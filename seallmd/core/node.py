@@ -372,7 +372,8 @@ class Node:
         return replica if replica is not None and replica.copy == copy else None
 
     def _on_step_done(self, step: SentStep, tokens: tuple[int, ...], seconds: float) -> None:
-        profile = self._state.services[step.service].profile
+        service = self._state.services[step.service]
+        profile = service.profile
         assert profile is not None
         profile.stepped(step.tokens, len(step.rows), step.context, seconds)
         drawn = iter(tokens)
@@ -386,17 +387,17 @@ class Node:
                 request.tokens.append(token)
             if row.epoch == request.epoch and request.life is Life.RUNNING:
                 request.computed += row.count
-                self._index_blocks(request)
+                if (request.indexed + 1) * service.run_tokens <= request.computed:
+                    self._index_blocks(request, service)
             if token is not None:
-                self._on_token(request, token)
+                self._on_token(request, service, token)
         assert next(drawn, None) is None, f"step {step.id} drew more tokens than it was asked for"
 
-    def _index_blocks(self, request: Request) -> None:
+    def _index_blocks(self, request: Request, service: Service) -> None:
         """Let others reuse the blocks whose KV is complete and whose tokens are known."""
         assert request.replica is not None
         if not self._state.settings.scheduler.prefix_reuse:
             return
-        service = self._state.services[request.service]
         size, blocks = service.run_tokens, service.run_blocks
         while (request.indexed + 1) * size <= request.computed:
             start = request.indexed * size
@@ -405,8 +406,8 @@ class Node:
             request.replica.ranks.index(request.parents, request.tables, at, tokens, blocks)
             request.indexed += 1
 
-    def _on_token(self, request: Request, token: int) -> None:
-        state, service = self._state, self._state.services[request.service]
+    def _on_token(self, request: Request, service: Service, token: int) -> None:
+        state = self._state
         state.actions.append(ev.Emit(request.id, (token,), 0 if request.emitted else request.cached))
         request.emitted = True
         charge(request, service)

@@ -215,7 +215,8 @@ class _Layout:
         for cell in others:
             yield {service: Spot(tuple(sorted((*cells, cell))))}
         if len(cells) > 1:
-            for gone in cells:
+            alike = {(self._sizes[c], self._arenas[c], self._contents[c]): c for c in reversed(cells)}
+            for gone in alike.values():
                 rest = tuple(cell for cell in cells if cell != gone)
                 yield {service: Spot(rest)}
                 for cell in others:
