@@ -33,7 +33,10 @@ PLACEMENTS = {
     "plans": "the node's own, replaced as the load changes",
     "demand": "services come and go, and are replicated, by demand alone",
     "alpa": "AlpaServe's, made once for the whole trace",
+    "tp2": "the node's own, each service configured to be split over 2 devices",
+    "tp4": "the node's own, each service configured to be split over 4 devices",
 }
+_RANKS = {"tp2": 2, "tp4": 4}
 
 _GREEDY = msg.Sampling(temperature=0.0)
 _LOOK_SECONDS = 1.0  # virtual time between two looks at progress
@@ -159,7 +162,7 @@ class _Run:
         scheduler = msgspec.structs.replace(setup.scheduler, policy=setup.policy)
         replacement = setup.replacement
         self._static = Plan({})
-        if setup.placement != "plans":
+        if setup.placement in ("demand", "alpa"):
             replacement = msgspec.structs.replace(replacement, enabled=False)
         if setup.placement == "alpa":
             known = setup.shapes, setup.devices[0], arenas, setup.arrivals
@@ -193,7 +196,7 @@ class _Run:
             model=name,
             preload=True,
             max_waiting=1 << 20,
-            tensor_parallel=len(groups[0]) if groups else 0,
+            tensor_parallel=len(groups[0]) if groups else _RANKS.get(self._setup.placement, 0),
             devices=groups,
         )
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from msgspec.structs import replace
 
 from seallmd.core import baselines
 from seallmd.core.cost import Roofline, StepCosts
+from seallmd.core.latency import estimate
 from seallmd.core.messages import ModelShape
 from seallmd.core.plan import Demand, Machine, Plan, Split
 from seallmd.sim.models import SimError
@@ -27,15 +29,17 @@ def alpa(
 ) -> Plan:
     """AlpaServe's greedy for the mean rates and lengths of all arrivals: more than its own forecasts know.
 
-    Raises SimError when a service that is asked for gets no place: there is nothing to swap it in.
+    Of its plans for the sizes of groups, the best of those that have a place for every service. Raises SimError
+    when none has: there is nothing to swap the others in.
     """
     demands = _demands(shapes, device, arrivals)
-    plan = baselines.alpa(
-        demands, Machine(tuple(arena_bytes), device.copy_bytes_per_second, max_rows=max_rows)
-    )
-    if absent := [demand.name for demand in demands if not plan.of(demand.name)]:
-        raise SimError(f"the static placement has no room for {', '.join(absent)}")
-    return plan
+    machine = Machine(tuple(arena_bytes), device.copy_bytes_per_second, max_rows=max_rows)
+    plans = [baselines.alpa(demands, replace(machine, sizes=(size,))) for size in machine.sizes]
+    whole = [plan for plan in plans if all(plan.of(demand.name) for demand in demands)]
+    if not whole:
+        absent = sorted({d.name for plan in plans for d in demands if not plan.of(d.name)})
+        raise SimError(f"a static placement has no room for all of {', '.join(absent)}")
+    return min(whole, key=lambda plan: estimate(plan, demands, machine).normalized_latency)
 
 
 def _demands(shapes: Mapping[str, ModelShape], device: Roofline, arrivals: Sequence[Arrival]) -> list[Demand]:
