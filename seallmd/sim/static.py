@@ -29,7 +29,7 @@ def alpa(
 ) -> Plan:
     """AlpaServe's greedy for the mean rates and lengths of all arrivals: more than its own forecasts know.
 
-    Of its plans for the sizes of groups, the best of those that have a place for every service. Raises SimError
+    Of its plans for the sizes of groups, the best of those with a place for every service. Raises SimError
     when none has: there is nothing to swap the others in.
     """
     demands = _demands(shapes, device, arrivals)
