@@ -185,7 +185,7 @@ class _Run:
             RooflineTiming(setup.devices, setup.shapes, profiles=deepcopy(dict(setup.profiles))),
             self._observe,
             lengths=self._lengths,
-            on_span=self._on_span,
+            on_span=self._on_span if setup.span_window[1] > 0 else None,
             keep_history=False,
         )
 
