@@ -67,8 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     kinds = ", ".join(ROOFLINES)
     devices = f"COUNT*KIND,..., KIND:N is N that act as one, KIND@GIB other memory, kinds: {kinds}"
     add("--devices", default="2*a100-80g", help=devices)
-    names = ", ".join(experiment.policies())
-    add("--policy", type=_names, default=["round-robin", "fcfs", "budget"], help=f"one or more of {names}")
+    names, places = ", ".join(experiment.policies()), ", ".join(experiment.PLACEMENTS)
+    policy = f"one or more of {names}; POLICY@PLACEMENT has another placement than the first of {places}"
+    add("--policy", type=_names, default=["round-robin", "fcfs", "budget"], help=policy)
     add("--rate", type=_rates, default=[2.0], help="requests per second of all services, one or more")
     add("--seconds", type=float, default=120.0, help="of virtual time in which requests arrive")
     add("--seed", type=int, default=0)
@@ -120,7 +121,8 @@ def _run_all(options: argparse.Namespace, console: Console, recorded: Sequence[S
     runs: list[Run] = []
     for rate in [len(recorded) / max(recorded[-1].seconds, 1.0)] if recorded else options.rate:
         arrivals = _recorded(recorded, shapes) or _arrivals(options, list(shapes), traces, rate)
-        for policy in options.policy:
+        for name in options.policy:
+            policy, _, placement = name.partition("@")
             setup = Setup(
                 shapes=shapes,
                 devices=devices,
@@ -128,12 +130,13 @@ def _run_all(options: argparse.Namespace, console: Console, recorded: Sequence[S
                 policy=policy,
                 scheduler=scheduler,
                 replacement=ReplacementSettings(enabled=not options.no_replacement),
+                placement=placement or "plans",
                 drain_seconds=options.drain_seconds,
                 profiles=profiles,
                 span_window=(middle, middle + _GANTT_SECONDS) if plots else (0.0, 0.0),
                 sample_seconds=options.seconds / _SAMPLES if plots else 0.0,
             )
-            runs.append(_run(setup, rate, options.seconds, console))
+            runs.append(_run(name, setup, rate, options.seconds, console))
     return runs
 
 
@@ -155,22 +158,22 @@ def _arrivals(
     )
 
 
-def _run(setup: Setup, rate: float, seconds: float, console: Console) -> Run:
+def _run(name: str, setup: Setup, rate: float, seconds: float, console: Console) -> Run:
     bar = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f} s"))
     quiet = not console.is_terminal
     with Progress(*bar, TimeElapsedColumn(), console=console, transient=True, disable=quiet) as bars:
-        task = bars.add_task(f"{setup.policy} at {rate:g} req/s", total=seconds)
+        task = bars.add_task(f"{name} at {rate:g} req/s", total=seconds)
         outcome = experiment.run(setup, lambda now: bars.update(task, completed=now))
-    speed = outcome.events / max(outcome.wall_seconds, 1e-9)
+    speed = outcome.events / max(outcome.cpu_seconds, 1e-9)
     console.print(
-        f"{setup.policy} at {rate:g} req/s, {len(outcome.devices)} devices, {len(outcome.served)} requests: "
-        f"{outcome.seconds:.0f} s simulated in {outcome.wall_seconds:.1f} s, {speed:.0f} events/s",
+        f"{name} at {rate:g} req/s, {len(outcome.devices)} devices, {len(outcome.served)} requests: "
+        f"{outcome.seconds:.0f} s simulated in {outcome.cpu_seconds:.1f} s of one core, {speed:.0f} events/s",
         soft_wrap=True,
         highlight=False,
     )
-    for name, reason in outcome.refused.items():
-        console.print(f"  {name} is refused: {reason}", soft_wrap=True, highlight=False)
-    return setup, outcome, outcome.report(setup.policy, setup, rate)
+    for service, reason in outcome.refused.items():
+        console.print(f"  {service} is refused: {reason}", soft_wrap=True, highlight=False)
+    return setup, outcome, outcome.report(name, setup, rate)
 
 
 # ------------------------------------------------------------------------------------------- showing

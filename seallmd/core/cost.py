@@ -13,8 +13,6 @@ for free while it reads the weights.
 
 from __future__ import annotations
 
-from operator import mul
-
 import msgspec
 
 from seallmd.core.messages import ModelShape
@@ -182,20 +180,28 @@ class StepCosts(msgspec.Struct):
             self._learn_decode((1 / seconds, rows / _ROWS / seconds, context / _CONTEXT / seconds), wrong)
 
     def _learn_decode(self, x: tuple[float, float, float], wrong: float) -> None:
-        px = [sum(map(mul, row, x)) for row in self.covariance]
-        denominator = 1 + sum(map(mul, px, x))
+        # Written out: this runs after every step, and loops over three would cost three times as much.
+        x0, x1, x2 = x
+        (c00, c01, c02), (_, c11, c12), (_, _, c22) = self.covariance  # symmetric
+        p0 = c00 * x0 + c01 * x1 + c02 * x2
+        p1 = c01 * x0 + c11 * x1 + c12 * x2
+        p2 = c02 * x0 + c12 * x1 + c22 * x2
+        denominator = 1 + p0 * x0 + p1 * x1 + p2 * x2
         gain = wrong / denominator
         # A coefficient below zero would make larger batches look free.
-        a, b, c = (max(0.0, old + gain * p) for old, p in zip(self.decode, px, strict=True))
-        self.decode = (a, b, c)
-        self.covariance = [
-            [entry - p * q / denominator for entry, q in zip(row, px, strict=True)]
-            for row, p in zip(self.covariance, px, strict=True)
-        ]
+        fixed, per_row, per_context = self.decode
+        fixed = max(0.0, fixed + gain * p0)
+        per_row, per_context = max(0.0, per_row + gain * p1), max(0.0, per_context + gain * p2)
+        self.decode = (fixed, per_row, per_context)
+        q0, q1, q2 = p0 / denominator, p1 / denominator, p2 / denominator
+        c01, c02, c12 = c01 - p0 * q1, c02 - p0 * q2, c12 - p1 * q2
         # Drift adds doubt at a steady rate. Forgetting by a factor would let it explode in the directions of
         # which steps that are all alike teach nothing.
-        for i, value in enumerate(self.decode):
-            self.covariance[i][i] += _drift(max(value, a))
+        self.covariance = [
+            [c00 - p0 * q0 + _drift(fixed), c01, c02],
+            [c01, c11 - p1 * q1 + _drift(max(per_row, fixed)), c12],
+            [c02, c12, c22 - p2 * q2 + _drift(max(per_context, fixed))],
+        ]
 
     def _learn_prompt(self, x: float, wrong: float) -> None:
         gain = self.variance * x / (1 + self.variance * x * x)

@@ -56,10 +56,14 @@ class Cancelled(_Tagged, frozen=True):
 
 
 class LoadWanted(_Tagged, frozen=True):
-    """An operator wants the service resident. `ticket` comes back in `Answer`."""
+    """An operator wants the service resident. `ticket` comes back in `Answer`.
+
+    devices: a replica on just these, in rank order, beside those that it has; none: wherever it may be.
+    """
 
     ticket: int
     service: str
+    devices: tuple[int, ...] = ()
 
 
 class EvictWanted(_Tagged, frozen=True):

@@ -96,11 +96,11 @@ class Node:
     def next_wakeup(self) -> float | None:
         """When the node wants a Tick although nothing happens; None: only when something does."""
         state, patience = self._state, self._state.settings.scheduler
-        times = [r.drain_until for s in state.services.values() for r in s.replicas if r.drain_until]
+        times = self._room.next_deadlines()
         for service in state.services.values():
             if service.pressed_since is not None:
                 times.append(service.pressed_since + patience.replicate_seconds)
-            if service.demand and not service.replicas and not service.refused:
+            if not service.replicas and service.demand and not service.refused:
                 times.append(service.retry_at)
                 times.append(service.asks_at)
                 times.extend(
@@ -289,6 +289,8 @@ class Node:
             service.refused = ""
             service.load_tickets.append(event.ticket)
             self._probe(service)
+        elif event.devices:
+            self._planner.load(service, event.devices, event.ticket)
         elif any(replica.stage is Stage.RESIDENT for replica in service.replicas):
             self._state.answer([event.ticket])
         else:
@@ -377,7 +379,8 @@ class Node:
         return replica if replica is not None and replica.copy == copy else None
 
     def _on_step_done(self, step: SentStep, tokens: tuple[int, ...], seconds: float) -> None:
-        profile = self._state.services[step.service].profile
+        service = self._state.services[step.service]
+        profile = service.profile
         assert profile is not None
         drawing = sum(row.sample for row in step.rows)
         profile.stepped(step.tokens, drawing, step.context, seconds)
@@ -392,17 +395,17 @@ class Node:
                 request.tokens.append(token)
             if row.epoch == request.epoch and request.life is Life.RUNNING:
                 request.computed += row.count
-                self._index_blocks(request)
+                if (request.indexed + 1) * service.run_tokens <= request.computed:
+                    self._index_blocks(request, service)
             if token is not None:
-                self._on_token(request, token)
+                self._on_token(request, service, token)
         assert next(drawn, None) is None, f"step {step.id} drew more tokens than it was asked for"
 
-    def _index_blocks(self, request: Request) -> None:
+    def _index_blocks(self, request: Request, service: Service) -> None:
         """Let others reuse the blocks whose KV is complete and whose tokens are known."""
         assert request.replica is not None
         if not self._state.settings.scheduler.prefix_reuse:
             return
-        service = self._state.services[request.service]
         size, blocks = service.run_tokens, service.run_blocks
         while (request.indexed + 1) * size <= request.computed:
             start = request.indexed * size
@@ -411,8 +414,8 @@ class Node:
             request.replica.ranks.index(request.parents, request.tables, at, tokens, blocks)
             request.indexed += 1
 
-    def _on_token(self, request: Request, token: int) -> None:
-        state, service = self._state, self._state.services[request.service]
+    def _on_token(self, request: Request, service: Service, token: int) -> None:
+        state = self._state
         state.actions.append(ev.Emit(request.id, (token,), 0 if request.emitted else request.cached))
         request.emitted = True
         charge(request, service)

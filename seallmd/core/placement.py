@@ -60,7 +60,11 @@ class _Cell(NamedTuple):
 
 
 class _Predictor:
-    """The objective's share of a cell by its contents; remembers what it was asked. tries: not remembered."""
+    """The objective's share of a cell by its contents; remembers what it was asked. tries: not remembered.
+
+    Contents are sets of guests as bits of an integer: the search takes guests out and in far more often than
+    it meets contents that are new.
+    """
 
     def __init__(self, demands: Sequence[Demand], machine: Machine) -> None:
         self.works = {
@@ -70,7 +74,9 @@ class _Predictor:
         }
         self.tries = 0
         self._max_rows = machine.max_rows
-        self._known: dict[tuple[int, frozenset[_Guest]], float] = {}
+        self._known: dict[tuple[int, int], float] = {}
+        self._bits: dict[tuple[int, int, int, bool, int], int] = {}  # keys are guests
+        self._guests: list[_Guest] = []  # of each bit
 
     def _of(self, service: int) -> Iterator[Work]:
         return (work for (owner, _), work in self.works.items() if owner == service)
@@ -83,16 +89,32 @@ class _Predictor:
         """Weighted seconds of the service if it had a group to itself."""
         return min(work.weight * work.alone() for work in self._of(service))
 
-    def cost(self, arena: int, guests: frozenset[_Guest]) -> float:
-        """Weighted seconds of the guests; inf when their weights do not fit."""
-        key = arena, guests
-        if (known := self._known.get(key)) is None:
-            known = self._known[key] = self._solve(arena, guests)
+    def bit(self, service: int, ranks: int, replicas: int, visiting: bool, touched: int = 1) -> int:
+        """A guest as contents."""
+        key = service, ranks, replicas, visiting, touched
+        if (known := self._bits.get(key)) is None:
+            known = self._bits[key] = 1 << len(self._guests)
+            self._guests.append(_Guest(*key))
         return known
 
-    def _solve(self, arena: int, guests: frozenset[_Guest]) -> float:
+    def cost(self, arena: int, contents: int) -> float:
+        """Weighted seconds of the guests; inf when their weights do not fit."""
+        key = arena, contents
+        if (known := self._known.get(key)) is None:
+            known = self._known[key] = self._solve(arena, self._listed(contents))
+        return known
+
+    def _listed(self, contents: int) -> list[_Guest]:
+        """The guests of some contents, in order: sums of floats depend on it."""
+        found = []
+        while contents:
+            lowest = contents & -contents
+            found.append(self._guests[lowest.bit_length() - 1])
+            contents ^= lowest
+        return sorted(found)
+
+    def _solve(self, arena: int, inside: list[_Guest]) -> float:
         self.tries += 1
-        inside = sorted(guests)  # sums of floats depend on the order, sets on hashes
         works = [self.works[guest.service, guest.ranks] for guest in inside]
         residents = [work for work, guest in zip(works, inside, strict=True) if not guest.visiting]
         weights = sum(work.weights_bytes for work in residents)
@@ -122,34 +144,31 @@ class _Layout:
         self._order = order
         self._visit_only = visit_only
         self.spots = dict.fromkeys(order, NOWHERE)
-        self._inside: list[frozenset[int]] = [frozenset() for _ in cells]
-        self._costs = [predictor.cost(cell.arena, cell.placed) for cell in cells]
+        self._sizes = [len(cell.devices) for cell in cells]
+        self._arenas = [cell.arena for cell in cells]
+        self._contents = [sum(predictor.bit(*guest) for guest in cell.placed) for cell in cells]
+        self._costs = [predictor.cost(*cell) for cell in zip(self._arenas, self._contents, strict=True)]
         self._lost = {s: predictor.weight(s) * NOWHERE_SECONDS for s in order}
         self._least = _LEAST_GAIN * sum(predictor.alone(s) for s in order)
         self.objective = sum(self._costs) + sum(self._lost.values())
 
     # ----------------------------------------------------------------------------- changing spots
 
-    def _guest(self, service: int, cell: int, spot: Spot) -> _Guest:
-        return _Guest(service, len(self.cells[cell].devices), max(1, len(spot.cells)), spot.visiting)
-
-    def _after(self, changes: dict[int, Spot]) -> dict[int, tuple[frozenset[int], float]]:
-        """Contents and cost of the cells that the changes touch."""
-        touched = {c for s, spot in changes.items() for c in (*spot.cells, *self.spots[s].cells)}
-        found = {}
-        for cell in touched:
-            stay = (s for s in self._inside[cell] if s not in changes)
-            inside = frozenset((*stay, *(s for s, spot in changes.items() if cell in spot.cells)))
-            guests = frozenset(self._guest(s, cell, changes.get(s) or self.spots[s]) for s in inside)
-            found[cell] = (
-                inside,
-                self._predictor.cost(self.cells[cell].arena, guests | self.cells[cell].placed),
-            )
+    def _after(self, changes: dict[int, Spot]) -> dict[int, int]:
+        """Contents of the cells that the changes touch."""
+        found: dict[int, int] = {}
+        bit, sizes = self._predictor.bit, self._sizes
+        for service, after in changes.items():
+            for cells, visiting in (self.spots[service], after):  # out where it was, in where it goes
+                for cell in cells:
+                    guest = bit(service, sizes[cell], len(cells), visiting)
+                    found[cell] = found.get(cell, self._contents[cell]) ^ guest
         return found
 
     def gain(self, changes: dict[int, Spot]) -> float:
         """By how much the objective would fall; -inf when something does not fit."""
-        gain = sum(self._costs[cell] - cost for cell, (_, cost) in self._after(changes).items())
+        cost, arenas = self._predictor.cost, self._arenas
+        gain = sum(self._costs[c] - cost(arenas[c], inside) for c, inside in self._after(changes).items())
         for service, spot in changes.items():
             gain += self._lost[service] * ((not self.spots[service].cells) - (not spot.cells))
         return gain
@@ -157,8 +176,9 @@ class _Layout:
     def change(self, changes: dict[int, Spot]) -> None:
         """Make the changes."""
         self.objective -= self.gain(changes)
-        for cell, (inside, cost) in self._after(changes).items():
-            self._inside[cell], self._costs[cell] = inside, cost
+        for cell, inside in self._after(changes).items():
+            self._contents[cell] = inside
+            self._costs[cell] = self._predictor.cost(self._arenas[cell], inside)
         self.spots.update(changes)
 
     def _take_best(self, choices: Iterator[dict[int, Spot]], least: float) -> bool:
@@ -172,9 +192,12 @@ class _Layout:
     # -------------------------------------------------------------------------------- which changes
 
     def _hosts(self, service: int) -> list[int]:
-        """Cells of a size that the service can run on."""
-        works = self._predictor.works
-        return [c for c, cell in enumerate(self.cells) if (service, len(cell.devices)) in works]
+        """Cells of a size that the service can run on; of those with equal contents the first."""
+        works, kinds = self._predictor.works, dict[tuple[int, int, int], int]()
+        for cell, kind in enumerate(zip(self._sizes, self._arenas, self._contents, strict=True)):
+            if (service, kind[0]) in works:
+                kinds.setdefault(kind, cell)
+        return list(kinds.values())
 
     def _alone(self, service: int) -> Iterator[dict[int, Spot]]:
         """The service in one other cell, or visiting one."""
@@ -192,7 +215,8 @@ class _Layout:
         for cell in others:
             yield {service: Spot(tuple(sorted((*cells, cell))))}
         if len(cells) > 1:
-            for gone in cells:
+            alike = {(self._sizes[c], self._arenas[c], self._contents[c]): c for c in reversed(cells)}
+            for gone in alike.values():
                 rest = tuple(cell for cell in cells if cell != gone)
                 yield {service: Spot(rest)}
                 for cell in others:

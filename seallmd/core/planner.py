@@ -13,7 +13,7 @@ from collections import deque
 from seallmd.core.cost import StepCosts
 from seallmd.core.events import SearchPlan
 from seallmd.core.images import Images
-from seallmd.core.plan import Demand, Devices, Machine, Plan, Split
+from seallmd.core.plan import Demand, Devices, Machine, Plan, Split, broken
 from seallmd.core.replacement import Replacement
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
@@ -74,6 +74,8 @@ class Planner:
         demands, replacement = self._demands(), self._replacement
         if replacement is None or not self._is_ready() or plan.replicas.keys() != {d.name for d in demands}:
             return  # services were refused, or devices lost, while it went on
+        if broken(plan, demands, self._machine()):
+            return  # a service came in meanwhile, with other ranks than the plan has for it
         replacement.planned(self._state.now, demands, self._current(), plan)
         self._state.planned = replacement.best(self._current()).replicas
 
@@ -173,6 +175,19 @@ class Planner:
         kv = shape.itemsize * sum(layer.kv_heads * (layer.k_dim + layer.v_dim) for layer in shard.layers)
         return Split.of(ranks, sum(shard.segments), kv, costs)
 
+    # ------------------------------------------------------------------------------- an operator's plan
+
+    def load(self, service: Service, devices: Devices, ticket: int) -> None:
+        """Bring a replica to devices of an operator's choice, if only idle services have to leave for it."""
+        known = len(devices) == service.ranks and self._state.devices.keys() >= set(devices)
+        if known and service.image is Image.READY and self._may_come(service, devices):
+            place = [self._state.devices[index] for index in devices]
+            if self._residency.bring(service, place):
+                service.load_tickets.append(ticket)
+                return
+        where = "+".join(map(str, devices))
+        self._state.answer([ticket], f"{service.name} cannot come to devices {where} now")
+
     # ------------------------------------------------------------------------------- applying a plan
 
     def _begin_step(self) -> None:
@@ -250,7 +265,9 @@ class Planner:
         other_ranks = bool(service.replicas) and len(devices) != service.ranks
         paused = self._state.now < service.retry_at
         gone = bool(service.refused or service.evict_tickets or service.evicted)
-        return self._is_ready() and not (busy or other_ranks or paused or gone)
+        if not self._is_ready() or busy or other_ranks or paused or gone:
+            return False
+        return self._residency.holds_waiting(service, [self._state.devices[index] for index in devices])
 
     def _drop(self, service: Service, devices: Devices) -> bool | None:
         """Whether the replica is gone; None when it cannot go."""

@@ -10,6 +10,7 @@ A place is a group of devices, in rank order; for most services a group of one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 
 from seallmd.core import dedicated
 from seallmd.core.cost import StepCosts
@@ -67,6 +68,18 @@ class Residency:
         """KV blocks that it could have on each device of a place if all left that can."""
         return min(self._state.most_kv_blocks(device, service) for device in place)
 
+    def holds_waiting(self, service: Service, place: Place) -> bool:
+        """Whether a place could hold the longest request that waits, split over so many devices.
+
+        What was admitted by the limit of a larger group must not end up where it has no room.
+        """
+        split = service
+        if len(place) != service.ranks:
+            split = copy(service)
+            split.split_over(len(place), self._state.settings)
+        longest = max((r.prompt + r.max_tokens for r in service.waiting.values()), default=0)
+        return split.run_tokens > 0 and self._most_kv(split, place) >= split.blocks_for(longest)
+
     def context_limit(self, service: Service) -> int:
         """Most tokens (prompt and output) that a request of the service can ever have."""
         assert service.shape is not None
@@ -91,7 +104,10 @@ class Residency:
         assert service.shape is not None
         wanted = service.settings.tensor_parallel
         reason = ""
-        for ranks in (wanted,) if wanted else (1, *(shard.ranks for shard in service.shape.shards)):
+        choices = (wanted,) if wanted else (1, *(shard.ranks for shard in service.shape.shards))
+        if service.waiting:  # these were admitted by the room that so many ranks have
+            choices = (service.ranks, *choices)
+        for ranks in choices:
             misfit = self._misfit(service, ranks)
             if not misfit:
                 self._look_at_image(service)
@@ -126,7 +142,7 @@ class Residency:
 
     def bring_in_wanted(self) -> None:
         """Start what is wanted and can be started; ask for room where somebody has waited long enough."""
-        wanted = [s for s in self._state.services.values() if self._is_wanted(s)]
+        wanted = [s for s in self._state.services.values() if not s.replicas and self._is_wanted(s)]
         for service in sorted(wanted, key=self._order):
             if service.image is not Image.READY:
                 self._images.want(service)
@@ -173,7 +189,6 @@ class Residency:
     def _is_wanted(self, service: Service) -> bool:
         return (
             service.demand
-            and not service.replicas
             and not service.refused
             and service.shape is not None
             and self._state.now >= service.retry_at
@@ -189,6 +204,7 @@ class Residency:
             return
         need, least = self._need(service), self._least_kv_blocks(service)
         able = [place for place in self.places(service) if self._most_kv(service, place) >= least]
+        able = [place for place in able if self.holds_waiting(service, place)] or able
         free = [place for place in able if not any(self._promised(device, service) for device in place)]
         # Where it fits as things are; where only idle services must leave, the longest unused first.
         # Fewest neighbours first: compute is what services share, and a larger device has no more of it.

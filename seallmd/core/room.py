@@ -22,6 +22,7 @@ class Room:
     def __init__(self, state: NodeState) -> None:
         self._state = state
         self.evictions = self.kept = 0
+        self._draining: dict[int, Replica] = {}  # by copy
 
     def may_leave(self, replica: Replica) -> bool:
         """Whether a replica can be made to leave for another service."""
@@ -143,15 +144,19 @@ class Room:
         """Admit only seniors of `admit_below` from now on; after `seconds`, preempt what still runs."""
         if replica.stage is Stage.RESIDENT:
             replica.move("drain")
+            self._draining[replica.copy] = replica
         replica.admit_below = admit_below
         replica.drain_until = None if seconds is None else self._state.now + seconds
 
     def settle_drains(self) -> None:
         """Evict what has drained; keep what nobody wants gone any more."""
-        for service in self._state.services.values():
-            for replica in list(service.replicas):
-                if replica.stage is Stage.DRAINING:
-                    self._settle(service, replica)
+        for replica in list(self._draining.values()):
+            if replica.copy in self._draining:
+                self._settle(self._state.services[replica.service], replica)
+
+    def next_deadlines(self) -> list[float]:
+        """When what still runs on draining replicas is to be preempted."""
+        return [r.drain_until for r in self._draining.values() if r.drain_until is not None]
 
     def _settle(self, service: Service, replica: Replica) -> None:
         claims = [self._state.claim_on(device) for device in self._state.group(replica)]
@@ -159,6 +164,7 @@ class Room:
         if not wanted_gone and not any(claim is not None and claim.load for claim in claims):
             replica.move("keep")
             self.kept += 1  # it admits again
+            del self._draining[replica.copy]
             self._state.answer(service.load_tickets)
             return
         if replica.drain_until is not None and self._state.now >= replica.drain_until:
@@ -182,6 +188,7 @@ class Room:
         assert not replica.running, f"{replica.service} still runs requests"
         service = self._state.services[replica.service]
         service.replicas.remove(replica)
+        self._draining.pop(replica.copy, None)
         service.progress = None
         service.left_at = self._state.now
         for device, arena in zip(self._state.group(replica), replica.ranks.arenas, strict=True):

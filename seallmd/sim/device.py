@@ -277,8 +277,7 @@ class SimDevice:
         group = self._groups.get(step.service)
         ranks = 1 if group is None else group.ranks
         seconds = self._timing.step(self.index, step.service, tokens, context, rows, ranks)
-        copied = (self._copied_at.get(block, 0.0) for row in step.rows for block in row.blocks)
-        waits = max(0.0, max(copied, default=0.0) - self._clock.now)
+        waits = self._copies_left(step) if self._copied_at else 0.0
 
         def start(seconds: float) -> None:
             self._later(waits + seconds, lambda: self._end_step(step, group, seconds))
@@ -290,6 +289,11 @@ class SimDevice:
             self._meetings.join(
                 group, step.step, seconds, lambda s: start(s) if self.generation == generation else None
             )
+
+    def _copies_left(self, step: msg.Step) -> float:
+        """Seconds until the blocks that a step is given have been saved or restored."""
+        copied = (self._copied_at.get(block, 0.0) for row in step.rows for block in row.blocks)
+        return max(0.0, max(copied, default=0.0) - self._clock.now)
 
     def _end_step(self, step: msg.Step, group: msg.Group | None, seconds: float) -> None:
         self._busy = False

@@ -17,16 +17,26 @@ import msgspec
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.cost import Roofline, Work
+from seallmd.core.plan import Plan
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.scheduler import POLICIES
 from seallmd.core.settings import NodeSettings, ReplacementSettings, SchedulerSettings, ServiceSettings
-from seallmd.sim import metrics
+from seallmd.sim import metrics, static
 from seallmd.sim.device import STOP, Span
 from seallmd.sim.metrics import Report, Served
 from seallmd.sim.models import SimError, block_bytes_for
 from seallmd.sim.timing import RooflineTiming, isolated_seconds
 from seallmd.sim.workload import Arrival, fitted
 from seallmd.sim.world import World
+
+PLACEMENTS = {
+    "plans": "the node's own, replaced as the load changes",
+    "demand": "services come and go, and are replicated, by demand alone",
+    "alpa": "AlpaServe's, made once for the whole trace",
+    "tp2": "the node's own, each service configured to be split over 2 devices",
+    "tp4": "the node's own, each service configured to be split over 4 devices",
+}
+_RANKS = {"tp2": 2, "tp4": 4}
 
 _GREEDY = msg.Sampling(temperature=0.0)
 _LOOK_SECONDS = 1.0  # virtual time between two looks at progress
@@ -37,11 +47,11 @@ _ZEROS = (0,) * (1 << 20)
 class Setup:
     """All that a run depends on.
 
-    block_bytes: 0 = what suits devices and models. arena_share: of a device's memory, the rest is activations
-    and the engine. host_bytes: for host images. drain_seconds: how long after the last arrival requests may
-    still finish; those that do not count as failed. span_window: (from, to) in which steps and copies are
-    kept, for a Gantt chart. sample_seconds: how often arenas are looked at; 0 = never. profiles: of services
-    that were measured: the node knows them, and steps take as long as they say.
+    placement: one of PLACEMENTS. block_bytes: 0 = what suits devices and models. arena_share: of a device's
+    memory, the rest is activations and the engine. host_bytes: for host images. drain_seconds: how long after
+    the last arrival requests may still finish; those that do not count as failed. span_window: (from, to) in
+    which steps and copies are kept, for a Gantt chart. sample_seconds: how often arenas are looked at; 0 =
+    never. profiles: of services that were measured: the node knows them, and steps take as long as they say.
     """
 
     shapes: Mapping[str, msg.ModelShape]
@@ -50,6 +60,7 @@ class Setup:
     policy: str = "budget"
     scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
     replacement: ReplacementSettings = field(default_factory=ReplacementSettings)
+    placement: str = "plans"
     block_bytes: int = 0
     arena_share: float = 0.9
     host_bytes: int = 4 << 40
@@ -83,7 +94,7 @@ class Occupancy:
 class Outcome:
     """What came of a run. busy_seconds: of each device. refused: services that could not be served, and why.
 
-    seconds: from the first arrival to the last end, virtual. wall_seconds: that it took to simulate.
+    seconds: from the first arrival to the last end, virtual. cpu_seconds: of the processor, that it took.
     cost_errors: by service, how far predicted step times were off in the end, as a share.
     """
 
@@ -91,7 +102,7 @@ class Outcome:
     devices: list[str]
     busy_seconds: list[float]
     seconds: float
-    wall_seconds: float
+    cpu_seconds: float
     events: int
     swaps: int
     preemptions: int
@@ -127,6 +138,8 @@ def run(setup: Setup, progress: Progress | None = None) -> Outcome:
     """Simulate. progress: told how many virtual seconds of the arrivals are done. Raises SimError."""
     if setup.policy not in policies():
         raise SimError(f"no policy is called {setup.policy!r}; there are {', '.join(policies())}")
+    if setup.placement not in PLACEMENTS:
+        raise SimError(f"no placement is called {setup.placement!r}; there are {', '.join(PLACEMENTS)}")
     if not setup.arrivals:
         raise SimError("no requests arrive")
     return _Run(setup).run(progress or (lambda _: None))
@@ -145,36 +158,55 @@ class _Run:
         self._next_look = 0.0
         self._spans: list[Span] = []
         self._occupancy: list[Occupancy] = []
-        services = (
-            ServiceSettings(name=name, model=name, preload=True, max_waiting=1 << 20) for name in setup.shapes
-        )
+        arenas = tuple(int(device.memory_bytes * setup.arena_share) for device in setup.devices)
+        scheduler = msgspec.structs.replace(setup.scheduler, policy=setup.policy)
+        replacement = setup.replacement
+        self._static = Plan({})
+        if setup.placement in ("demand", "alpa"):
+            replacement = msgspec.structs.replace(replacement, enabled=False)
+        if setup.placement == "alpa":
+            known = setup.shapes, setup.devices[0], arenas, setup.arrivals
+            self._static = static.alpa(*known, setup.scheduler.max_rows)
+            scheduler = msgspec.structs.replace(scheduler, replicate=False)
         settings = NodeSettings(
-            services=tuple(services),
+            services=tuple(self._service(name) for name in setup.shapes),
             devices=len(setup.devices),
             block_bytes=self._block_bytes,
             host_bytes=setup.host_bytes,
             roofline=setup.devices[0],
             profiles=dict(setup.profiles),
-            scheduler=msgspec.structs.replace(setup.scheduler, policy=setup.policy),
-            replacement=setup.replacement,
+            scheduler=scheduler,
+            replacement=replacement,
         )
         self._world = World(
             settings,
             dict(setup.shapes),
-            tuple(int(device.memory_bytes * setup.arena_share) for device in setup.devices),
+            arenas,
             RooflineTiming(setup.devices, setup.shapes, profiles=deepcopy(dict(setup.profiles))),
             self._observe,
             lengths=self._lengths,
-            on_span=self._on_span,
+            on_span=self._on_span if setup.span_window[1] > 0 else None,
             keep_history=False,
+        )
+
+    def _service(self, name: str) -> ServiceSettings:
+        groups = self._static.of(name)
+        return ServiceSettings(
+            name=name,
+            model=name,
+            preload=True,
+            max_waiting=1 << 20,
+            tensor_parallel=len(groups[0]) if groups else _RANKS.get(self._setup.placement, 0),
+            devices=groups,
         )
 
     def run(self, progress: Progress) -> Outcome:
         """From the start of the processes to the last answer."""
-        began = time.perf_counter()
+        began = time.process_time()
         world = self._world
         world.start()
         world.run()  # every model is read, and what fits is brought in, before the first request
+        self._load_static()
         self._began = world.now
         status = world.node.status(world.now)
         swaps_before = sum(service.swaps_in for service in status.services)
@@ -186,7 +218,7 @@ class _Run:
             devices=[device.name for device in self._setup.devices],
             busy_seconds=[d.busy_seconds - b for d, b in zip(world.devices, busy_before, strict=True)],
             seconds=max((s.finished for s in served if not s.error), default=self._now) - served[0].arrived,
-            wall_seconds=time.perf_counter() - began,
+            cpu_seconds=time.process_time() - began,
             events=self._events,
             swaps=sum(service.swaps_in for service in status.services) - swaps_before,
             preemptions=sum(service.preemptions for service in status.services),
@@ -195,6 +227,14 @@ class _Run:
             spans=self._spans,
             occupancy=self._occupancy,
         )
+
+    def _load_static(self) -> None:
+        """Load the replicas of a static placement, as an operator would; preloading brought one of each."""
+        services = self._world.node.state.services
+        for ticket, (name, group) in enumerate(self._static.placed(), 1):
+            if all(replica.devices != group for replica in services[name].replicas):
+                self._world.happen(ev.LoadWanted(ticket, name, group))
+                self._world.run()
 
     def _serve(self, progress: Progress) -> list[Served]:
         """Let every request arrive at its time and end; all of them, in order of arrival."""

@@ -129,3 +129,34 @@ def test_prefixes_of_a_broken_group_are_not_trusted() -> None:
     recorder.world.run()
     assert recorder.cached[4] == 0
     recorder.assert_output(4)
+
+
+def waiting_for_a_pair() -> Recorder:
+    """A request that two devices can hold together and one alone cannot, admitted and not yet begun."""
+    recorder = world({"a": shape(ranks=(2,), context=600)}, (70, 70), replicate=False)
+    node = recorder.world.node
+    node._residency.set_ranks(node.state.services["a"], 2)  # as a plan does with an absent service
+    recorder.arrive(1, "a", tuple(range(20)), 300)
+    assert 1 in node.state.requests
+    return recorder
+
+
+def test_no_place_is_taken_that_is_too_small_for_what_waits() -> None:
+    """Protects who was admitted by a group's limit from failing for lack of room on a single device."""
+    recorder = waiting_for_a_pair()
+    state, residency = recorder.world.node.state, recorder.world.node._residency
+    service, devices = state.services["a"], list(state.devices.values())
+    assert residency.holds_waiting(service, devices)
+    assert not residency.holds_waiting(service, devices[:1])
+    recorder.world.run()
+    recorder.assert_output(1)
+    assert residency.holds_waiting(service, devices)
+
+
+def test_ranks_stay_while_somebody_waits_who_needs_them() -> None:
+    """A worker that comes back makes the node choose ranks anew: not fewer than those admitted by."""
+    recorder = waiting_for_a_pair()
+    recorder.world.devices[1].kill(restart_after=1.0)
+    recorder.world.run()
+    recorder.assert_output(1)
+    assert status_of(recorder, "a").groups == ((0, 1),)

@@ -129,3 +129,19 @@ def test_under_pressure_a_spare_replica_leaves_before_requests_do(stand_in: bool
     assert any("its service is elsewhere too" in note for note in recorder.notes) == stand_in
     for request in recorder.prompts:
         recorder.assert_output(request)
+
+
+def test_an_operator_says_where_a_replica_goes() -> None:
+    """Protects loading onto named devices: beside what there is, answered when it is there, or refused."""
+    recorder = two_devices(replicate=False)
+    recorder.arrive(1, "a", (1, 2), 4)
+    recorder.world.run()
+    (here,) = status_of(recorder, "a").devices
+    recorder.world.happen(ev.LoadWanted(1, "a", (1 - here,)))
+    assert 1 not in recorder.answers, "its copy has only begun"
+    recorder.world.run()
+    assert recorder.answers[1] == ""
+    assert set(status_of(recorder, "a").devices) == {0, 1}
+    for ticket, devices in enumerate(((here,), (0, 1), (7,)), 2):  # there already, too many, unknown
+        recorder.world.happen(ev.LoadWanted(ticket, "a", devices))
+        assert "cannot come to" in recorder.answers[ticket]
