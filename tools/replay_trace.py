@@ -148,8 +148,8 @@ def read_isolated(path: Path, services: Sequence[Service]) -> dict[str, Line]:
 
 def open_session(request_seconds: float) -> aiohttp.ClientSession:
     """For requests of at most so many seconds, as many at once as there are."""
-    # A limit on connections would be a queue in the client, which hides the server's. Each request has its own,
-    # as from people of its own: some servers (llama.cpp's) close kept ones without notice.
+    # A limit on connections would be a queue in the client, which hides the server's. Each request has its
+    # own, as if from people of its own: some servers (llama.cpp's) close kept ones without notice.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=request_seconds))
 
