@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import random
 import statistics
 import sys
@@ -107,7 +108,7 @@ def table_of(found: Sequence[First]) -> list[str]:
                     name,
                     str(len(times)),
                     f"{median:.3f}",
-                    f"{sorted(times)[int(0.9 * (len(times) - 1))]:.3f}",
+                    f"{sorted(times)[math.ceil(0.9 * len(times)) - 1]:.3f}",
                     f"{max(times):.3f}",
                     f"{statistics.median(first.present[name]):.3f}",
                     f"{median / base[name]:.1f}",

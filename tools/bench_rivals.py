@@ -22,6 +22,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         print(f"{system} at {options.rate:g} req/s", file=sys.stderr)
         try:
-            result = _measure(options, system, hosted, machine)
+            journal = path.with_suffix(".journal") if options.journal else None
+            result = _measure(options, system, hosted, replace(machine, journal=journal))
         except NotInstalledError as error:
             print(f"  {error}", file=sys.stderr)
             continue
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="one file per run")
     add("--warm-up", type=int, default=8, help="requests before those that count")
+    add("--journal", action="store_true", help="of each run of seallmd, for tools/replay.py")
     return parser
 
 

@@ -53,7 +53,8 @@ class Hosted(NamedTuple):
 @dataclass(frozen=True)
 class Machine:
     """How systems are run. llama_server, llama_python: a program, and a Python that has llama_cpp; None when
-    not installed. dtype, workers, memory, cache: seallmd's own settings. context: tokens of one request.
+    not installed. dtype, workers, memory, cache: seallmd's own settings. context: tokens of one request. journal:
+    where seallmd writes one, if anywhere.
     """
 
     llama_server: Path | None
@@ -63,6 +64,7 @@ class Machine:
     memory: str
     context: int
     cache: Path
+    journal: Path | None = None
 
 
 class NotInstalledError(SimError):
@@ -121,8 +123,9 @@ def configuration(policy: str, hosted: Sequence[Hosted], machine: Machine) -> st
             },
         ),
         ("[scheduler]", {"policy": policy}),
-        ("[log]", {"level": "info"}),
     ]
+    if machine.journal is not None:
+        tables.append(("[journal]", {"path": str(machine.journal.absolute())}))
     for one in hosted:
         model = str(one.checkpoint.absolute())
         settings = {"name": one.name, "model": model, "dtype": machine.dtype, "context": machine.context}
