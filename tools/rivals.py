@@ -53,8 +53,8 @@ class Hosted(NamedTuple):
 @dataclass(frozen=True)
 class Machine:
     """How systems are run. llama_server, llama_python: a program, and a Python that has llama_cpp; None when
-    not installed. dtype, workers, memory, cache: seallmd's own settings. context: tokens of one request. journal:
-    where seallmd writes one, if anywhere.
+    not installed. dtype, workers, memory, cache: seallmd's own settings. context: tokens of one request.
+    journal: where seallmd writes one, if anywhere.
     """
 
     llama_server: Path | None
