@@ -372,7 +372,8 @@ class Node:
     def _on_step_done(self, step: SentStep, tokens: tuple[int, ...], seconds: float) -> None:
         profile = self._state.services[step.service].profile
         assert profile is not None
-        profile.stepped(step.tokens, len(step.rows), step.context, seconds)
+        if not step.incomplete:
+            profile.stepped(step.tokens, len(step.rows), step.context, seconds)
         drawn = iter(tokens)
         for row in step.rows:
             token = next(drawn) if row.sample else None
@@ -420,6 +421,8 @@ class Node:
     def _on_step_failed(self, device: Device, step: SentStep, reason: str) -> None:
         error = "the model failed on this request"
         replica = self._awaited(device, step.service, step.copy)
+        for behind in device.inflight.values():
+            behind.incomplete = behind.incomplete or behind.service == step.service
         if step.leader == device.index:
             self._void(step)
             for row in step.rows:
