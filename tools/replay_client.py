@@ -107,17 +107,22 @@ class Service:
         count = round((tokens - self.overhead_tokens) * self.words_per_token)
         return " ".join(words.choices(_WORDS, k=max(1, count)))
 
+    def _tokens(self, prompt: str) -> int:
+        return round(len(prompt.split()) / self.words_per_token + self.overhead_tokens)
+
     async def complete(
         self, session: aiohttp.ClientSession, prompt: str, output: int, due: float | None = None
     ) -> Served:
         """One streamed completion of `output` tokens, counted from `due` (perf_counter; now if None).
 
-        A failure is in the record, not raised: the others go on. Token counts are the server's own.
+        A failure is in the record, not raised: the others go on. Token counts are the server's own; one that
+        does not tell is taken to have had the prompt that was meant, and to send a token in each piece.
         """
         record = Served(self.name, time.perf_counter() if due is None else due, 0, 0, array("d"))
         try:
             async for event in self._events(session, prompt, output):
                 self._take(record, event)
+            record.prompt = record.prompt or self._tokens(prompt)
             record.output = record.output or len(record.times)
             if not record.error and not record.output:
                 record.error = "the answer is empty"
@@ -161,19 +166,23 @@ class Service:
                     yield msgspec.json.decode(data, type=_Event)
 
 
-async def calibrate(
-    service: Service, session: aiohttp.ClientSession, prompts: Sequence[int], outputs: Sequence[int]
-) -> Line:
-    """Learn a service's words, fields and T_iso from requests one by one. Raises SimError when it fails."""
+async def get_to_know(service: Service, session: aiohttp.ClientSession) -> None:
+    """Learn a service's words and fields from a few requests. Raises SimError when it fails."""
     words = random.Random()
     first = await service.complete(session, service.prompt(16, words), 2)
     if "HTTP 400" in first.error or "HTTP 422" in first.error:
         service.ignore_eos = False
-    # The first answer may have waited for the model to be brought in: it does not count.
     short, long = await _asked(service, session, 8, 1, words), await _asked(service, session, 108, 1, words)
     if long.prompt > short.prompt > 0:
         service.words_per_token = 100 / (long.prompt - short.prompt)
         service.overhead_tokens = short.prompt - 8 / service.words_per_token
+
+
+async def isolated_line(
+    service: Service, session: aiohttp.ClientSession, prompts: Sequence[int], outputs: Sequence[int]
+) -> Line:
+    """T_iso of a service that is known, from requests one by one. Raises SimError when it fails."""
+    words = random.Random()
     served = [
         await _asked(service, session, prompt, output, words)
         for _ in range(_REPEATS)

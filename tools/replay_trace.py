@@ -32,8 +32,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from seallmd.sim import metrics
 from seallmd.sim.metrics import Report, Seen, Served
 from seallmd.sim.models import SimError
-from seallmd.sim.workload import Arrival, fitted, from_traces, read_trace
-from tools.replay_client import Line, Service, calibrate, is_loopback
+from seallmd.sim.workload import Arrival, fitted, from_traces, read_trace, resized
+from tools.replay_client import Line, Service, get_to_know, is_loopback, isolated_line
 
 _FILE_COLUMNS = 160
 _CALIBRATION_OUTPUT = 64  # most tokens of a calibration's answer: one by one they take long
@@ -62,9 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     services = [Service(*words) for words in options.service]
     try:
         _check(services, options.allow_remote)
-        arrivals = _arrivals(options, services)
-        isolated = _read_isolated(options.isolated, services) if options.isolated else None
-        result = asyncio.run(_replay(options, services, arrivals, isolated))
+        arrivals = arrivals_of(options, [service.name for service in services])
+        isolated = read_isolated(options.isolated, services) if options.isolated else None
+        result = asyncio.run(replay(options.name, services, arrivals, isolated, options.timeout))
     except SimError as error:
         print(f"replay_trace: {error}", file=sys.stderr)
         return 2
@@ -85,19 +85,26 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("NAME", "URL", "MODEL"),
         help="a service, its base URL (.../v1) and its model there; once for each",
     )
-    add("--trace", type=Path, nargs="+", required=True, help="CSV: seconds, prompt_tokens, output_tokens")
-    add("--rate", type=float, default=1.0, help="requests per second of all services")
-    add("--seconds", type=float, default=60.0, help="in which requests are sent")
-    add("--alpha", type=float, default=0.9, help="services of one trace: shares ~ (i + 1) ** -alpha")
-    add("--seed", type=int, default=0)
-    add("--context", type=int, default=2048, help="longer requests are cut to so many tokens")
-    add("--requests", type=int, default=1000, help="most requests that are sent")
+    add_workload(parser)
     add("--timeout", type=float, default=300.0, help="most seconds that one request may take")
     add("--isolated", type=Path, metavar="FILE", help="take T_iso from another report")
     add("--name", default="server", help="of the run, in tables")
     add("--allow-remote", action="store_true", help="servers may be on other machines")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     return parser
+
+
+def add_workload(parser: argparse.ArgumentParser) -> None:
+    """The options that say which requests are sent."""
+    add = parser.add_argument
+    add("--trace", type=Path, nargs="+", required=True, help="CSV: seconds, prompt_tokens, output_tokens")
+    add("--rate", type=float, default=1.0, help="requests per second of all services")
+    add("--seconds", type=float, default=60.0, help="in which requests are sent")
+    add("--alpha", type=float, default=0.9, help="services of one trace: shares ~ (i + 1) ** -alpha")
+    add("--seed", type=int, default=0)
+    add("--lengths", type=float, default=1.0, help="prompts and answers are so many times the trace's")
+    add("--context", type=int, default=2048, help="longer requests are cut to so many tokens")
+    add("--requests", type=int, default=1000, help="most requests that are sent")
 
 
 def _check(services: Sequence[Service], allow_remote: bool) -> None:
@@ -108,21 +115,25 @@ def _check(services: Sequence[Service], allow_remote: bool) -> None:
             raise SimError(f"{service.name} is on another machine, or has no http URL (--allow-remote)")
 
 
-def _arrivals(options: argparse.Namespace, services: Sequence[Service]) -> list[Arrival]:
-    if min(options.rate, options.seconds, options.timeout, options.context - 1, options.requests) <= 0:
-        raise SimError("rate, seconds, timeout, context and requests are above 0")
+def arrivals_of(options: argparse.Namespace, services: Sequence[str]) -> list[Arrival]:
+    """The requests that the options of `add_workload` ask for. Raises SimError."""
+    positive = (options.rate, options.seconds, options.lengths, options.context - 1, options.requests)
+    if min(positive) <= 0:
+        raise SimError("rate, seconds, lengths, context and requests are above 0")
     arrivals = from_traces(
         [read_trace(path) for path in options.trace],
-        [service.name for service in services],
+        services,
         rate=options.rate,
         seconds=options.seconds,
         alpha=options.alpha,
         seed=options.seed,
     )
-    return [fitted(arrival, options.context) for arrival in arrivals[: options.requests]]
+    arrivals = [resized(arrival, options.lengths) for arrival in arrivals[: options.requests]]
+    return [fitted(arrival, options.context) for arrival in arrivals]
 
 
-def _read_isolated(path: Path, services: Sequence[Service]) -> dict[str, Line]:
+def read_isolated(path: Path, services: Sequence[Service]) -> dict[str, Line]:
+    """T_iso of all these services from another report. Raises SimError."""
     try:
         isolated = msgspec.json.decode(path.read_bytes(), type=_IsolatedFile).isolated
     except (OSError, msgspec.DecodeError) as error:
@@ -135,32 +146,45 @@ def _read_isolated(path: Path, services: Sequence[Service]) -> dict[str, Line]:
 # ------------------------------------------------------------------------------------------- the run
 
 
-async def _replay(
-    options: argparse.Namespace,
+def open_session(request_seconds: float) -> aiohttp.ClientSession:
+    """For requests of at most so many seconds, as many at once as there are."""
+    # A limit on connections would be a queue in the client, which hides the server's. Each request has its
+    # own, as if from people of its own: some servers (llama.cpp's) close kept ones without notice.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=request_seconds))
+
+
+async def replay(
+    name: str,
     services: Sequence[Service],
     arrivals: Sequence[Arrival],
     isolated: dict[str, Line] | None,
+    request_seconds: float,
 ) -> ReplayFile:
-    # No limit on connections: a queue in the client would hide the server's.
-    timeout = aiohttp.ClientTimeout(total=options.timeout)
-    connector = aiohttp.TCPConnector(limit=0)
+    """Get to know the services, send every request at its time, and report under `name`.
+
+    isolated: T_iso by service; None: it is measured first. request_seconds: most that one may take. Raises
+    SimError when a service does not answer; requests that fail later are in the report.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+    async with open_session(request_seconds) as session:
         with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
             task = bars.add_task("calibrating", total=len(services))
-            own: dict[str, Line] = {}
+            lines = dict(isolated or {})
             for service in services:
-                prompts, outputs = _typical(arrivals, service.name)
-                own[service.name] = await calibrate(service, session, prompts, outputs)
+                await get_to_know(service, session)
+                if isolated is None:
+                    lengths = _typical(arrivals, service.name)
+                    lines[service.name] = await isolated_line(service, session, *lengths)
                 bars.advance(task)
             task = bars.add_task("requests", total=len(arrivals))
             by_name = {service.name: service for service in services}
             served, late = await _send_all(by_name, session, arrivals, lambda: bars.advance(task))
-    lines = isolated or own
-    functions: dict[str, metrics.Isolated] = {name: lines[name].seconds for name in by_name}
+    functions: dict[str, metrics.Isolated] = {service: lines[service].seconds for service in by_name}
     errors = [record.error for record in served if record.error]
-    report = metrics.report(options.name, served, functions, rate=len(arrivals) / options.seconds)
+    seconds = max(arrivals[-1].seconds - arrivals[0].seconds, 1.0)
+    report = metrics.report(name, served, functions, rate=len(arrivals) / seconds)
     counts = {text: errors.count(text) for text in sorted(set(errors))}
     return ReplayFile([report], lines, late, counts, metrics.seen(served))
 

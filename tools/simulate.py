@@ -75,6 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--trace", type=Path, nargs="+", help="CSV files: seconds, prompt_tokens, output_tokens")
     add("--compare", type=Path, metavar="FILE", help="simulate what tools.replay_trace --json recorded")
+    add(
+        "--warm-up",
+        type=int,
+        default=0,
+        help="of a recorded run: requests that came before (tools.bench_rivals)",
+    )
     add("--profiles", type=Path, metavar="FILE", help="take step times from a daemon's profiles.json")
     add("--alpha", type=float, default=0.9, help="service i gets a share proportional to (i + 1) ** -alpha")
     add("--cv", type=float, default=1.0, help="variation of arrival gaps: 1 Poisson, more comes in bursts")
@@ -120,7 +126,9 @@ def _run_all(options: argparse.Namespace, console: Console, recorded: Sequence[S
     middle = options.seconds / 2
     runs: list[Run] = []
     for rate in [len(recorded) / max(recorded[-1].seconds, 1.0)] if recorded else options.rate:
-        arrivals = _recorded(recorded, shapes) or _arrivals(options, list(shapes), traces, rate)
+        arrivals = _recorded(recorded, shapes, options.warm_up) or _arrivals(
+            options, list(shapes), traces, rate
+        )
         for name in options.policy:
             policy, _, placement = name.partition("@")
             setup = Setup(
@@ -136,14 +144,14 @@ def _run_all(options: argparse.Namespace, console: Console, recorded: Sequence[S
                 span_window=(middle, middle + _GANTT_SECONDS) if plots else (0.0, 0.0),
                 sample_seconds=options.seconds / _SAMPLES if plots else 0.0,
             )
-            runs.append(_run(name, setup, rate, options.seconds, console))
+            runs.append(_run(name, setup, rate, options, console))
     return runs
 
 
-def _recorded(recorded: Sequence[Seen], services: Collection[str]) -> list[Arrival]:
+def _recorded(recorded: Sequence[Seen], services: Collection[str], warm_up: int) -> list[Arrival]:
     if strangers := {request.service for request in recorded} - set(services):
         raise SimError(f"requests of {', '.join(sorted(strangers))}, which --models does not name")
-    return comparison.arrivals_of(recorded)
+    return comparison.arrivals_of(recorded, warm_up)
 
 
 def _arrivals(
@@ -158,12 +166,13 @@ def _arrivals(
     )
 
 
-def _run(name: str, setup: Setup, rate: float, seconds: float, console: Console) -> Run:
+def _run(name: str, setup: Setup, rate: float, options: argparse.Namespace, console: Console) -> Run:
     bar = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f} s"))
     quiet = not console.is_terminal
     with Progress(*bar, TimeElapsedColumn(), console=console, transient=True, disable=quiet) as bars:
-        task = bars.add_task(f"{name} at {rate:g} req/s", total=seconds)
+        task = bars.add_task(f"{name} at {rate:g} req/s", total=options.seconds)
         outcome = experiment.run(setup, lambda now: bars.update(task, completed=now))
+    outcome.served = outcome.served[options.warm_up if options.compare else 0 :]
     speed = outcome.events / max(outcome.cpu_seconds, 1e-9)
     console.print(
         f"{name} at {rate:g} req/s, {len(outcome.devices)} devices, {len(outcome.served)} requests: "

@@ -382,8 +382,9 @@ class Node:
         service = self._state.services[step.service]
         profile = service.profile
         assert profile is not None
-        drawing = sum(row.sample for row in step.rows)
-        profile.stepped(step.tokens, drawing, step.context, seconds)
+        if not step.incomplete:
+            drawing = sum(row.sample for row in step.rows)
+            profile.stepped(step.tokens, drawing, step.context, seconds)
         drawn = iter(tokens)
         for row in step.rows:
             token = next(drawn) if row.sample else None
@@ -431,6 +432,8 @@ class Node:
     def _on_step_failed(self, device: Device, step: SentStep, reason: str) -> None:
         error = "the model failed on this request"
         replica = self._awaited(device, step.service, step.copy)
+        for behind in device.inflight.values():
+            behind.incomplete = behind.incomplete or behind.service == step.service
         if step.leader == device.index:
             self._void(step)
             for row in step.rows:

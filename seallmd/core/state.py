@@ -210,7 +210,8 @@ class SentRow:
 class SentStep:
     """A step on its way, noted on each device of its group.
 
-    copy: of the replica that runs it. leader: the device whose answer counts.
+    copy: of the replica that runs it. leader: the device whose answer counts. incomplete: the worker leaves
+    out rows of requests that failed in the step before, so how long it takes says nothing.
     """
 
     id: int
@@ -220,6 +221,7 @@ class SentStep:
     rows: list[SentRow]
     tokens: int
     context: int
+    incomplete: bool = False
 
 
 @dataclass(frozen=True, slots=True)

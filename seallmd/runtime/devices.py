@@ -53,7 +53,12 @@ def plan(settings: DeviceSettings) -> DevicePlan:
     if settings.host_kv:  # "0 B" is a choice too
         host_kv = Size(settings.host_kv).bytes_
     meeting = rendezvous.directory_of(Path(cache))
-    common = {"host_kv_bytes": host_kv, "kv_layout": settings.kv_layout, "rendezvous": str(meeting)}
+    common = {
+        "host_kv_bytes": host_kv,
+        "kv_layout": settings.kv_layout,
+        "cache": cache,  # without it a CPU device runs on plain torch
+        "rendezvous": str(meeting),
+    }
     workers = tuple(msgspec.structs.replace(worker, **common) for worker in workers)
     return DevicePlan(
         workers=workers,

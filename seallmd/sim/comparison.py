@@ -7,6 +7,7 @@ Owns the reading of a recorded run (`tools/replay_trace.py --json`) and of the c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,8 @@ from seallmd.core.profile import ServiceProfile
 from seallmd.sim.metrics import Seen, Spread
 from seallmd.sim.models import SimError
 from seallmd.sim.workload import Arrival
+
+_WARM_UP_SECONDS = 10.0  # from the last request of a warm-up to what is measured
 
 
 class _Recording(msgspec.Struct):
@@ -47,9 +50,18 @@ def read_profiles(path: Path) -> dict[str, ServiceProfile]:
     return {name: entry.profile for name, entry in entries.items()}
 
 
-def arrivals_of(recorded: Sequence[Seen]) -> list[Arrival]:
-    """The same requests for the simulator: those that failed are left out, nobody knows their lengths."""
-    return [Arrival(r.seconds, r.service, r.prompt, r.output) for r in recorded if r.latency is not None]
+def arrivals_of(recorded: Sequence[Seen], warm_up: int = 0) -> list[Arrival]:
+    """The same requests for the simulator: those that failed are left out, nobody knows their lengths.
+
+    warm_up: the first so many come once more before all others, with time to end: where replicas are when a
+    measured run begins depends on what was asked for before.
+    """
+    arrivals = [Arrival(r.seconds, r.service, r.prompt, r.output) for r in recorded if r.latency is not None]
+    if not warm_up:
+        return arrivals
+    before = arrivals[:warm_up]
+    later = before[-1].seconds + _WARM_UP_SECONDS
+    return [*before, *(replace(arrival, seconds=arrival.seconds + later) for arrival in arrivals)]
 
 
 class Figures(msgspec.Struct, frozen=True):

@@ -164,3 +164,9 @@ def fitted(arrival: Arrival, context: int) -> Arrival:
     """A request cut to a context: its output to half of it, then its prompt to what is left."""
     output = min(arrival.output, context // 2)
     return replace(arrival, output=output, prompt=min(arrival.prompt, context - output))
+
+
+def resized(arrival: Arrival, factor: float) -> Arrival:
+    """A request with so many times the tokens, for devices that are slower than the trace's; at least one."""
+    lengths = (max(1, round(tokens * factor)) for tokens in (arrival.prompt, arrival.output))
+    return Arrival(arrival.seconds, arrival.service, *lengths)

@@ -287,3 +287,17 @@ def test_illegal_transitions_raise_and_change_nothing() -> None:
         request.move("preempt")
     assert request.life.value == "waiting"
     recorder.world.run()
+
+
+def test_a_step_behind_a_failed_one_teaches_nothing() -> None:
+    """The worker leaves out rows of requests that failed: such a step says nothing of costs."""
+    recorder = world({"a": shape()})
+    recorder.arrive(1, "a", (1, 2, 3), 50)
+    run(recorder, 0.3)
+    profile = recorder.world.node.state.services["a"].profile
+    assert profile is not None
+    learnt = profile.costs.steps
+    recorder.world.devices[0].fail_steps = 1
+    recorder.world.run()
+    assert recorder.finished[1].reason == "failed"
+    assert profile.costs.steps == learnt > 0

@@ -70,6 +70,16 @@ def test_figures_by_hand() -> None:
     assert len(comparison.arrivals_of(measured)) == 1
 
 
+def test_a_warm_up_comes_before() -> None:
+    """Protects runs that were warmed up: the same requests first, and then all as they were recorded."""
+    recorded = [Seen("a", float(n), 5 + n, 5, 1.0, 0.5) for n in range(3)]
+    first, second, *measured = comparison.arrivals_of(recorded, warm_up=2)
+    assert [first, second] == comparison.arrivals_of(recorded)[:2]
+    later = measured[0].seconds
+    assert later > second.seconds
+    assert [(a.seconds - later, a.prompt) for a in measured] == [(0.0, 5), (1.0, 6), (2.0, 7)]
+
+
 @pytest.mark.parametrize("content", [b"{", b"{}", b'{"requests": [1]}'])
 def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     """Protects people from tracebacks."""

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from seallmd.sim.models import SimError
-from seallmd.sim.workload import Arrival, Lengths, fitted, from_traces, popularity, read_trace, synthetic
+from seallmd.sim.workload import (
+    Arrival,
+    Lengths,
+    fitted,
+    from_traces,
+    popularity,
+    read_trace,
+    resized,
+    synthetic,
+)
 
 SERVICES = ["a", "b", "c"]
 
@@ -135,3 +144,9 @@ def test_requests_are_cut_to_a_context() -> None:
     assert fitted(Arrival(0, "a", 900, 50), 400) == Arrival(0, "a", 350, 50)
     assert fitted(Arrival(0, "a", 10, 900), 400) == Arrival(0, "a", 10, 200)
     assert fitted(Arrival(0, "a", 10, 20), 400) == Arrival(0, "a", 10, 20)
+
+
+def test_lengths_are_scaled() -> None:
+    """Protects runs on slow devices: prompt and answer shrink alike, and neither vanishes."""
+    assert resized(Arrival(1.5, "a", 400, 30), 0.125) == Arrival(1.5, "a", 50, 4)
+    assert resized(Arrival(1.5, "a", 3, 1), 0.125) == Arrival(1.5, "a", 1, 1)

@@ -40,10 +40,14 @@ def test_linear(dtype: torch.dtype, bias: bool, native: Native) -> None:
             torch.testing.assert_close(ours, reference.linear(x, weight, b), atol=2e-4, rtol=1e-5)
 
 
-def test_linear_of_nothing(native: Native) -> None:
-    """No rows, no harm."""
-    weight = noise(3, 8)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_of_nothing(dtype: torch.dtype, native: Native) -> None:
+    """No rows, no harm: a step whose rows are all pieces of prompts asks for no logits."""
+    weight = noise(3, 8).to(dtype)
     assert native.linear(torch.empty(0, 8), linear_struct(weight, None)).shape == (0, 3)
+    module = nn.Linear(8, 3, bias=False, dtype=dtype)
+    out = modules.FastLinear(module, native)(torch.empty(1, 0, 8))
+    assert (out.shape, out.dtype) == ((1, 0, 3), torch.float32)
 
 
 def test_sixteen_bit_weights_are_exact(native: Native) -> None:

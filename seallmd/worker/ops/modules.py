@@ -90,8 +90,10 @@ class FastLinear:
         """x [..., k] -> [..., n], in the dtype of x."""
         module = self._module
         weight = module._parameters["weight"]
-        if x.device.type != "cpu" or weight.device.type != "cpu" or not x.numel():
+        if x.device.type != "cpu" or weight.device.type != "cpu":
             return nn.Linear.forward(module, x)
+        if not x.numel():  # no row of a prompt's chunk draws a token; torch wants one dtype even of nothing
+            return x.new_empty((*x.shape[:-1], weight.shape[0]))
         struct = linear_struct(weight, module._parameters["bias"])
         if x.dtype is torch.float32:
             return self._native.linear(x.contiguous(), struct)
