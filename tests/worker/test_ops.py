@@ -35,7 +35,7 @@ def test_linear(dtype: torch.dtype, bias: bool, native: Native) -> None:
     for n, k in [(1, 1), (3, 5), (4, 16), (9, 37), (130, 64), (257, 100), (64, 576)]:
         weight, b = noise(n, k).to(dtype), noise(n, seed=1).to(dtype) if bias else None
         for m in {1, 2, 3, 5, 7, 13, rng.randint(14, 40)}:
-            x = noise(1, m, k, seed=m)
+            x = noise(1, m, k, seed=m).to(dtype).float()  # so that rounding it changes nothing
             ours = native.linear(x, linear_struct(weight, b))
             torch.testing.assert_close(ours, reference.linear(x, weight, b), atol=2e-4, rtol=1e-5)
 
@@ -51,13 +51,22 @@ def test_sixteen_bit_weights_are_exact(native: Native) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         weight, x = noise(70, 99).to(dtype), noise(11, 99, seed=1)
         wide = weight.float()
-        ours, expected = (native.linear(x, linear_struct(w, None)) for w in (weight, wide))
+        with native.exactly():
+            ours, expected = (native.linear(x, linear_struct(w, None)) for w in (weight, wide))
         assert torch.equal(ours, expected)
 
 
-def test_linear_rows_do_not_depend_on_their_batch(native: Native) -> None:
+def test_bfloat16_products(native: Native) -> None:
+    """Where the processor multiplies bfloat16, activations are rounded to the nearest, and nothing else is."""
+    weight, x = noise(70, 1099).to(torch.bfloat16), noise(11, 1099, seed=1)
+    ours, rounded = native.linear(x, linear_struct(weight, None)), x.bfloat16().float() if native.rounds else x
+    torch.testing.assert_close(ours, reference.linear(rounded, weight, None), atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_rows_do_not_depend_on_their_batch(dtype: torch.dtype, native: Native) -> None:
     """A row's sums run in one order whoever is beside it, so what a request draws cannot hang on others."""
-    weight, x = noise(67, 83), noise(23, 83, seed=1)
+    weight, x = noise(67, 83).to(dtype), noise(23, 83, seed=1)
     struct = linear_struct(weight, None)
     together = native.linear(x, struct)
     assert torch.equal(together, torch.stack([native.linear(row, struct) for row in x]))

@@ -29,8 +29,9 @@ class FastModel:
 
     def install(self, shapes: Sequence[LayerShape]) -> None:
         """Replace what is recognised. Weights must be bound."""
-        install(self._model, self._native)
-        self.layers = find_layers(self._model, shapes, self._native)
+        with self._native.exactly():  # two ways to compute the same may round to different neighbours
+            install(self._model, self._native)
+            self.layers = find_layers(self._model, shapes, self._native)
         for layer in self.layers:
             layer.module.forward = layer
 

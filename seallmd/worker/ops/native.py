@@ -7,7 +7,8 @@ carries neither shape nor dtype. Must not know modules or requests.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, Protocol
@@ -181,7 +182,8 @@ class Native:
 
     Activations are float32, contiguous, on the CPU. What a structure points to must outlive the call. Calls
     come from one thread. Raises OSError if the library is unusable. vector_floats: width of its vectors.
-    set_threads: how many share the work from here on, the caller's included.
+    set_threads: how many share the work from here on, the caller's included. rounds: whether linear layers of
+    bfloat16 weights round activations to bfloat16 (see `exactly`); products are summed in float32 either way.
     """
 
     def __init__(self, library: Path) -> None:
@@ -204,17 +206,30 @@ class Native:
         self.set_threads: Callable[[int], None] = _declare(lib.seallmd_set_threads, c_int32)
         self.set_threads(torch.get_num_threads())
         self.vector_floats = int(lib.seallmd_vector_floats())
+        self._set_rounding: Callable[[bool], int] = lib.seallmd_set_rounding
+        self.rounds = bool(self._set_rounding(True))
         self._examine()
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Round no activations inside the block, on any processor: for comparisons."""
+        self._set_rounding(False)
+        try:
+            yield
+        finally:
+            self._set_rounding(True)
 
     def _examine(self) -> None:
         """A compiler or emulator that gets vectors wrong must not get to serve anyone."""
-        x, weight = torch.linspace(-1, 1, 3 * 37).view(3, 37), torch.linspace(-2, 1, 9 * 37).view(9, 37)
-        ours = self.linear(x, linear_struct(weight, None))
-        if not torch.allclose(ours, reference.linear(x, weight, None), atol=1e-4):
-            raise OSError("the compiled operations compute something else")
+        for dtype in DTYPE_CODES:
+            x = torch.linspace(-1, 1, 5 * 70).view(5, 70).to(dtype).float()
+            weight = torch.linspace(-2, 1, 9 * 70).view(9, 70).to(dtype)
+            ours = self.linear(x, linear_struct(weight, None))
+            if not torch.allclose(ours, reference.linear(x, weight, None), atol=1e-4):
+                raise OSError("the compiled operations compute something else")
 
     def linear(self, x: torch.Tensor, weights: Linear) -> torch.Tensor:
-        """x [..., k] -> [..., n]."""
+        """x [..., k] -> [..., n]; x is rounded to bfloat16 where the weights are and `rounds`."""
         out = x.new_empty(*x.shape[:-1], weights.n)
         self._linear(byref(weights), x.data_ptr(), x.numel() // weights.k, out.data_ptr())
         return out

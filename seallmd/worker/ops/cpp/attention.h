@@ -43,25 +43,29 @@ inline void mix_tail(const float* p, int m, int keys, const T* const* v, int at,
     }
 }
 
+template <class T, int B>
+inline void mix_rows(const float* p, int keys, const T* const* v, int dim, float* out, ptrdiff_t os) {
+    int j = 0;
+    for (; j + 4 * W <= dim; j += 4 * W) mix_tile<T, B, 4>(p, keys, v, j, out + j, os);
+    for (; j + W <= dim; j += W) mix_tile<T, B, 1>(p, keys, v, j, out + j, os);
+    if (j < dim) mix_tail(p, B, keys, v, j, dim - j, out + j, os);
+}
+
 template <class T>
 inline void mix(const float* p, int m, int keys, const T* const* v, int dim, float* out, ptrdiff_t os) {
     constexpr int B = W == 16 ? 6 : 2;
-    int whole = dim / W;
-    for (int b = 0; b < m;) {
-        int n = std::min(B, m - b);
-        const float* pb = p + b * SEGMENT;
-        float* ob = out + b * os;
-        int j = 0;
-        for (; j + 4 <= whole; j += 4) {
-            if (n == B) mix_tile<T, B, 4>(pb, keys, v, j * W, ob + j * W, os);
-            else for (int i = 0; i < n; i++)
-                mix_tile<T, 1, 4>(pb + i * SEGMENT, keys, v, j * W, ob + i * os + j * W, os);
-        }
-        for (; j < whole; j++)
-            for (int i = 0; i < n; i++)
-                mix_tile<T, 1, 1>(pb + i * SEGMENT, keys, v, j * W, ob + i * os + j * W, os);
-        if (dim % W) mix_tail(pb, n, keys, v, j * W, dim % W, ob + j * W, os);
-        b += n;
+    int b = 0;
+    for (; b + B <= m; b += B) mix_rows<T, B>(p + b * SEGMENT, keys, v, dim, out + b * os, os);
+    p += b * SEGMENT;
+    out += b * os;
+    switch (m - b) {
+        case 1: mix_rows<T, 1>(p, keys, v, dim, out, os); break;
+#if defined(__AVX512F__)
+        case 2: mix_rows<T, 2>(p, keys, v, dim, out, os); break;
+        case 3: mix_rows<T, 3>(p, keys, v, dim, out, os); break;
+        case 4: mix_rows<T, 4>(p, keys, v, dim, out, os); break;
+        case 5: mix_rows<T, 5>(p, keys, v, dim, out, os); break;
+#endif
     }
 }
 

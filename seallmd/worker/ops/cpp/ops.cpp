@@ -23,9 +23,22 @@ const float* widened(const void* p, int n, int32_t dtype, std::vector<float>& ro
     return room.data();
 }
 
+bool rounding = PRODUCTS_OF_BF16;
+
+// x W^T with x rounded to the bfloat16 of W: what GPUs do too.
+void rounded_matmul(const Linear& l, const float* x, int m, float* y) {
+    static thread_local std::vector<bf16> room;
+    room.resize(static_cast<int64_t>(m) * l.k);
+    bf16* rounded = room.data();
+    share(static_cast<int64_t>(m) * l.k, WORTH_SHARING,
+          [&](int64_t i, int64_t end) { narrow(x + i, end - i, rounded + i); });
+    matmul(rounded, l.k, m, static_cast<const bf16*>(l.weight), l.k, l.n, l.k, y, l.n);
+}
+
 // y = x W^T + bias
 void linear(const Linear& l, const float* x, int m, float* y) {
-    with_dtype(l.dtype, [&](auto kind) {
+    if (PRODUCTS_OF_BF16 && rounding && l.dtype == BFLOAT16) rounded_matmul(l, x, m, y);
+    else with_dtype(l.dtype, [&](auto kind) {
         matmul(x, l.k, m, static_cast<const decltype(kind)*>(l.weight), l.k, l.n, l.k, y, l.n);
     });
     if (l.bias) {
@@ -115,6 +128,9 @@ void seallmd_sizes(int32_t* out) {
 void seallmd_set_threads(int32_t threads) { pool.set_threads(threads); }
 
 int32_t seallmd_vector_floats() { return W; }
+
+// Whether bfloat16 weights meet activations rounded to bfloat16, where the processor multiplies those; 0: never.
+int32_t seallmd_set_rounding(int32_t on) { return rounding = PRODUCTS_OF_BF16 && on; }
 
 void seallmd_linear(const Linear* l, const float* x, int32_t m, float* y) { linear(*l, x, m, y); }
 
