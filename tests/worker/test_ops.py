@@ -57,9 +57,12 @@ def test_sixteen_bit_weights_are_exact(native: Native) -> None:
 
 
 def test_bfloat16_products(native: Native) -> None:
-    """Where the processor multiplies bfloat16, activations are rounded to the nearest, and nothing else is."""
+    """Where the processor multiplies bfloat16, activations are rounded to it, and nothing else is."""
     weight, x = noise(70, 1099).to(torch.bfloat16), noise(11, 1099, seed=1)
-    ours, rounded = native.linear(x, linear_struct(weight, None)), x.bfloat16().float() if native.rounds else x
+    ours, rounded = (
+        native.linear(x, linear_struct(weight, None)),
+        x.bfloat16().float() if native.rounds else x,
+    )
     torch.testing.assert_close(ours, reference.linear(rounded, weight, None), atol=2e-4, rtol=1e-5)
 
 
@@ -98,6 +101,20 @@ def test_rotate(native: Native) -> None:
         torch.testing.assert_close(
             native.rotate(x, cos, sin), reference.rotate(x, cos, sin), atol=1e-6, rtol=0
         )
+
+
+def test_argmax(native: Native) -> None:
+    """The first of equals, as torch has it; infinities, and a row of NaN, which has no largest element."""
+    for n in (1, 16, 17, 333):
+        x = noise(9, n).mul(4).round()
+        x[3] = float("-inf")
+        x[4, n // 2] = float("inf")
+        expected = x.argmax(-1)
+        x[7] = float("nan")
+        ours = native.argmax(x)
+        assert 0 <= ours[7] < n
+        expected[7] = ours[7]
+        assert torch.equal(ours, expected)
 
 
 # ---------------------------------------------------------------------------------------- attention
@@ -223,6 +240,7 @@ def test_layers_in_one_call(family: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
     partly = {"deepseek_v3": 0}  # its attention is another
     expected = len(rig.shapes["s"].layers) if family in whole else partly.get(family, 0)
     assert len(fast.layers) == expected
+    assert (fast.stack is not None) == (family in whole)
 
 
 @pytest.mark.usefixtures("native")

@@ -34,6 +34,13 @@ def start(cache: Path, say: Callable[[str], None]) -> str:
     return f"compiled operations, vectors of {_native.vector_floats} floats{products}"
 
 
+def summary() -> str:
+    """What there is, in a few words for a device's label."""
+    if _native is None:
+        return "plain torch"
+    return "compiled, bfloat16 products" if _native.rounds else "compiled"
+
+
 def stop() -> None:
     """Back to plain torch, for models that are built from here on."""
     global _native

@@ -114,6 +114,8 @@ class Layer(Structure):
     )
 
 
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each [..., tokens, width]
+
 _CHECKED = (Linear, Norm, Cache, Attention, _Span, _Step, Layer)
 
 
@@ -199,6 +201,10 @@ class Native:
         self._layer = _declare(
             lib.seallmd_layer, POINTER(Layer), POINTER(_Step), pointer, pointer, size, pointer, pointer
         )
+        self._layers = _declare(
+            lib.seallmd_layers, pointer, size, POINTER(_Step), pointer, pointer, size, pointer, pointer
+        )
+        self._argmax = _declare(lib.seallmd_argmax, pointer, c_int64, size, pointer)
         sizes = (c_int32 * len(_CHECKED))()
         lib.seallmd_sizes(sizes)
         if list(sizes) != [ctypes.sizeof(kind) for kind in _CHECKED]:
@@ -284,6 +290,27 @@ class Native:
             x.data_ptr(),
             out.data_ptr(),
         )
+        return out
+
+    def layers(
+        self, layers: Sequence[Layer], step: Step, rotations: Sequence[Rotation], x: torch.Tensor
+    ) -> torch.Tensor:
+        """All of `layers` one after the other, each with its rotation; otherwise as `layer`.
+
+        layers: a ctypes array of them. The rotations have one width.
+        """
+        count, out = len(rotations), torch.empty_like(x)
+        cos = (c_void_p * count)(*(rotation[0].data_ptr() for rotation in rotations))
+        sin = (c_void_p * count)(*(rotation[1].data_ptr() for rotation in rotations))
+        width = rotations[0][0].shape[-1]
+        self._layers(layers, count, byref(step.struct), cos, sin, width, x.data_ptr(), out.data_ptr())
+        return out
+
+    def argmax(self, x: torch.Tensor) -> torch.Tensor:
+        """Where each row is largest, the lowest index of equals. x [rows, n] float32 -> int64 [rows]."""
+        x = x.contiguous()
+        out = torch.empty(x.shape[0], dtype=torch.long)
+        self._argmax(x.data_ptr(), *x.shape, out.data_ptr())
         return out
 
 

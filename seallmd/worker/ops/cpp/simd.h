@@ -70,9 +70,6 @@ inline void store_part(float* p, V v, int n) {
     std::memcpy(p, part, n * sizeof(float));
 }
 
-inline float widen(const float* p) { return *p; }
-template <class T> inline float widen(const T* p) { return load_part(p, 1)[0]; }
-
 inline void narrow(float x, float* p) { *p = x; }
 inline void narrow(float x, bf16* p) {  // to nearest, ties to even; NaN stays NaN
     uint32_t bits;
@@ -97,11 +94,12 @@ typedef float V4 __attribute__((vector_size(16)));
 #if defined(__AVX512F__)
 // Halves of a sum, of two vectors at once: in lanes of 8, 4 and 2 floats. A shuffle costs more than a blend.
 inline V fold8(V a, V b) {
-    return reinterpret_cast<V>(_mm512_mask_blend_ps(0xff00, a, b)) + reinterpret_cast<V>(_mm512_shuffle_f32x4(a, b, 0x4e));
+    V own = reinterpret_cast<V>(_mm512_mask_blend_ps(0xff00, a, b));
+    return own + reinterpret_cast<V>(_mm512_shuffle_f32x4(a, b, 0x4e));
 }
 inline V fold4(V a, V b) {
-    V rest = _mm512_mask_blend_ps(0xf0f0, b, a);
-    return reinterpret_cast<V>(_mm512_mask_blend_ps(0xf0f0, a, b)) + reinterpret_cast<V>(_mm512_shuffle_f32x4(rest, rest, 0xb1));
+    V own = reinterpret_cast<V>(_mm512_mask_blend_ps(0xf0f0, a, b)), rest = _mm512_mask_blend_ps(0xf0f0, b, a);
+    return own + reinterpret_cast<V>(_mm512_shuffle_f32x4(rest, rest, 0xb1));
 }
 inline V fold2(V a, V b) {
     __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
