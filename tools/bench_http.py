@@ -9,6 +9,7 @@ Starts daemons of its own, one CPU device each, and asks them as clients would. 
 - `loop`: 256 streams from a tiny random model: the event loop's CPU time per token, at 2,000 tokens/s.
 - `prefix`: random prompts with prefix reuse and without; first token of a long prompt, and of it again.
 - `chunks`: random prompts with prefill in chunks and in one piece.
+- `models`: three services of the model at once on two devices, and one of them alone with as many streams.
 - `start`: from the command to a ready worker and to the first token, with an empty cache and again.
 
 Absolute figures drift by 10 to 20% on shared machines: compare within one run.
@@ -46,7 +47,8 @@ _MEMORY = "2 GiB"
 _LONG_PROMPT = 2000
 _LOOP_STREAMS = 256
 _LOOP_RATE = 2000  # tokens/s at which the event loop's share is stated
-PARTS = ("streams", "loop", "prefix", "chunks", "start")
+_MODELS = 3
+PARTS = ("streams", "loop", "prefix", "chunks", "models", "start")
 
 
 class Answer(NamedTuple):
@@ -65,18 +67,29 @@ class Served(NamedTuple):
 
 
 class Bench:
-    """A daemon with one service `m` on one CPU device."""
+    """A daemon with services `m0`, `m1`, ... of one model. more: lines of the `[scheduler]` table."""
 
     def __init__(
-        self, folder: Path, model: Path, cache: Path, dtype: str, threads: int, more: str = ""
+        self,
+        folder: Path,
+        model: Path,
+        cache: Path,
+        dtype: str,
+        threads: int,
+        more: str = "",
+        workers: int = 1,
+        services: int = 1,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         configuration = folder / "seallmd.toml"
         configuration.write_text(
-            f'[http]\nport = 0\n[devices]\nkind = "cpu"\ncpu_workers = 1\nthreads = {threads}\n'
+            f'[http]\nport = 0\n[devices]\nkind = "cpu"\ncpu_workers = {workers}\nthreads = {threads}\n'
             f'memory = "{_MEMORY}"\ncache = "{cache}"\n'
             f"[scheduler]\nmax_rows = 256\n{more}\n"
-            f'[[service]]\nname = "m"\nmodel = "{model.resolve()}"\ndtype = "{dtype}"\n'
+            + "".join(
+                f'[[service]]\nname = "m{n}"\nmodel = "{model.resolve()}"\ndtype = "{dtype}"\n'
+                for n in range(services)
+            )
         )
         self.journal = folder / "journal"
         self.started = time.perf_counter()
@@ -89,19 +102,24 @@ class Bench:
             time.sleep(0.02)
         self.ready = time.perf_counter()
 
-    def ask(self, prompts: Sequence[Sequence[int]], new: int) -> Served:
-        """All at once, each answered with `new` tokens."""
+    def ask(self, prompts: Sequence[Sequence[int]], new: int, services: int = 1) -> Served:
+        """All at once, each answered with `new` tokens, by so many services in turn."""
         loop, begun = self._loop_seconds(), time.perf_counter()
-        answers = asyncio.run(self._ask(prompts, new))
+        answers = asyncio.run(self._ask(prompts, new, services))
         return Served(time.perf_counter() - begun, self._loop_seconds() - loop, answers)
 
-    async def _ask(self, prompts: Sequence[Sequence[int]], new: int) -> list[Answer]:
+    async def _ask(self, prompts: Sequence[Sequence[int]], new: int, services: int) -> list[Answer]:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector) as session:
-            return await asyncio.gather(*(self._stream(session, prompt, new) for prompt in prompts))
+            streams = (
+                self._stream(session, f"m{n % services}", prompt, new) for n, prompt in enumerate(prompts)
+            )
+            return await asyncio.gather(*streams)
 
-    async def _stream(self, session: aiohttp.ClientSession, prompt: Sequence[int], new: int) -> Answer:
-        body = {"model": "m", "prompt": list(prompt), "max_tokens": new, "temperature": 0}
+    async def _stream(
+        self, session: aiohttp.ClientSession, service: str, prompt: Sequence[int], new: int
+    ) -> Answer:
+        body = {"model": service, "prompt": list(prompt), "max_tokens": new, "temperature": 0}
         body |= {"stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
         begun, first, last = time.perf_counter(), 0.0, b""
         async with session.post(f"{self._daemon.base_url}/completions", json=body) as response:
@@ -160,10 +178,19 @@ class Run:
         self._words = random.Random(1)
         self._daemons = 0
 
-    def _serving(self, more: str = "", model: Path | None = None, cache: Path | None = None) -> Bench:
+    def _serving(
+        self,
+        more: str = "",
+        model: Path | None = None,
+        cache: Path | None = None,
+        workers: int = 1,
+        services: int = 1,
+    ) -> Bench:
         o, self._daemons = self._options, self._daemons + 1
         folder = self._folder / str(self._daemons)
-        return Bench(folder, model or o.model, cache or self._cache, o.dtype, o.threads, more)
+        return Bench(
+            folder, model or o.model, cache or self._cache, o.dtype, o.threads, more, workers, services
+        )
 
     def _prompts(self, count: int, tokens: int) -> list[list[int]]:
         return [self._words.choices(range(100, 2000), k=tokens) for _ in range(count)]
@@ -247,6 +274,24 @@ class Run:
             seconds = [bench.ask(self._prompts(o.streams, o.prompt), o.new).seconds for bench in (one, other)]
             ratios.append(seconds[1] / seconds[0])
         return statistics.median(ratios)
+
+    def models(self) -> None:
+        """One service on two devices, and three that share them."""
+        o = self._options
+        bench = self._serving(workers=2, services=_MODELS)
+        rates: dict[int, list[float]] = {1: [], _MODELS: []}
+        try:
+            for repeat in range(o.repeats + 1):
+                for services, found in rates.items():
+                    served = bench.ask(self._prompts(o.streams, o.prompt), o.new, services)
+                    if repeat:  # the first brings them in
+                        found.append(o.streams * o.new / served.seconds)
+        finally:
+            bench.end()
+        one, all_ = (statistics.median(found) for found in rates.values())
+        print(
+            f"models: one on two devices {one:.1f} tokens/s, {_MODELS} at once {all_:.1f}: {all_ / one:.2f}"
+        )
 
     def start(self) -> None:
         """A start with nothing in the cache, and the next one."""
