@@ -1,6 +1,7 @@
-"""Speed of the engine alone, beside transformers and llama.cpp on the same weights and prompts, in one run.
+"""Speed of the engine alone, beside transformers and llama.cpp on the same work, in one run.
 
     python -m tools.bench_engine models/smollm2-135m-instruct --threads 1
+    ... --llama llama-batched-bench --gguf smollm2-f16.gguf
 
 No daemon, no HTTP: the worker's own code in this process, driven by the messages it gets in service. Every
 figure is taken `--repeats` times, the contestants taking turns, because machines drift; the table shows the
@@ -11,8 +12,10 @@ once a step), matrix products for prefill. Compare within one run only.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,9 +27,11 @@ from transformers import AutoModelForCausalLM
 
 from seallmd.core import messages as msg
 from seallmd.worker import ops
+from seallmd.worker.attention import answered_by
 from seallmd.worker.device import CpuDevice
 from seallmd.worker.host import Host
 from seallmd.worker.kv import KvView
+from seallmd.worker.paged import PagedBatch, Span
 from seallmd.worker.process import quiet_libraries
 from seallmd.worker.skeleton import DTYPES
 from seallmd.worker.worker import Worker
@@ -93,6 +98,8 @@ class Engine:
         self.what = (
             "plain torch" if fast is None else f"{len(fast.layers)} of {len(shape.layers)} layers whole"
         )
+        if fast is not None and fast.stack is not None:
+            self.what += ", in one call"
         self.lay_out("merged", _BLOCK_BYTES)
 
     def lay_out(self, layout: str, block_bytes: int) -> None:
@@ -115,9 +122,10 @@ class Engine:
         return said
 
     def run(self, prompts: list[list[int]], new: int) -> Times:
-        """Prefill all prompts, then decode all of them together, greedily."""
+        """Prefill all prompts, then decode all of them together, greedily; `drawn` are then their answers."""
         ids, tables = range(self._requests, self._requests + len(prompts)), []
         self._requests += len(prompts)
+        self.drawn: list[list[int]] = []
         started = time.perf_counter()
         for request, prompt in zip(ids, prompts, strict=True):
             need = self.page.holding(len(prompt) + new) * self.page.blocks
@@ -127,7 +135,8 @@ class Engine:
                 greedy = msg.Sampling(temperature=0.0)
                 admit = (msg.Admit(request, tuple(prompt), len(prompt), greedy),) if at == 0 else ()
                 table = tuple(tables[-1]) if at == 0 else ()
-                self.step(admit, (msg.Row(request, at, count, at + count == len(prompt), table),))
+                drawn = self.step(admit, (msg.Row(request, at, count, at + count == len(prompt), table),))
+            self.drawn.append(list(drawn))
         prefilled = time.perf_counter()
         steps = []
         for n in range(new - 1):
@@ -136,18 +145,33 @@ class Engine:
                 msg.Row(request, len(prompt) + n, 1, True)
                 for request, prompt in zip(ids, prompts, strict=True)
             )
-            self.step((), tuple(rows))
+            drawn = self.step((), tuple(rows))
             steps.append(time.perf_counter() - begun)
+            for answer, token in zip(self.drawn, drawn, strict=True):
+                answer.append(token)
         ended = time.perf_counter()
         self._worker.handle(msg.Forget(tuple(ids)))
         self.free += [block for table in tables for block in table]
         return Times(prefilled - started, statistics.median(steps), ended - started)
 
-    def step(self, admit: tuple[msg.Admit, ...], rows: tuple[msg.Row, ...]) -> None:
-        """Run one step."""
+    def step(self, admit: tuple[msg.Admit, ...], rows: tuple[msg.Row, ...]) -> tuple[int, ...]:
+        """Run one step; returns what it drew."""
         self._steps += 1
         self._worker.handle(msg.Step(self._steps, "bench", admit, rows))
-        self._last(msg.StepDone)
+        drawn: tuple[int, ...] = self._last(msg.StepDone).tokens
+        return drawn
+
+    @torch.inference_mode()
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """What the model says behind each of `tokens`: [tokens, vocabulary] float32."""
+        resident = self._worker._resident["bench"]
+        table = self.free[: self.page.holding(len(tokens)) * self.page.blocks]
+        span = Span(0, len(tokens), len(tokens), table)
+        native = ops.compiled() if resident.fast is not None else None
+        with answered_by(PagedBatch(resident.kv, [span], torch.device("cpu"), native)):
+            ids, positions = torch.tensor([tokens]), torch.arange(len(tokens))[None]
+            found: torch.Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        return found[0].float()
 
 
 def transformers_runner(directory: Path) -> Callable[[list[list[int]], int], Times]:
@@ -170,21 +194,18 @@ def transformers_runner(directory: Path) -> Callable[[list[list[int]], int], Tim
     return run
 
 
-def llama_runner(gguf: Path, threads: int) -> Callable[[list[list[int]], int], Times] | None:
-    """llama.cpp through llama-cpp-python, one stream at a time; None where it is not installed."""
-    try:
-        from llama_cpp import Llama
-    except ImportError:
-        return None
-    model = Llama(str(gguf), n_ctx=4096, n_threads=threads, n_threads_batch=threads, verbose=False)
+def llama_runner(program: Path, gguf: Path, threads: int) -> Callable[[list[list[int]], int], Times]:
+    """llama.cpp's own llama-batched-bench: as many streams, prompts and answers as long, by its clock."""
 
     def run(prompts: list[list[int]], new: int) -> Times:
-        started = time.perf_counter()
-        for prompt in prompts:
-            model.reset()
-            for _, _ in zip(range(new), model.generate(prompt, temp=0.0), strict=False):
-                pass
-        return Times(float("nan"), float("nan"), time.perf_counter() - started)
+        streams, prompt = len(prompts), len(prompts[0])
+        asked = {"-npp": prompt, "-ntg": new, "-npl": streams, "-c": streams * (prompt + new)}
+        command = [str(program), "-m", str(gguf), "-t", str(threads), "-tb", str(threads)]
+        command += [str(part) for pair in asked.items() for part in pair]
+        command += ["-ub", str(_STEP_TOKENS), "--output-format", "jsonl"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+        return Times(found["t_pp"], found["t_tg"] / new, found["t_pp"] + found["t_tg"])
 
     return run
 
@@ -222,11 +243,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--torch", action="store_true", help="also without the compiled operations")
-    parser.add_argument("--alone", action="store_true", help="without transformers and llama.cpp")
-    parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp")
+    parser.add_argument("--alone", action="store_true", help="without transformers")
+    parser.add_argument("--llama", type=Path, help="llama.cpp's llama-batched-bench")
+    parser.add_argument("--gguf", type=Path, nargs="+", default=[], help="the same model for llama.cpp")
     options = parser.parse_args()
     if options.long:
         options.prompt = 1024
+    if options.gguf and options.llama is None:
+        parser.error("--gguf needs --llama")
     torch.set_num_threads(options.threads)
     torch.set_num_interop_threads(1)
     quiet_libraries()
@@ -242,10 +266,10 @@ def _bench(options: argparse.Namespace, cache: Path) -> None:
         if options.torch:
             engines[f"seallmd {dtype}, torch"] = Engine(options.model, dtype, tokens, cache, compiled=False)
     runners: dict[str, Callable[[list[list[int]], int], Times]] = {n: e.run for n, e in engines.items()}
+    for gguf in options.gguf:
+        runners[f"llama.cpp {gguf.stem}"] = llama_runner(options.llama, gguf, options.threads)
     if not options.alone:
         runners["transformers float32"] = transformers_runner(options.model)
-        if options.gguf and (llama := llama_runner(options.gguf, options.threads)) is not None:
-            runners[f"llama.cpp {options.gguf.stem}"] = llama
     bandwidth, flops = read_bandwidth(), matrix_rate()
     print(f"{options.threads} threads, prompts of {options.prompt}, {options.new} new tokens each")
     print(f"memory read {bandwidth / 1e9:.1f} GB/s, float32 matrix products {flops / 1e9:.0f} GFLOP/s")

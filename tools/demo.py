@@ -67,9 +67,9 @@ class DemoError(SeallmdError):
 
 
 class Daemon:
-    """A seallmd of our own, from `running` to `stop`. base_url: for OpenAI clients."""
+    """A seallmd of our own, from `running` to `stop`. base_url: for OpenAI clients. more: arguments to it."""
 
-    def __init__(self, configuration: Path, folder: Path) -> None:
+    def __init__(self, configuration: Path, folder: Path, *more: str) -> None:
         self._port = _free_port(config.load(configuration).http.port)
         self._control = folder / "control.sock"
         self._log = folder / "daemon.log"
@@ -82,6 +82,7 @@ class Daemon:
             HOST,
             "--port",
             str(self._port),
+            *more,
         ]
         with self._log.open("w") as log:
             # A session of its own: a Ctrl-C here reaches it as the one SIGTERM of `stop`. Should this process
@@ -94,6 +95,11 @@ class Daemon:
                 start_new_session=True,
                 preexec_fn=bind_to_parent,
             )
+
+    @property
+    def pid(self) -> int:
+        """Of its main process."""
+        return self._process.pid
 
     def check(self) -> None:
         """Raise DemoError if it has ended."""

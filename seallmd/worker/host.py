@@ -97,7 +97,7 @@ class Host:
         service, settings = wanted.service, self._settings
         try:
             complete = with_tokenizer(directory, settings.cache)
-            model = probe(complete, wanted.dtype, wanted.context, settings.device)
+            model = probe(complete, wanted.dtype, wanted.context)
         except Exception as error:  # noqa: BLE001 - no model may end the process that serves the others
             self._send(ProbeFailed(service, one_line(error)))
             return
@@ -126,7 +126,7 @@ class Host:
             directory = Path(wanted.directory)
             if not wanted.directory or not directory.is_dir():
                 raise ModelRefused("the model was not probed")
-            model = probe(directory, wanted.dtype, wanted.context, self._settings.device)
+            model = probe(directory, wanted.dtype, wanted.context)
             self._models[wanted.service] = model
         return model
 

@@ -6,6 +6,7 @@ messages do.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -35,9 +36,12 @@ def run(settings_json: bytes, sock: socket.socket) -> None:
     _start_operations(settings)
     device = open_device(settings)
     channel = Channel(sock, ToWorker)
+    label = f"{device.label}, {ops.summary()}" if settings.device == "cpu" else device.label
     try:
-        channel.send(Hello(os.getpid(), device.label, device.arena.numel()))
-        _serve(channel, Worker(device, settings, channel.send))
+        channel.send(Hello(os.getpid(), label, device.arena.numel()))
+        worker = Worker(device, settings, channel.send)
+        gc.freeze()  # libraries and all: a collection that looks at them takes 0.1 s, amid a step
+        _serve(channel, worker)
     except Closed as end:
         if end.__cause__ is not None and not isinstance(end.__cause__, OSError):
             raise

@@ -51,8 +51,8 @@ class Probed:
     shape: ModelShape
 
 
-def probe(directory: Path, dtype: str, context: int, device: str) -> Probed:
-    """Examine a complete model directory. device: kind of the workers, "cpu" or "cuda".
+def probe(directory: Path, dtype: str, context: int) -> Probed:
+    """Examine a complete model directory.
 
     dtype and context as in `messages.Probe`. Raises ModelRefused with the reason.
     """
@@ -64,7 +64,7 @@ def probe(directory: Path, dtype: str, context: int, device: str) -> Probed:
     if not kinds <= _LAYER_TYPES:
         raise ModelRefused(f"layers of type {', '.join(sorted(kinds - _LAYER_TYPES))} are not supported")
     limit = _context(config, context)
-    resolved = _dtype(config, checkpoint, dtype, device)
+    resolved = _dtype(config, checkpoint, dtype)
     try:
         rehearsed, calls, vocabulary = _rehearse(directory, config, limit)
         skeleton = build_skeleton(config, resolved, torch.device("cpu"))
@@ -199,11 +199,9 @@ def _context(config: PreTrainedConfig, wanted: int) -> int:
     return min(own, wanted) if own and wanted else own or wanted
 
 
-def _dtype(config: PreTrainedConfig, checkpoint: Checkpoint, wanted: str, device: str) -> torch.dtype:
+def _dtype(config: PreTrainedConfig, checkpoint: Checkpoint, wanted: str) -> torch.dtype:
     if wanted != "auto":
         return DTYPES[wanted]
-    if not device.startswith("cuda"):
-        return torch.float32
     own = config.dtype or checkpoint.dtype() or torch.float32
     if isinstance(own, str):
         own = getattr(torch, own)

@@ -7,7 +7,7 @@ depends on its own logits, settings and (seed, position) alone. Must not know re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,14 +28,23 @@ class Draw(NamedTuple):
     prompt: int
 
 
-def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+def row_argmax(x: torch.Tensor) -> torch.Tensor:
+    """Where each row is largest."""
+    return x.argmax(-1)
+
+
+def sample(
+    logits: torch.Tensor,
+    draws: Sequence[Draw],
+    argmax: Callable[[torch.Tensor], torch.Tensor] = row_argmax,
+) -> torch.Tensor:
     """The next token of each row. logits: [rows, vocabulary], any float dtype. Returns int64 [rows].
 
-    Temperature 0 is the lowest of the ids with the largest adjusted logit.
+    Temperature 0 is the lowest of the ids with the largest adjusted logit. argmax: of each row of float32.
     """
     raw = logits.float()
     adjusted = _adjust(raw, draws)
-    greedy = adjusted.argmax(-1)
+    greedy = argmax(adjusted)
     if adjusted is not raw:  # everything banned: the model's own choice rather than none
         greedy = torch.where(adjusted.amax(-1).isneginf(), raw.argmax(-1), greedy)
     drawing = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]

@@ -46,7 +46,7 @@ from seallmd.worker.paged import PagedBatch
 from seallmd.worker.parallel import Seat, divide, sit
 from seallmd.worker.process import one_line
 from seallmd.worker.requests import Packed, Requests
-from seallmd.worker.sampler import sample
+from seallmd.worker.sampler import row_argmax, sample
 from seallmd.worker.skeleton import DTYPES, build_skeleton, fix_rope, load_config
 
 _TELL_BYTES = 64 << 20  # of a copy, between two reports of its progress
@@ -226,7 +226,8 @@ class Worker:
             if logits.shape[0] != len(packed.last):  # a family that computes all logits
                 logits = logits[last]
             if group is None or group.rank == 0:
-                tokens = sample(logits, packed.draws())
+                argmax = row_argmax if native is None else native.argmax
+                tokens = sample(logits, packed.draws(), argmax)
             else:
                 tokens = torch.empty_like(last)
             drawn: list[int] = tokens.tolist() if group is None else group.agree(tokens)

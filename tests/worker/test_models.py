@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -121,17 +122,22 @@ def test_rope_does_not_depend_on_the_batch(kind: str, rig: Rig, tmp_path: Path) 
 
 
 def test_bfloat16(rig: Rig, tmp_path: Path) -> None:
-    """A 16-bit service stays near the float32 model: in its own dtype, or exactly in float32."""
+    """A 16-bit service stays near the float32 model: in its own dtype, or exactly in float32.
+
+    Products of bfloat16 alone (`Native.rounds`) are switched off here: test_ops looks at those.
+    """
     directory = save_tiny(tmp_path / "m")
     rig.load("s", directory, dtype="bfloat16")
     assert rig.shapes["s"].itemsize == 2
     tokens = prompt(12)
     admit = msg.Admit(1, tuple(tokens), 12, msg.Sampling(temperature=0.0))
-    rig.step("s", [admit], [msg.Row(1, 0, 12, True, rig.blocks("s", 0, 12))])
+    compiled = ops.compiled()
+    with nullcontext() if compiled is None else compiled.exactly():
+        rig.step("s", [admit], [msg.Row(1, 0, 12, True, rig.blocks("s", 0, 12))])
     rounded = plain(directory).to(torch.bfloat16)
-    if ops.compiled() is not None:  # weights are rounded, and K and V as they are stored; nothing else is
+    if compiled is not None:  # weights are rounded, and K and V as they are stored; nothing else is
         rounded = rounded.float()
     with torch.inference_mode():
         expected = rounded(torch.tensor([tokens]), use_cache=False).logits[0, -1]
     assert rig.logits.dtype is expected.dtype
-    torch.testing.assert_close(rig.logits[0], expected, atol=0.03 if ops.compiled() else 0.15, rtol=0.05)
+    torch.testing.assert_close(rig.logits[0], expected, atol=0.03 if compiled else 0.15, rtol=0.05)

@@ -35,7 +35,7 @@ def test_linear(dtype: torch.dtype, bias: bool, native: Native) -> None:
     for n, k in [(1, 1), (3, 5), (4, 16), (9, 37), (130, 64), (257, 100), (64, 576)]:
         weight, b = noise(n, k).to(dtype), noise(n, seed=1).to(dtype) if bias else None
         for m in {1, 2, 3, 5, 7, 13, rng.randint(14, 40)}:
-            x = noise(1, m, k, seed=m)
+            x = noise(1, m, k, seed=m).to(dtype).float()  # so that rounding it changes nothing
             ours = native.linear(x, linear_struct(weight, b))
             torch.testing.assert_close(ours, reference.linear(x, weight, b), atol=2e-4, rtol=1e-5)
 
@@ -55,13 +55,25 @@ def test_sixteen_bit_weights_are_exact(native: Native) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         weight, x = noise(70, 99).to(dtype), noise(11, 99, seed=1)
         wide = weight.float()
-        ours, expected = (native.linear(x, linear_struct(w, None)) for w in (weight, wide))
+        with native.exactly():
+            ours, expected = (native.linear(x, linear_struct(w, None)) for w in (weight, wide))
         assert torch.equal(ours, expected)
 
 
-def test_linear_rows_do_not_depend_on_their_batch(native: Native) -> None:
+def test_bfloat16_products(native: Native) -> None:
+    """Where the processor multiplies bfloat16, activations are rounded to it, and nothing else is."""
+    weight, x = noise(70, 1099).to(torch.bfloat16), noise(11, 1099, seed=1)
+    ours, rounded = (
+        native.linear(x, linear_struct(weight, None)),
+        x.bfloat16().float() if native.rounds else x,
+    )
+    torch.testing.assert_close(ours, reference.linear(rounded, weight, None), atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_rows_do_not_depend_on_their_batch(dtype: torch.dtype, native: Native) -> None:
     """A row's sums run in one order whoever is beside it, so what a request draws cannot hang on others."""
-    weight, x = noise(67, 83), noise(23, 83, seed=1)
+    weight, x = noise(67, 83).to(dtype), noise(23, 83, seed=1)
     struct = linear_struct(weight, None)
     together = native.linear(x, struct)
     assert torch.equal(together, torch.stack([native.linear(row, struct) for row in x]))
@@ -93,6 +105,20 @@ def test_rotate(native: Native) -> None:
         torch.testing.assert_close(
             native.rotate(x, cos, sin), reference.rotate(x, cos, sin), atol=1e-6, rtol=0
         )
+
+
+def test_argmax(native: Native) -> None:
+    """The first of equals, as torch has it; infinities, and a row of NaN, which has no largest element."""
+    for n in (1, 16, 17, 333):
+        x = noise(9, n).mul(4).round()
+        x[3] = float("-inf")
+        x[4, n // 2] = float("inf")
+        expected = x.argmax(-1)
+        x[7] = float("nan")
+        ours = native.argmax(x)
+        assert 0 <= ours[7] < n
+        expected[7] = ours[7]
+        assert torch.equal(ours, expected)
 
 
 # ---------------------------------------------------------------------------------------- attention
@@ -218,6 +244,7 @@ def test_layers_in_one_call(family: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
     partly = {"deepseek_v3": 0}  # its attention is another
     expected = len(rig.shapes["s"].layers) if family in whole else partly.get(family, 0)
     assert len(fast.layers) == expected
+    assert (fast.stack is not None) == (family in whole)
 
 
 @pytest.mark.usefixtures("native")

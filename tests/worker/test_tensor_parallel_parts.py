@@ -17,7 +17,7 @@ from tests.worker.helpers import Rig, save_tiny
 
 
 def probed(tmp_path: Path, family: str = "llama", **overrides: Any) -> Probed:
-    return probe(save_tiny(tmp_path / "m", family, **overrides), "auto", 0, "cpu")
+    return probe(save_tiny(tmp_path / "m", family, **overrides), "auto", 0)
 
 
 def contents(image: Image, layout: Layout, at: int) -> dict[str, torch.Tensor]:

@@ -30,7 +30,15 @@ def start(cache: Path, say: Callable[[str], None]) -> str:
     except (BuildFailed, OSError) as error:
         _native = None
         return f"plain torch operations: {error}"
-    return f"compiled operations, vectors of {_native.vector_floats} floats"
+    products = ", bfloat16 products" if _native.rounds else ""
+    return f"compiled operations, vectors of {_native.vector_floats} floats{products}"
+
+
+def summary() -> str:
+    """What there is, in a few words for a device's label."""
+    if _native is None:
+        return "plain torch"
+    return "compiled, bfloat16 products" if _native.rounds else "compiled"
 
 
 def stop() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from seallmd.core.messages import LayerShape
-from seallmd.worker.attention import Call, answered_by, answering
+from seallmd.worker.attention import Answerer, Call, answered_by, answering
 from seallmd.worker.kv import KvView
 from seallmd.worker.ops import native as c
 from seallmd.worker.ops import reference
@@ -79,6 +79,11 @@ class FastLayer:
         """The weights are gone: nothing may follow the pointers."""
         self._struct = None
 
+    @property
+    def struct(self) -> c.Layer | None:
+        """Where everything lies, while it is bound."""
+        return self._struct
+
     def __call__(self, hidden_states: torch.Tensor, *rest: Any, **named: Any) -> Any:
         """As the layer's own forward."""
         batch = answering()
@@ -97,7 +102,7 @@ def find_layers(model: nn.Module, shapes: Sequence[LayerShape], native: c.Native
     modules = {m: parts for m in model.modules() if (parts := _parts(m)) is not None}
     if not modules:
         return []
-    kv = _probe_kv(shapes)
+    kv = probe_kv(shapes)
     found = []
     for module, seen in _watch(model, modules, kv).items():
         fast = FastLayer(module, modules[module], seen.call, native)
@@ -146,7 +151,7 @@ def _activation(function: Any) -> str | None:
     return next((name for name, ours in reference.ACTIVATIONS.items() if close(ours(x), function(x))), None)
 
 
-def _probe_kv(shapes: Sequence[LayerShape]) -> KvView:
+def probe_kv(shapes: Sequence[LayerShape]) -> KvView:
     """A small arena of our own, in float32, so that nothing is lost by storing."""
     token_bytes = 4 * sum(s.kv_heads * (s.k_dim + s.v_dim) for s in shapes)
     block_bytes = token_bytes * _PROBE_BLOCK_TOKENS
@@ -154,7 +159,8 @@ def _probe_kv(shapes: Sequence[LayerShape]) -> KvView:
     return KvView(torch.zeros(blocks * block_bytes, dtype=torch.uint8), block_bytes, shapes, torch.float32)
 
 
-def _probe_batch(kv: KvView, native: c.Native | None) -> PagedBatch:
+def probe_batch(kv: KvView, native: c.Native | None) -> PagedBatch:
+    """The step of `run_probe`."""
     table = list(range(-(-_PROBE_TOKENS // _PROBE_BLOCK_TOKENS)))[::-1]
     return PagedBatch(kv, [Span(0, _PROBE_TOKENS, _PROBE_TOKENS, table)], torch.device("cpu"), native)
 
@@ -174,7 +180,7 @@ class _Witness:
 
 def _watch(model: nn.Module, modules: dict[nn.Module, Parts], kv: KvView) -> dict[nn.Module, _Seen]:
     """Run a few tokens through the stock layers, and see what each of `modules` did."""
-    witness, seen = _Witness(_probe_batch(kv, None)), {}
+    witness, seen = _Witness(probe_batch(kv, None)), {}
 
     def look(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
         rotation, call = named.get("position_embeddings"), witness.call
@@ -183,15 +189,20 @@ def _watch(model: nn.Module, modules: dict[nn.Module, Parts], kv: KvView) -> dic
         witness.call = None
 
     hooks = [module.register_forward_hook(look, with_kwargs=True) for module in modules]
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(_PROBE_TOKENS)[None] * 31 % vocabulary
     try:
-        with torch.inference_mode(), answered_by(witness):
-            model(input_ids=ids, position_ids=torch.arange(_PROBE_TOKENS)[None], use_cache=False)
+        run_probe(model, witness)
     finally:
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def run_probe(model: nn.Module, answerer: Answerer) -> Any:
+    """A forward pass of a few tokens; whatever it gives."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(_PROBE_TOKENS)[None] * 31 % vocabulary
+    with torch.inference_mode(), answered_by(answerer):
+        return model(input_ids=ids, position_ids=torch.arange(_PROBE_TOKENS)[None], use_cache=False)
 
 
 def _suits(seen: _Seen) -> bool:
@@ -227,7 +238,7 @@ def _agrees(fast: FastLayer, seen: _Seen, kv: KvView, native: c.Native) -> bool:
         if norm is not None and norm.weight.numel() != (k_dim if name in ("q_norm", "k_norm") else hidden):
             return False
     fast.bind(kv)
-    with torch.inference_mode(), answered_by(_probe_batch(kv, native)):
+    with torch.inference_mode(), answered_by(probe_batch(kv, native)):
         ours = fast(seen.x, position_embeddings=seen.rotation)
     fast.unbind()
     error, size = (ours - seen.out).norm(dim=-1), seen.out.norm(dim=-1)

@@ -1,6 +1,7 @@
 """A model with the operations in it, from its skeleton to every new binding of its weights.
 
-Owns the order: float32 arithmetic for 16-bit weights if the model can do that, then modules, then layers.
+Owns the order: float32 activations for 16-bit weights if the model can do that, then modules, then layers,
+then all layers at once.
 Must not know messages, copies or requests.
 """
 
@@ -17,6 +18,7 @@ from seallmd.worker.kv import KvView
 from seallmd.worker.ops.layers import FastLayer, find_layers
 from seallmd.worker.ops.modules import install, widen_embeddings
 from seallmd.worker.ops.native import Native
+from seallmd.worker.ops.stack import FastStack, find_stack
 from seallmd.worker.skeleton import build_skeleton
 
 
@@ -26,21 +28,30 @@ class FastModel:
     def __init__(self, model: PreTrainedModel, native: Native) -> None:
         self._model, self._native = model, native
         self.layers: list[FastLayer] | None = None
+        self.stack: FastStack | None = None
 
     def install(self, shapes: Sequence[LayerShape]) -> None:
         """Replace what is recognised. Weights must be bound."""
-        install(self._model, self._native)
-        self.layers = find_layers(self._model, shapes, self._native)
-        for layer in self.layers:
-            layer.module.forward = layer
+        with self._native.exactly():  # two ways to compute the same may round to different neighbours
+            install(self._model, self._native)
+            self.layers = find_layers(self._model, shapes, self._native)
+            for layer in self.layers:
+                layer.module.forward = layer
+            self.stack = find_stack(self._model, self.layers, shapes, self._native)
+        if self.stack is not None:
+            self.stack.module.forward = self.stack
 
     def bind(self, kv: KvView) -> None:
         """After every binding of the weights."""
         for layer in self.layers or ():
             layer.bind(kv)
+        if self.stack is not None:
+            self.stack.bind()
 
     def unbind(self) -> None:
         """Before the weights go."""
+        if self.stack is not None:
+            self.stack.unbind()
         for layer in self.layers or ():
             layer.unbind()
 

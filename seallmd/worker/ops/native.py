@@ -7,7 +7,8 @@ carries neither shape nor dtype. Must not know modules or requests.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, Protocol
@@ -113,6 +114,8 @@ class Layer(Structure):
     )
 
 
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each [..., tokens, width]
+
 _CHECKED = (Linear, Norm, Cache, Attention, _Span, _Step, Layer)
 
 
@@ -181,7 +184,8 @@ class Native:
 
     Activations are float32, contiguous, on the CPU. What a structure points to must outlive the call. Calls
     come from one thread. Raises OSError if the library is unusable. vector_floats: width of its vectors.
-    set_threads: how many share the work from here on, the caller's included.
+    set_threads: how many share the work from here on, the caller's included. rounds: whether linear layers of
+    bfloat16 weights round activations to bfloat16 (see `exactly`); products are summed in float32 either way.
     """
 
     def __init__(self, library: Path) -> None:
@@ -197,6 +201,10 @@ class Native:
         self._layer = _declare(
             lib.seallmd_layer, POINTER(Layer), POINTER(_Step), pointer, pointer, size, pointer, pointer
         )
+        self._layers = _declare(
+            lib.seallmd_layers, pointer, size, POINTER(_Step), pointer, pointer, size, pointer, pointer
+        )
+        self._argmax = _declare(lib.seallmd_argmax, pointer, c_int64, size, pointer)
         sizes = (c_int32 * len(_CHECKED))()
         lib.seallmd_sizes(sizes)
         if list(sizes) != [ctypes.sizeof(kind) for kind in _CHECKED]:
@@ -204,17 +212,30 @@ class Native:
         self.set_threads: Callable[[int], None] = _declare(lib.seallmd_set_threads, c_int32)
         self.set_threads(torch.get_num_threads())
         self.vector_floats = int(lib.seallmd_vector_floats())
+        self._set_rounding: Callable[[bool], int] = lib.seallmd_set_rounding
+        self.rounds = bool(self._set_rounding(True))
         self._examine()
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Round no activations inside the block, on any processor: for comparisons."""
+        self._set_rounding(False)
+        try:
+            yield
+        finally:
+            self._set_rounding(True)
 
     def _examine(self) -> None:
         """A compiler or emulator that gets vectors wrong must not get to serve anyone."""
-        x, weight = torch.linspace(-1, 1, 3 * 37).view(3, 37), torch.linspace(-2, 1, 9 * 37).view(9, 37)
-        ours = self.linear(x, linear_struct(weight, None))
-        if not torch.allclose(ours, reference.linear(x, weight, None), atol=1e-4):
-            raise OSError("the compiled operations compute something else")
+        for dtype in DTYPE_CODES:
+            x = torch.linspace(-1, 1, 5 * 70).view(5, 70).to(dtype).float()
+            weight = torch.linspace(-2, 1, 9 * 70).view(9, 70).to(dtype)
+            ours = self.linear(x, linear_struct(weight, None))
+            if not torch.allclose(ours, reference.linear(x, weight, None), atol=1e-4):
+                raise OSError("the compiled operations compute something else")
 
     def linear(self, x: torch.Tensor, weights: Linear) -> torch.Tensor:
-        """x [..., k] -> [..., n]."""
+        """x [..., k] -> [..., n]; x is rounded to bfloat16 where the weights are and `rounds`."""
         out = x.new_empty(*x.shape[:-1], weights.n)
         self._linear(byref(weights), x.data_ptr(), x.numel() // weights.k, out.data_ptr())
         return out
@@ -269,6 +290,27 @@ class Native:
             x.data_ptr(),
             out.data_ptr(),
         )
+        return out
+
+    def layers(
+        self, layers: Sequence[Layer], step: Step, rotations: Sequence[Rotation], x: torch.Tensor
+    ) -> torch.Tensor:
+        """All of `layers` one after the other, each with its rotation; otherwise as `layer`.
+
+        layers: a ctypes array of them. The rotations have one width.
+        """
+        count, out = len(rotations), torch.empty_like(x)
+        cos = (c_void_p * count)(*(rotation[0].data_ptr() for rotation in rotations))
+        sin = (c_void_p * count)(*(rotation[1].data_ptr() for rotation in rotations))
+        width = rotations[0][0].shape[-1]
+        self._layers(layers, count, byref(step.struct), cos, sin, width, x.data_ptr(), out.data_ptr())
+        return out
+
+    def argmax(self, x: torch.Tensor) -> torch.Tensor:
+        """Where each row is largest, the lowest index of equals. x [rows, n] float32 -> int64 [rows]."""
+        x = x.contiguous()
+        out = torch.empty(x.shape[0], dtype=torch.long)
+        self._argmax(x.data_ptr(), *x.shape, out.data_ptr())
         return out
 
 

@@ -43,25 +43,29 @@ inline void mix_tail(const float* p, int m, int keys, const T* const* v, int at,
     }
 }
 
+template <class T, int B>
+inline void mix_rows(const float* p, int keys, const T* const* v, int dim, float* out, ptrdiff_t os) {
+    int j = 0;
+    for (; j + 4 * W <= dim; j += 4 * W) mix_tile<T, B, 4>(p, keys, v, j, out + j, os);
+    for (; j + W <= dim; j += W) mix_tile<T, B, 1>(p, keys, v, j, out + j, os);
+    if (j < dim) mix_tail(p, B, keys, v, j, dim - j, out + j, os);
+}
+
 template <class T>
 inline void mix(const float* p, int m, int keys, const T* const* v, int dim, float* out, ptrdiff_t os) {
     constexpr int B = W == 16 ? 6 : 2;
-    int whole = dim / W;
-    for (int b = 0; b < m;) {
-        int n = std::min(B, m - b);
-        const float* pb = p + b * SEGMENT;
-        float* ob = out + b * os;
-        int j = 0;
-        for (; j + 4 <= whole; j += 4) {
-            if (n == B) mix_tile<T, B, 4>(pb, keys, v, j * W, ob + j * W, os);
-            else for (int i = 0; i < n; i++)
-                mix_tile<T, 1, 4>(pb + i * SEGMENT, keys, v, j * W, ob + i * os + j * W, os);
-        }
-        for (; j < whole; j++)
-            for (int i = 0; i < n; i++)
-                mix_tile<T, 1, 1>(pb + i * SEGMENT, keys, v, j * W, ob + i * os + j * W, os);
-        if (dim % W) mix_tail(pb, n, keys, v, j * W, dim % W, ob + j * W, os);
-        b += n;
+    int b = 0;
+    for (; b + B <= m; b += B) mix_rows<T, B>(p + b * SEGMENT, keys, v, dim, out + b * os, os);
+    p += b * SEGMENT;
+    out += b * os;
+    switch (m - b) {
+        case 1: mix_rows<T, 1>(p, keys, v, dim, out, os); break;
+#if defined(__AVX512F__)
+        case 2: mix_rows<T, 2>(p, keys, v, dim, out, os); break;
+        case 3: mix_rows<T, 3>(p, keys, v, dim, out, os); break;
+        case 4: mix_rows<T, 4>(p, keys, v, dim, out, os); break;
+        case 5: mix_rows<T, 5>(p, keys, v, dim, out, os); break;
+#endif
     }
 }
 
@@ -104,6 +108,28 @@ struct Scratch {
     std::vector<float> query, score, out, most, total;
 };
 
+// Where the K and V of a segment's keys lie; they are asked for, so that they come while another is computed.
+template <class T> struct Segment {
+    const T *keys[SEGMENT], *values[SEGMENT];
+
+    // Keys [from, to) of those from `position` on.
+    void find(const Cache& c, const int32_t* table, int kv_head, int position, int from, int to) {
+        const ptrdiff_t ks = static_cast<ptrdiff_t>(c.kv_heads) * c.k_dim;
+        const ptrdiff_t vs = static_cast<ptrdiff_t>(c.kv_heads) * c.v_dim;
+        for (int t = from; t < to;) {
+            const int token = (position + t) % c.page_tokens, stop = std::min(to, t + c.page_tokens - token);
+            const int64_t block = block_of(c, table, position + t);
+            const T* k = static_cast<const T*>(c.key) + block + token * ks + kv_head * c.k_dim;
+            const T* v = static_cast<const T*>(c.value) + block + token * vs + kv_head * c.v_dim;
+            for (; t < stop; t++, k += ks, v += vs) {
+                keys[t] = k, values[t] = v;
+                for (int i = 0; i < c.k_dim; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(k + i);
+                for (int i = 0; i < c.v_dim; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(v + i, 0, 2);
+            }
+        }
+    }
+};
+
 template <class T>
 void attend_item(const Attention& a, const Step& step, const Item& item, const float* q, float* out, Scratch& at) {
     const Cache& c = a.cache;
@@ -112,8 +138,8 @@ void attend_item(const Attention& a, const Step& step, const Item& item, const f
     const int group = a.heads / c.kv_heads, m = item.tokens * group;
     const int start = span.context - span.tokens + item.first;  // position of the first query
     const int os = (c.v_dim + W - 1) / W * W;
-    at.query.resize(m * c.k_dim);
-    at.score.resize(m * SEGMENT);
+    grow(at.query, m * c.k_dim);
+    grow(at.score, m * SEGMENT);
     at.out.assign(m * os, 0.0f);
     at.most.assign(m, -INFINITY);
     at.total.assign(m, 0.0f);
@@ -123,18 +149,18 @@ void attend_item(const Attention& a, const Step& step, const Item& item, const f
     }
     const int end = start + item.tokens;
     const int first_key = a.window ? std::max(0, start - a.window + 1) : 0;
-    const ptrdiff_t ks = static_cast<ptrdiff_t>(c.kv_heads) * c.k_dim, vs = static_cast<ptrdiff_t>(c.kv_heads) * c.v_dim;
-    const T *keys_at[SEGMENT], *values_at[SEGMENT];
+    Segment<T> segments[2];
+    const auto find = [&](int position) {
+        if (position < end)
+            segments[position / SEGMENT % 2].find(c, table, item.kv_head, position, std::max(0, first_key - position),
+                                                  std::min(SEGMENT, end - position));
+    };
+    find(first_key / SEGMENT * SEGMENT);
     for (int position = first_key / SEGMENT * SEGMENT; position < end; position += SEGMENT) {
         const int keys = std::min(SEGMENT, end - position), skipped = std::max(0, first_key - position);
-        for (int t = skipped; t < keys;) {
-            const int token = (position + t) % c.page_tokens, stop = std::min(keys, t + c.page_tokens - token);
-            const int64_t block = block_of(c, table, position + t);
-            const T* k = static_cast<const T*>(c.key) + block + token * ks + item.kv_head * c.k_dim;
-            const T* v = static_cast<const T*>(c.value) + block + token * vs + item.kv_head * c.v_dim;
-            for (; t < stop; t++, k += ks, v += vs) keys_at[t] = k, values_at[t] = v;
-        }
-        dot_block(Scattered<T>{keys_at + skipped}, keys - skipped, at.query.data(), c.k_dim, m, c.k_dim,
+        const Segment<T>& at_hand = segments[position / SEGMENT % 2];
+        find(position + SEGMENT);
+        dot_block(Scattered<T>{at_hand.keys + skipped}, keys - skipped, at.query.data(), c.k_dim, m, c.k_dim,
                   at.score.data() + skipped, SEGMENT);
         for (int i = 0; i < m; i++) {
             const int own = start + i / group - position;  // its own key, seen from this segment
@@ -150,7 +176,7 @@ void attend_item(const Attention& a, const Step& step, const Item& item, const f
             if (shrink != 1.0f)
                 for (int j = 0; j < os; j += W) store(&at.out[i * os + j], load(&at.out[i * os + j]) * shrink);
         }
-        mix(at.score.data() + skipped, m, keys - skipped, values_at + skipped, c.v_dim, at.out.data(), os);
+        mix(at.score.data() + skipped, m, keys - skipped, at_hand.values + skipped, c.v_dim, at.out.data(), os);
     }
     for (int i = 0; i < m; i++) {
         const int head = item.kv_head * group + i % group;

@@ -9,58 +9,75 @@
 // How far ahead weights are asked for; rows follow each other in memory. Measured: 4 to 32 KiB differ little.
 constexpr ptrdiff_t AHEAD_BYTES = 12 << 10;
 
-// Rows of a matrix in memory; they are asked for ahead of their use.
+// A tile of activations passes over rows of weights, and asks for what lies behind some of them.
+struct Pass {
+    int rows, asks_from, asks_to;
+    bool first;
+};
+
+// Rows of a matrix in memory; what lies `ahead` bytes behind those in use is asked for. next: bytes to the
+// rows that will be in use after these.
 template <class T> struct Matrix {
+    using Element = T;
     const T* first;
-    ptrdiff_t stride;
+    ptrdiff_t stride, next, ahead = 0;
     const T* operator[](int r) const { return first + r * stride; }
-    Matrix from(int r) const { return {first + r * stride, stride}; }
-    template <int R> void ask(int i) const {
+    // Rows from r on. The first tile asks for what it is about to use itself; each later one for its share of
+    // the next rows, so that memory is read while the processor computes.
+    Matrix from(int r, const Pass& pass) const {
+        const bool asks = r >= pass.asks_from && r < pass.asks_to;
+        return {first + r * stride, stride, next, pass.first ? AHEAD_BYTES : asks ? next : 0};
+    }
+    template <int R, int STEP> void ask(int i) const {
 #pragma GCC unroll 8
-        for (size_t line = 0; line < R * W * sizeof(T); line += 64)  // in the order in which rows lie in memory
-            __builtin_prefetch(reinterpret_cast<const char*>(first + i * R) + AHEAD_BYTES + line);
+        for (size_t line = 0; line < R * STEP * sizeof(T); line += 64)  // in the order in which rows lie in memory
+            __builtin_prefetch(reinterpret_cast<const char*>(first + i * R) + ahead + line, 0, 2);
     }
 };
 
 // Rows that lie anywhere.
 template <class T> struct Scattered {
+    using Element = T;
     const T* const* rows;
     const T* operator[](int r) const { return rows[r]; }
-    Scattered from(int r) const { return {rows + r}; }
-    template <int R> void ask(int) const {}
+    Scattered from(int r, const Pass&) const { return {rows + r}; }
+    template <int R, int STEP> void ask(int) const {}
 };
 
 // out[b][r] = w[r] . x[b] over k elements, for R rows of weights and B of activations held in registers.
 // The order of additions depends on k alone, so a row's result depends neither on its neighbours nor on B.
-template <int R, int B, class Rows>
-inline void dot_tile(const Rows& w, const float* x, ptrdiff_t xs, int k, float* out, ptrdiff_t os) {
+template <int R, int B, class Rows, class X>
+inline void dot_tile(const Rows& w, const X* x, ptrdiff_t xs, int k, float* out, ptrdiff_t os) {
+    using P = Product<typename Rows::Element, X>;
     V acc[B][R] = {};
     int i = 0;
-    for (; i + W <= k; i += W) {
-        V rows[R];
+    for (; i + P::STEP <= k; i += P::STEP) {
+        typename P::Vector rows[R];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) rows[r] = load(w[r] + i);
-        w.template ask<R>(i);
+        for (int r = 0; r < R; r++) rows[r] = P::load(w[r] + i);
+        w.template ask<R, P::STEP>(i);
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) {
-            V row = load(x + b * xs + i);
+            typename P::Vector row = P::load(x + b * xs + i);
 #if defined(__AVX2__)
             asm("" : "+v"(row));  // once into a register: GCC would load it again for each product
 #endif
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) acc[b][r] += rows[r] * row;
+            for (int r = 0; r < R; r++) acc[b][r] = P::add(acc[b][r], rows[r], row);
         }
     }
     if (i < k) {
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) {
-            V row = load_part(x + b * xs + i, k - i);
+            typename P::Vector row = P::load_part(x + b * xs + i, k - i);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) acc[b][r] += load_part(w[r] + i, k - i) * row;
+            for (int r = 0; r < R; r++) acc[b][r] = P::add(acc[b][r], P::load_part(w[r] + i, k - i), row);
         }
     }
+    constexpr int FOURS = R == 4 ? B / 4 * 4 : 0;
+    if constexpr (FOURS != 0) store_sums(acc, out, os);
 #pragma GCC unroll 8
-    for (int b = 0; b < B; b++) {
+    for (int b = FOURS; b < B; b++) {
         if constexpr (R == 4) {
             V4 sums = sum4(acc[b][0], acc[b][1], acc[b][2], acc[b][3]);
             std::memcpy(out + b * os, &sums, 16);
@@ -71,30 +88,31 @@ inline void dot_tile(const Rows& w, const float* x, ptrdiff_t xs, int k, float* 
     }
 }
 
-// out[b][r] for `rows` rows of weights.
-template <int B, class Rows>
-inline void dot_rows(const Rows& w, int rows, const float* x, ptrdiff_t xs, int k, float* out, ptrdiff_t os) {
+// out[b][r] for the pass's rows of weights.
+template <int B, class Rows, class X>
+inline void dot_rows(const Rows& w, const Pass& pass, const X* x, ptrdiff_t xs, int k, float* out, ptrdiff_t os) {
     int r = 0;
-    for (; r + 4 <= rows; r += 4) dot_tile<4, B>(w.from(r), x, xs, k, out + r, os);
-    for (; r < rows; r++) dot_tile<1, B>(w.from(r), x, xs, k, out + r, os);
+    for (; r + 4 <= pass.rows; r += 4) dot_tile<4, B>(w.from(r, pass), x, xs, k, out + r, os);
+    for (; r < pass.rows; r++) dot_tile<1, B>(w.from(r, pass), x, xs, k, out + r, os);
 }
 
 // The same for any number of activation rows, in tiles of nearly equal size.
-template <class Rows>
-inline void dot_block(const Rows& w, int rows, const float* x, ptrdiff_t xs, int m, int k, float* out, ptrdiff_t os) {
+template <class Rows, class X>
+inline void dot_block(const Rows& w, int rows, const X* x, ptrdiff_t xs, int m, int k, float* out, ptrdiff_t os) {
     int tiles = (m + QUERIES - 1) / QUERIES;
     for (int t = 0; t < tiles; t++) {
         int b = m * t / tiles, n = m * (t + 1) / tiles - b;
-        const float* xb = x + b * xs;
+        const Pass pass = {rows, t ? rows * (t - 1) / (tiles - 1) : 0, t ? rows * t / (tiles - 1) : 0, t == 0};
+        const X* xb = x + b * xs;
         float* ob = out + b * os;
         switch (n) {
-            case 1: dot_rows<1>(w, rows, xb, xs, k, ob, os); break;
-            case 2: dot_rows<2>(w, rows, xb, xs, k, ob, os); break;
-            case 3: dot_rows<3>(w, rows, xb, xs, k, ob, os); break;
+            case 1: dot_rows<1>(w, pass, xb, xs, k, ob, os); break;
+            case 2: dot_rows<2>(w, pass, xb, xs, k, ob, os); break;
+            case 3: dot_rows<3>(w, pass, xb, xs, k, ob, os); break;
 #if defined(__AVX512F__)
-            case 4: dot_rows<4>(w, rows, xb, xs, k, ob, os); break;
-            case 5: dot_rows<5>(w, rows, xb, xs, k, ob, os); break;
-            case 6: dot_rows<6>(w, rows, xb, xs, k, ob, os); break;
+            case 4: dot_rows<4>(w, pass, xb, xs, k, ob, os); break;
+            case 5: dot_rows<5>(w, pass, xb, xs, k, ob, os); break;
+            case 6: dot_rows<6>(w, pass, xb, xs, k, ob, os); break;
 #endif
         }
     }
@@ -105,8 +123,8 @@ constexpr ptrdiff_t PANEL_BYTES = 128 << 10;
 constexpr int LEAST_BYTES = 32 << 10;  // less is not worth another thread's while
 
 // y[m][n] = x[m][k] W[n][k]^T; the threads share the rows of W.
-template <class T>
-inline void matmul(const float* x, ptrdiff_t xs, int m, const T* w, ptrdiff_t ws, int n, int k, float* y,
+template <class T, class X>
+inline void matmul(const X* x, ptrdiff_t xs, int m, const T* w, ptrdiff_t ws, int n, int k, float* y,
                    ptrdiff_t ys) {
     const int row_bytes = k * static_cast<int>(sizeof(T));
     const int panel = std::max<int>(1, PANEL_BYTES / (4 * row_bytes));  // in units of four rows
@@ -115,6 +133,7 @@ inline void matmul(const float* x, ptrdiff_t xs, int m, const T* w, ptrdiff_t ws
     const int size = pool.threads() == 1 ? panel : std::min(panel, std::max(least, each));
     pool.run((units + size - 1) / size, [&](int chunk) {
         const int first = chunk * size * 4, rows = std::min(n - first, size * 4);
-        dot_block(Matrix<T>{w + first * ws, ws}, rows, x, xs, m, k, y + first, ys);
+        const ptrdiff_t next = static_cast<ptrdiff_t>(size) * 4 * row_bytes * pool.threads();
+        dot_block(Matrix<T>{w + first * ws, ws, next}, rows, x, xs, m, k, y + first, ys);
     });
 }

@@ -16,16 +16,32 @@ template <class F> auto with_dtype(int32_t dtype, F f) {
 
 const float* widened(const void* p, int n, int32_t dtype, std::vector<float>& room) {
     if (dtype == FLOAT32) return static_cast<const float*>(p);
-    room.resize(n);
+    grow(room, n);
     with_dtype(dtype, [&](auto kind) {
-        for (int i = 0; i < n; i++) room[i] = widen(static_cast<const decltype(kind)*>(p) + i);
+        const auto* from = static_cast<const decltype(kind)*>(p);
+        int i = 0;
+        for (; i + W <= n; i += W) store(&room[i], load(from + i));
+        if (i < n) store_part(&room[i], load_part(from + i, n - i), n - i);
     });
     return room.data();
 }
 
+bool rounding = PRODUCTS_OF_BF16;
+
+// x W^T with x rounded to the bfloat16 of W: what GPUs do too.
+void rounded_matmul(const Linear& l, const float* x, int m, float* y) {
+    static thread_local std::vector<bf16> room;
+    const int64_t all = static_cast<int64_t>(m) * l.k;
+    bf16* rounded = grow(room, all);
+    share(all, WORTH_SHARING,
+          [&](int64_t i, int64_t end) { narrow(x + i, end - i, rounded + i); });
+    matmul(rounded, l.k, m, static_cast<const bf16*>(l.weight), l.k, l.n, l.k, y, l.n);
+}
+
 // y = x W^T + bias
 void linear(const Linear& l, const float* x, int m, float* y) {
-    with_dtype(l.dtype, [&](auto kind) {
+    if (PRODUCTS_OF_BF16 && rounding && l.dtype == BFLOAT16) rounded_matmul(l, x, m, y);
+    else with_dtype(l.dtype, [&](auto kind) {
         matmul(x, l.k, m, static_cast<const decltype(kind)*>(l.weight), l.k, l.n, l.k, y, l.n);
     });
     if (l.bias) {
@@ -100,6 +116,56 @@ void attention(const Attention& a, const Step& step, const float* q, const float
     with_dtype(a.cache.dtype, [&](auto kind) { attend<decltype(kind)>(a, step, q, k, v, out); });
 }
 
+// x [tokens][hidden] -> out, which may be x. cos and sin [tokens][width].
+void layer(const Layer& l, const Step& step, const float* cos, const float* sin, int width, const float* x,
+           float* out) {
+    const Attention& a = l.attention;
+    const int m = step.tokens, hidden = l.q.k, inner = l.gate.n;
+    const int64_t all = static_cast<int64_t>(m) * hidden;
+    static thread_local std::vector<float> rooms[7];
+    const auto room = [&](int i, int64_t columns) { return grow(rooms[i], m * columns); };
+    float *h = room(0, hidden), *q = room(1, l.q.n), *k = room(2, l.k.n), *v = room(3, l.v.n);
+    float *mixed = room(4, l.o.k), *gate = room(5, inner), *up = room(6, inner);
+
+    norm(l.before_attention, x, m, h);
+    linear(l.q, h, m, q);
+    linear(l.k, h, m, k);
+    linear(l.v, h, m, v);
+    if (l.q_norm.weight) norm(l.q_norm, q, static_cast<int64_t>(m) * a.heads, q);
+    if (l.k_norm.weight) norm(l.k_norm, k, static_cast<int64_t>(m) * a.cache.kv_heads, k);
+    rotate(q, m, a.heads, a.cache.k_dim, cos, sin, width);
+    rotate(k, m, a.cache.kv_heads, a.cache.k_dim, cos, sin, width);
+    attention(a, step, q, k, v, mixed);
+    linear(l.o, mixed, m, h);
+    if (l.after_attention.weight) norm(l.after_attention, h, m, h);
+    add(x, h, out, all);
+
+    norm(l.before_mlp, out, m, h);
+    linear(l.gate, h, m, gate);
+    linear(l.up, h, m, up);
+    gated(gate, up, static_cast<int64_t>(m) * inner, l.activation);
+    linear(l.down, gate, m, h);
+    if (l.after_mlp.weight) norm(l.after_mlp, h, m, h);
+    add(out, h, out, all);
+}
+
+// The largest element of each row, the first of equals.
+void argmax(const float* x, int64_t rows, int n, int64_t* out) {
+    share(rows, 1, [&](int64_t row, int64_t end) {
+        for (; row < end; row++) {
+            const float* from = x + row * n;
+            V most = splat(-INFINITY);
+            int i = 0;
+            for (; i + W <= n; i += W) most = max(most, load(from + i));
+            float largest = -INFINITY;
+            for (int j = 0; j < W; j++) largest = std::max(largest, most[j]);
+            for (; i < n; i++) largest = std::max(largest, from[i]);
+            for (i = 0; i < n - 1 && from[i] != largest; i++) {}
+            out[row] = i;
+        }
+    });
+}
+
 }  // namespace
 
 extern "C" {
@@ -115,6 +181,9 @@ void seallmd_sizes(int32_t* out) {
 void seallmd_set_threads(int32_t threads) { pool.set_threads(threads); }
 
 int32_t seallmd_vector_floats() { return W; }
+
+// Whether bfloat16 weights meet activations rounded to bfloat16, where the processor multiplies those; 0: never.
+int32_t seallmd_set_rounding(int32_t on) { return rounding = PRODUCTS_OF_BF16 && on; }
 
 void seallmd_linear(const Linear* l, const float* x, int32_t m, float* y) { linear(*l, x, m, y); }
 
@@ -132,42 +201,17 @@ void seallmd_attention(const Attention* a, const Step* step, const float* q, con
     attention(*a, *step, q, k, v, out);
 }
 
-// x [tokens][hidden] -> out, another buffer. cos and sin [tokens][width].
-void seallmd_layer(const Layer* layer, const Step* step, const float* cos, const float* sin, int32_t width,
+void seallmd_argmax(const float* x, int64_t rows, int32_t n, int64_t* out) { argmax(x, rows, n, out); }
+
+void seallmd_layer(const Layer* l, const Step* step, const float* cos, const float* sin, int32_t width,
                    const float* x, float* out) {
-    const Layer& l = *layer;
-    const Attention& a = l.attention;
-    const int m = step->tokens, hidden = l.q.k, inner = l.gate.n;
-    const int64_t all = static_cast<int64_t>(m) * hidden;
-    static thread_local std::vector<float> h, q, k, v, mixed, gate, up;
-    h.resize(all);
-    q.resize(static_cast<int64_t>(m) * l.q.n);
-    k.resize(static_cast<int64_t>(m) * l.k.n);
-    v.resize(static_cast<int64_t>(m) * l.v.n);
-    mixed.resize(static_cast<int64_t>(m) * l.o.k);
-    gate.resize(static_cast<int64_t>(m) * inner);
-    up.resize(static_cast<int64_t>(m) * inner);
+    layer(*l, *step, cos, sin, width, x, out);
+}
 
-    norm(l.before_attention, x, m, h.data());
-    linear(l.q, h.data(), m, q.data());
-    linear(l.k, h.data(), m, k.data());
-    linear(l.v, h.data(), m, v.data());
-    if (l.q_norm.weight) norm(l.q_norm, q.data(), static_cast<int64_t>(m) * a.heads, q.data());
-    if (l.k_norm.weight) norm(l.k_norm, k.data(), static_cast<int64_t>(m) * a.cache.kv_heads, k.data());
-    rotate(q.data(), m, a.heads, a.cache.k_dim, cos, sin, width);
-    rotate(k.data(), m, a.cache.kv_heads, a.cache.k_dim, cos, sin, width);
-    attention(a, *step, q.data(), k.data(), v.data(), mixed.data());
-    linear(l.o, mixed.data(), m, h.data());
-    if (l.after_attention.weight) norm(l.after_attention, h.data(), m, h.data());
-    add(x, h.data(), out, all);
-
-    norm(l.before_mlp, out, m, h.data());
-    linear(l.gate, h.data(), m, gate.data());
-    linear(l.up, h.data(), m, up.data());
-    gated(gate.data(), up.data(), static_cast<int64_t>(m) * inner, l.activation);
-    linear(l.down, gate.data(), m, h.data());
-    if (l.after_mlp.weight) norm(l.after_mlp, h.data(), m, h.data());
-    add(out, h.data(), out, all);
+// `n` layers one after the other, each with its own cos and sin.
+void seallmd_layers(const Layer* layers, int32_t n, const Step* step, const float* const* cos,
+                    const float* const* sin, int32_t width, const float* x, float* out) {
+    for (int i = 0; i < n; i++) layer(layers[i], *step, cos[i], sin[i], width, i ? out : x, out);
 }
 
 }  // extern "C"

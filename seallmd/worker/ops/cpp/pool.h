@@ -10,6 +10,7 @@
 #include <csignal>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
 class Pool {
 public:
@@ -102,6 +103,12 @@ private:
 
 // Never destroyed: helpers may still look at it while the process ends.
 inline Pool& pool = *new Pool;
+
+// Room for n elements: a vector that is made smaller and larger again is filled with zeros each time.
+template <class T> T* grow(std::vector<T>& room, int64_t n) {
+    if (static_cast<int64_t>(room.size()) < n) room.resize(n);
+    return room.data();
+}
 
 // Call f(begin, end) for parts of [0, n) of at least `least`; one call if there is no more than that.
 template <class F> void share(int64_t n, int64_t least, const F& f) {

@@ -70,9 +70,6 @@ inline void store_part(float* p, V v, int n) {
     std::memcpy(p, part, n * sizeof(float));
 }
 
-inline float widen(const float* p) { return *p; }
-template <class T> inline float widen(const T* p) { return load_part(p, 1)[0]; }
-
 inline void narrow(float x, float* p) { *p = x; }
 inline void narrow(float x, bf16* p) {  // to nearest, ties to even; NaN stays NaN
     uint32_t bits;
@@ -93,19 +90,43 @@ inline float sum(V v) {
 }
 
 typedef float V4 __attribute__((vector_size(16)));
-typedef float V8 __attribute__((vector_size(32)));
 
-inline V8 fold(V8 v) { return v; }
 #if defined(__AVX512F__)
-inline V8 fold(V v) {
-    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-           __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+// Halves of a sum, of two vectors at once: in lanes of 8, 4 and 2 floats. A shuffle costs more than a blend.
+inline V fold8(V a, V b) {
+    V own = reinterpret_cast<V>(_mm512_mask_blend_ps(0xff00, a, b));
+    return own + reinterpret_cast<V>(_mm512_shuffle_f32x4(a, b, 0x4e));
 }
-#endif
-inline V4 halve(V v) {
-    V8 e = fold(v);
-    return __builtin_shufflevector(e, e, 0, 1, 2, 3) + __builtin_shufflevector(e, e, 4, 5, 6, 7);
+inline V fold4(V a, V b) {
+    V own = reinterpret_cast<V>(_mm512_mask_blend_ps(0xf0f0, a, b)), rest = _mm512_mask_blend_ps(0xf0f0, b, a);
+    return own + reinterpret_cast<V>(_mm512_shuffle_f32x4(rest, rest, 0xb1));
 }
+inline V fold2(V a, V b) {
+    __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+    return reinterpret_cast<V>(_mm512_mask_blend_pd(0xaa, c, d)) + reinterpret_cast<V>(_mm512_shuffle_pd(c, d, 0x55));
+}
+inline V fold1(V a, V b) {
+    return reinterpret_cast<V>(_mm512_shuffle_ps(a, b, 0x88)) + reinterpret_cast<V>(_mm512_shuffle_ps(a, b, 0xdd));
+}
+
+// The sums of four vectors, each in four neighbouring floats that are still to be added.
+inline V quarter(V a, V b, V c, V d) { return fold4(fold8(a, c), fold8(b, d)); }
+
+// The sums of four times four vectors, in the order in which `sum` adds: v[i][j] -> out[i * stride + j].
+inline void store_sums(const V (*v)[4], float* out, ptrdiff_t stride) {
+    V columns[4];
+    for (int j = 0; j < 4; j++) columns[j] = quarter(v[0][j], v[1][j], v[2][j], v[3][j]);
+    V sums = fold1(fold2(columns[0], columns[1]), fold2(columns[2], columns[3]));
+    for (int i = 0; i < 4; i++) std::memcpy(out + i * stride, reinterpret_cast<const char*>(&sums) + 16 * i, 16);
+}
+
+inline V4 sum4(V a, V b, V c, V d) {
+    V v = quarter(a, b, c, d);
+    v = fold1(fold2(v, v), fold2(v, v));
+    return reinterpret_cast<V4>(_mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, v)));
+}
+#else
+inline V4 halve(V v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7); }
 
 // The sums of four vectors, in the order in which `sum` adds.
 inline V4 sum4(V a, V b, V c, V d) {
@@ -114,6 +135,14 @@ inline V4 sum4(V a, V b, V c, V d) {
     V4 rs = __builtin_shufflevector(r, s, 0, 1, 4, 5) + __builtin_shufflevector(r, s, 2, 3, 6, 7);
     return __builtin_shufflevector(pq, rs, 0, 2, 4, 6) + __builtin_shufflevector(pq, rs, 1, 3, 5, 7);
 }
+
+inline void store_sums(const V (*v)[4], float* out, ptrdiff_t stride) {
+    for (int i = 0; i < 4; i++) {
+        V4 sums = sum4(v[i][0], v[i][1], v[i][2], v[i][3]);
+        std::memcpy(out + i * stride, &sums, 16);
+    }
+}
+#endif
 
 inline V min(V a, V b) { return a < b ? a : b; }
 inline V max(V a, V b) { return a > b ? a : b; }
@@ -134,4 +163,37 @@ inline V exp(V x) {
     p = p * r * r + r + 1.0f;
     S power = (__builtin_convertvector(n, S) + 127) << 23;
     return p * reinterpret_cast<V>(power);
+}
+
+// How T times X is summed in floats: STEP elements of each at a time.
+template <class T, class X> struct Product {
+    static constexpr int STEP = W;
+    using Vector = V;
+    template <class E> static V load(const E* p) { return ::load(p); }
+    template <class E> static V load_part(const E* p, int n) { return ::load_part(p, n); }
+    static V add(V sum, V a, V b) { return sum + a * b; }
+};
+
+#if defined(__AVX512BF16__)
+#define PRODUCTS_OF_BF16 1
+// Twice the products in the same time, exact and summed in floats: only the factors are 16 bits wide.
+template <> struct Product<bf16, bf16> {
+    static constexpr int STEP = 2 * W;
+    using Vector = __m512i;
+    static Vector load(const bf16* p) { return _mm512_loadu_si512(p); }
+    static Vector load_part(const bf16* p, int n) { return _mm512_maskz_loadu_epi16((1ull << n) - 1, p); }
+    static V add(V sum, Vector a, Vector b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+};
+#else
+#define PRODUCTS_OF_BF16 0
+#endif
+
+// To nearest, ties to even.
+inline void narrow(const float* x, int64_t n, bf16* out) {
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    for (; i + W <= n; i += W)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), (__m256i)_mm512_cvtneps_pbh(load(x + i)));
+#endif
+    for (; i < n; i++) narrow(x[i], out + i);
 }
