@@ -12,6 +12,7 @@ import logging
 from aiohttp import web
 
 from seallmd import __version__
+from seallmd.api.conversation import ChatMessage, plain_messages
 from seallmd.api.ollama_responses import OllamaAnswer, model_card, running_card
 from seallmd.api.ollama_schema import (
     GenerateRequest,
@@ -23,7 +24,7 @@ from seallmd.api.ollama_schema import (
     read_generate,
     read_ollama_chat,
 )
-from seallmd.api.schema import ChatMessage, GenerationRequest, plain_messages
+from seallmd.api.schema import GenerationRequest
 from seallmd.api.serving import Model, Serving, json_response, read_body
 from seallmd.api.wire import LINES
 from seallmd.errors import ControlError, RequestError

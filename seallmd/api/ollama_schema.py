@@ -12,15 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from seallmd.api.schema import (
-    ChatMessage,
-    ChatRequest,
-    CompletionRequest,
-    Penalty,
-    StopString,
-    decode_body,
-    refuse_unserved,
-)
+from seallmd.api.conversation import ChatMessage
+from seallmd.api.fields import Penalty, StopString, Unserved, decode_body, refuse_unserved
+from seallmd.api.schema import ChatRequest, CompletionRequest
 from seallmd.errors import RequestError
 
 _DURATION = re.compile(r"^[+-]?(\d+(\.\d+)?(ns|us|µs|ms|s|m|h)?)+$")  # Go's, and plain seconds
@@ -90,8 +84,8 @@ class OllamaChatRequest(OllamaRequest, frozen=True, kw_only=True):
     messages: Annotated[list[OllamaMessage], Meta(max_length=1 << 16)] | None = None
 
 
-# As in `schema`: known, not served, and the values that change nothing.
-_UNSERVED: dict[str, tuple[str, ...]] = {
+# As in `fields`: known, not served, and the values that change nothing.
+_UNSERVED: Unserved = {
     "context": ("null", "[]"),
     "format": ("null", '""'),
     "images": ("null", "[]"),
@@ -102,7 +96,7 @@ _UNSERVED: dict[str, tuple[str, ...]] = {
     "tools": ("null", "[]"),
     "top_logprobs": ("null", "0"),
 }
-_UNSERVED_OPTIONS: dict[str, tuple[str, ...]] = {
+_UNSERVED_OPTIONS: Unserved = {
     "mirostat": ("null", "0"),
     "tfs_z": ("null", "1", "1.0"),
     "typical_p": ("null", "1", "1.0"),

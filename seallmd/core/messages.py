@@ -239,7 +239,10 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True,
 
     temperature 0 is greedy. top_k 0 is off. repetition_penalty covers prompt and output, the other two
     penalties the output alone. seed: the same (seed, position) gives the same draw, whatever else is in the
-    batch. banned: (ids, n): these ids cannot be chosen before n tokens were generated.
+    batch. banned: these ids cannot be chosen before min_tokens tokens were generated.
+
+    logprobs, prompt_logprobs: tell the log-probability of each generated or prompt token, and of so many of
+    the likeliest in its place; -1 = tell none. They are the model's own, before any adjustment.
     """
 
     temperature: float = 1.0
@@ -253,18 +256,22 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True,
     seed: int = 0
     min_tokens: int = 0
     banned: tuple[int, ...] = ()
+    logprobs: int = -1
+    prompt_logprobs: int = -1
 
 
 class Admit(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a worker must know of a request before its first row.
 
     tokens: prompt and whatever was generated before (after a preemption). prompt: how many are prompt.
+    scored: of the prompt's tokens, how many need no log-probability (any more); the first one has none.
     """
 
     request: int
     tokens: tuple[int, ...]
     prompt: int
     sampling: Sampling
+    scored: int = 1
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
@@ -333,15 +340,39 @@ class CopyFailed(Message, frozen=True):
     copy: int = 0
 
 
+class Scores(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Log-probabilities of neighbouring tokens of one request, each given all tokens before it; packed.
+
+    position: of the first one among the request's tokens. top: so many of the likeliest ids are told beside
+    each token. ids: little-endian int32 [tokens, 1 + top], the token itself and then the likeliest first.
+    logprobs: little-endian float32 of the same shape. ranks: little-endian int32 [tokens], of the token
+    itself; 1 is the likeliest.
+    """
+
+    request: int
+    position: int
+    top: int
+    ids: bytes
+    logprobs: bytes
+    ranks: bytes
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens."""
+        return len(self.ranks) // 4
+
+
 class StepDone(Message, frozen=True):
     """tokens: one per row with `sample`, in row order. seconds: from the step's start to its end.
 
-    In a tensor-parallel group every rank answers, and only rank 0 has tokens.
+    scores: of the rows' requests that want some; those of the prompt as far as these rows ran it.
+    In a tensor-parallel group every rank answers, and only rank 0 has tokens and scores.
     """
 
     step: int
     tokens: tuple[int, ...]
     seconds: float
+    scores: tuple[Scores, ...] = ()
 
 
 class StepFailed(Message, frozen=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from seallmd.core.messages import (
     MoveBlocks,
     RestoreBlocks,
     SaveBlocks,
+    Scores,
     Step,
     StepDone,
     StepFailed,
@@ -47,6 +49,7 @@ from seallmd.worker.parallel import Seat, divide, sit
 from seallmd.worker.process import one_line
 from seallmd.worker.requests import Packed, Requests
 from seallmd.worker.sampler import sample
+from seallmd.worker.scores import Head, score_drawn, score_prompts
 from seallmd.worker.skeleton import DTYPES, build_skeleton, fix_rope, load_config
 
 _TELL_BYTES = 64 << 20  # of a copy, between two reports of its progress
@@ -175,7 +178,7 @@ class Worker:
     def _step(self, step: Step) -> None:
         started = time.perf_counter()
         try:
-            tokens = self._run(step)
+            tokens, scores = self._run(step)
         except torch.AcceleratorError:
             raise  # the CUDA context is lost with everything in it: only a new process helps
         except Exception as error:  # noqa: BLE001 - a failed step is reported, the other services go on
@@ -183,9 +186,9 @@ class Worker:
             self._leave(step.service)  # others may be waiting for this rank, and would for long
             self._send(StepFailed(step.step, one_line(error)))
         else:
-            self._send(StepDone(step.step, tokens, time.perf_counter() - started))
+            self._send(StepDone(step.step, tokens, time.perf_counter() - started, scores))
 
-    def _run(self, step: Step) -> tuple[int, ...]:
+    def _run(self, step: Step) -> tuple[tuple[int, ...], tuple[Scores, ...]]:
         resident = self._resident.get(step.service)
         if resident is None or resident.kv is None:
             raise RuntimeError(f"{step.service} is not resident")
@@ -195,9 +198,9 @@ class Worker:
         self._requests.admit(step.service, step.admit, resident.model.get_input_embeddings().num_embeddings)
         packed = self._requests.pack(step.service, step.rows, resident.kv.page)
         self._device.wait_for(span.table for span in packed.spans)
-        drawn = self._forward(resident.model, resident.kv, packed, group) if packed.rows else []
+        drawn, scores = self._forward(resident.model, resident.kv, packed, group) if packed.rows else ([], [])
         tokens = self._requests.commit(step.rows, packed, drawn)
-        return tokens if group is None or group.rank == 0 else ()
+        return (tokens, tuple(scores)) if group is None or group.rank == 0 else ((), ())
 
     def _leave(self, service: str) -> None:
         resident = self._resident.get(service)
@@ -206,31 +209,37 @@ class Worker:
 
     def _forward(
         self, model: PreTrainedModel, kv: KvView, packed: Packed, group: ProcessGroup | None
-    ) -> list[int]:
+    ) -> tuple[list[int], list[Scores]]:
         device = self._device.torch_device
         native = self._native
         with torch.inference_mode(), answered_by(PagedBatch(kv, packed.spans, device, native)):
             if native is None:  # the compiled attention reads nothing that was not written
                 kv.clear(packed.fresh)
             last = torch.tensor(packed.last, dtype=torch.long, device=device)
-            logits: torch.Tensor = model(
-                input_ids=torch.tensor([packed.ids], device=device),
-                position_ids=torch.tensor([packed.positions], device=device),
-                use_cache=False,
-                logits_to_keep=last,
-            ).logits[0]
+            input_ids = torch.tensor([packed.ids], device=device)
+            head = Head(model, input_ids) if packed.scoring else None
+            with nullcontext() if head is None else head.watching():
+                logits: torch.Tensor = model(
+                    input_ids=input_ids,
+                    position_ids=torch.tensor([packed.positions], device=device),
+                    use_cache=False,
+                    logits_to_keep=last,
+                ).logits[0]
+            scores = [] if head is None else score_prompts(head, packed.scoring)
             if not packed.sampling:
                 if group is not None:
                     group.finish()
-                return []
+                return [], scores
             if logits.shape[0] != len(packed.last):  # a family that computes all logits
                 logits = logits[last]
             if group is None or group.rank == 0:
-                tokens = sample(logits, packed.draws())
+                draws = packed.draws()
+                tokens = sample(logits, draws)
+                scores += score_drawn(logits, tokens, draws, [request.id for request in packed.sampling])
             else:
                 tokens = torch.empty_like(last)
             drawn: list[int] = tokens.tolist() if group is None else group.agree(tokens)
-            return drawn
+            return drawn, scores
 
     def _move(self, message: MoveBlocks) -> None:
         self._device.wait_for((message.src, message.dst))
