@@ -40,7 +40,7 @@ def unpack(packed: Iterable[Scores]) -> Iterable[TokenScore]:
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
-    """Of /v1/completions: parallel arrays over tokens. text_offset: where each begins in the choice's text."""
+    """Of /v1/completions: parallel arrays over tokens. text_offset: where each begins in the text."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -84,7 +84,7 @@ class LogprobWriter:
     """Words scores for one request."""
 
     def __init__(self, vocabulary: Vocabulary, *, top: int, prompt_top: int, as_ids: bool) -> None:
-        """top: alternatives to tell of each token, prompt_top: in `prompt_logprobs`; -1 = none of either.
+        """top: alternatives to tell of each token, prompt_top: in `prompt_logprobs`.
 
         as_ids: tokens are called "token_id:ID", which tells apart those of one text.
         """
@@ -93,10 +93,8 @@ class LogprobWriter:
 
     def completion(
         self, scores: Iterable[TokenScore | None], tokens: Sequence[int], offsets: Sequence[int]
-    ) -> CompletionLogprobs | None:
-        """For neighbouring tokens; None when nobody asked. A score of None is that of a prompt's first."""
-        if self._top < 0:
-            return None
+    ) -> CompletionLogprobs:
+        """For neighbouring tokens. A score of None is that of a prompt's first."""
         answer = CompletionLogprobs([], [], [], [])
         for score, token, offset in zip(scores, tokens, offsets, strict=True):
             answer.tokens.append(self._name(token))
@@ -105,10 +103,8 @@ class LogprobWriter:
             answer.top_logprobs.append(None if score is None else self._likeliest(score))
         return answer
 
-    def chat(self, scores: Iterable[TokenScore]) -> ChatLogprobs | None:
-        """For neighbouring tokens; None when nobody asked."""
-        if self._top < 0:
-            return None
+    def chat(self, scores: Iterable[TokenScore]) -> ChatLogprobs:
+        """For neighbouring tokens."""
         return ChatLogprobs(
             [
                 ChatTokenLogprob(
@@ -124,10 +120,8 @@ class LogprobWriter:
             ]
         )
 
-    def prompt(self, scores: Iterable[TokenScore]) -> PromptLogprobs | None:
-        """For a prompt, from its second token on; None when nobody asked."""
-        if self._prompt_top < 0:
-            return None
+    def prompt(self, scores: Iterable[TokenScore]) -> PromptLogprobs:
+        """For a prompt; scores begin with its second token."""
         return [None, *(self._by_id(score) for score in scores)]
 
     def _likeliest(self, score: TokenScore) -> dict[str, float]:

@@ -24,7 +24,7 @@ from seallmd.api.ollama_schema import (
     read_generate,
     read_ollama_chat,
 )
-from seallmd.api.schema import GenerationRequest
+from seallmd.api.schema import ChatRequest, CompletionRequest
 from seallmd.api.serving import Model, Serving, json_response, read_body
 from seallmd.api.wire import LINES
 from seallmd.errors import ControlError, RequestError
@@ -78,7 +78,9 @@ class Ollama:
             if spec.system:
                 raise RequestError("`system` needs a chat template", param="system")
             tokens = await self._serving.encode(model, spec.prompt)
-            ours: GenerationRequest = as_completion(spec, name, spec.prompt, _room(model, tokens))
+            ours: CompletionRequest | ChatRequest = as_completion(
+                spec, name, spec.prompt, _room(model, tokens)
+            )
         else:
             messages = chat_messages(spec)
             tokens = await self._encode(model, messages)
@@ -105,7 +107,7 @@ class Ollama:
         self,
         request: web.Request,
         spec: OllamaRequest,
-        ours: GenerationRequest,
+        ours: CompletionRequest | ChatRequest,
         model: Model,
         tokens: list[int],
         answer: OllamaAnswer,

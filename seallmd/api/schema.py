@@ -26,6 +26,7 @@ from seallmd.api.fields import (
     decode_body,
     refuse_unserved,
 )
+from seallmd.api.structured import Form, ResponseFormat, StructuredOutputs, wanted_form
 from seallmd.errors import RequestError
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     cache_salt: Salt | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     service_tier: Literal["auto", "default", "flex", "priority"] | None = None
     request_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
     user: str | None = None
@@ -83,7 +86,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def output_top(self) -> int:
-        """How many of the likeliest ids are wanted beside each generated token; -1 without log-probabilities."""
+        """How many of the likeliest ids to tell beside each generated token; -1: no log-probabilities."""
         return -1
 
     @property
@@ -95,6 +98,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     def choices(self) -> int:
         """How many choices of each prompt."""
         return self.n or 1
+
+    @property
+    def form(self) -> Form | None:
+        """What the output must look like. Raises RequestError."""
+        return wanted_form(self.response_format, self.structured_outputs)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -177,8 +185,6 @@ _UNSERVED: Unserved = {
     "prompt_embeds": _NULL,
     "reasoning_effort": _NULL,
     "regex": _NULL,
-    "response_format": ("null", '{"type":"text"}'),
-    "structured_outputs": _NULL,
     "suffix": ("null", '""'),
     "thinking_token_budget": _NULL,
     "tool_choice": ("null", '"none"', '"auto"'),

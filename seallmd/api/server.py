@@ -13,12 +13,15 @@ from pathlib import Path
 from aiohttp import web
 
 from seallmd import __version__
+from seallmd.api.chat_answer import ChatAnswer
+from seallmd.api.completion_answer import CompletionAnswer
+from seallmd.api.conversation import plain_messages
 from seallmd.api.guard import make_guard
+from seallmd.api.limits import truncated
 from seallmd.api.metrics import CONTENT_TYPE
 from seallmd.api.ollama import Ollama
 from seallmd.api.problems import problems
-from seallmd.api.responses import ChatAnswer, CompletionAnswer
-from seallmd.api.schema import plain_messages, read_chat, read_completion, split_prompts
+from seallmd.api.schema import read_chat, read_completion, split_prompts
 from seallmd.api.serving import Serving, json_response, read_body
 from seallmd.api.settings import HttpSettings
 from seallmd.api.sockets import claim_socket_path
@@ -181,8 +184,16 @@ class OpenAI:
         """POST /v1/completions."""
         spec = read_completion(await read_body(request))
         model = await self._serving.model(spec.model)
-        prompts = [await self._serving.encode(model, prompt) for prompt in split_prompts(spec.prompt)]
-        answer = CompletionAnswer(spec.model, token_ids=bool(spec.return_token_ids))
+        special = spec.add_special_tokens is not False
+        given = split_prompts(spec.prompt)
+        encoded = [await self._serving.encode(model, prompt, add_special_tokens=special) for prompt in given]
+        prompts = [truncated(spec, model.shape.context, prompt) for prompt in encoded]
+        echoes = []
+        for source, whole, prompt in zip(given, encoded, prompts, strict=True) if spec.echo else ():
+            text = source if isinstance(source, str) and len(prompt) == len(whole) else None
+            skip = spec.skip_special_tokens is not False
+            echoes.append(await self._serving.texts.echo(model.text, prompt, text, skip_special=skip))
+        answer = CompletionAnswer(spec, model.text.vocabulary, echoes)
         return await self._serving.generate(request, spec, model, prompts, answer)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
@@ -190,8 +201,16 @@ class OpenAI:
         spec = read_chat(await read_body(request))
         model = await self._serving.model(spec.model)
         messages = plain_messages(spec.messages)
-        prompt = await self._serving.texts.encode_chat(model.text, messages, spec.chat_template_kwargs or {})
-        answer = ChatAnswer(spec.model, token_ids=bool(spec.return_token_ids))
+        prompt = await self._serving.texts.encode_chat(
+            model.text,
+            messages,
+            spec.chat_template_kwargs or {},
+            add_generation_prompt=spec.add_generation_prompt is not False,
+            add_special_tokens=bool(spec.add_special_tokens),
+            continue_final=bool(spec.continue_final_message),
+        )
+        prompt = truncated(spec, model.shape.context, prompt)
+        answer = ChatAnswer(spec, model.text.vocabulary)
         return await self._serving.generate(request, spec, model, [prompt], answer)
 
 

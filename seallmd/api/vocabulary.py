@@ -30,11 +30,10 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
-        self._is_byte_level = type(tokenizer.decoder).__name__ == "ByteLevel" or (
-            '"ByteLevel"' in str(getattr(tokenizer.decoder, "__getstate__", str)())
-        )
+        decoder = tokenizer.decoder
+        self._is_byte_level = decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
         ids = tokenizer.encode("a", add_special_tokens=False).ids
-        self._before = ids[-1:]  # decoders strip the space of a token that comes first
+        self._before = list(ids[-1:])  # decoders strip the space of a token that comes first
         self._before_text = tokenizer.decode(self._before, skip_special_tokens=False)
         self.text = functools.lru_cache(_KEPT)(self._text)
         self.bytes_ = functools.lru_cache(_KEPT)(self._bytes)
@@ -47,8 +46,8 @@ class Vocabulary:
             return ""
         both = self._tokenizer.decode([*self._before, token], skip_special_tokens=False)
         if both.startswith(self._before_text):
-            return both[len(self._before_text) :]
-        return self._tokenizer.decode([token], skip_special_tokens=False)
+            return str(both[len(self._before_text) :])
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
     def _bytes(self, token: int) -> tuple[int, ...]:
         """Its bytes in UTF-8, also where it is a part of a character."""

@@ -146,9 +146,7 @@ class _StepFormer:
         if not self._state.settings.scheduler.prefix_reuse:
             return tuple([] for _ in self._group)
         service, tokens = self._service, request.tokens[: request.reusable]
-        return self._ranks.share_prefix(
-            self._root(request), tokens, service.run_tokens, service.run_blocks
-        )
+        return self._ranks.share_prefix(self._root(request), tokens, service.run_tokens, service.run_blocks)
 
     def _root(self, request: Request) -> Hashable:
         """What prefixes that the request may share begin with."""

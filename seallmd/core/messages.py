@@ -234,6 +234,26 @@ class RestoreBlocks(Message, frozen=True):
     dst: tuple[int, ...]
 
 
+# Bounds of compiling a grammar and of each step in it, by the names of llguidance's `LLParserLimits`: an
+# eighth to a quarter of its defaults.
+GRAMMAR_LIMITS = {
+    "initial_lexer_fuel": 250_000,
+    "step_lexer_fuel": 50_000,
+    "step_max_items": 10_000,
+    "max_lexer_states": 30_000,
+    "max_grammar_size": 100_000,
+}
+
+
+class Grammar(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What an output must match. text: in llguidance's terms. ends: ids that may follow a complete output;
+    the first is the model's own.
+    """
+
+    text: str
+    ends: tuple[int, ...]
+
+
 class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
     """How to choose tokens; ranges as in OpenAI's API and vLLM's extras.
 
@@ -242,7 +262,9 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True,
     batch. banned: these ids cannot be chosen before min_tokens tokens were generated.
 
     logprobs, prompt_logprobs: tell the log-probability of each generated or prompt token, and of so many of
-    the likeliest in its place; -1 = tell none. They are the model's own, before any adjustment.
+    the likeliest in its place; -1 = tell none. They are the model's own, before any adjustment. allowed: no
+    other ids are chosen; empty = all are allowed. bad_words: sequences of ids that the output never has.
+    grammar: what the output matches; it goes before whatever would leave it nothing to choose.
     """
 
     temperature: float = 1.0
@@ -258,6 +280,9 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True,
     banned: tuple[int, ...] = ()
     logprobs: int = -1
     prompt_logprobs: int = -1
+    allowed: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: Grammar | None = None
 
 
 class Admit(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -362,10 +387,18 @@ class Scores(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return len(self.ranks) // 4
 
 
+class RowFailed(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A request that cannot go on although its step went well: its grammar cannot be followed, and why."""
+
+    request: int
+    reason: str
+
+
 class StepDone(Message, frozen=True):
     """tokens: one per row with `sample`, in row order. seconds: from the step's start to its end.
 
-    scores: of the rows' requests that want some; those of the prompt as far as these rows ran it.
+    scores: of the rows' requests that want some; those of the prompt as far as these rows ran it. failed:
+    requests whose tokens mean nothing.
     In a tensor-parallel group every rank answers, and only rank 0 has tokens and scores.
     """
 
@@ -373,6 +406,7 @@ class StepDone(Message, frozen=True):
     tokens: tuple[int, ...]
     seconds: float
     scores: tuple[Scores, ...] = ()
+    failed: tuple[RowFailed, ...] = ()
 
 
 class StepFailed(Message, frozen=True):

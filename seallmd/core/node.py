@@ -348,12 +348,11 @@ class Node:
 
     def _on_device(self, device: Device, message: object) -> None:
         match message:
-            case msg.StepDone(step, tokens, seconds, scores):
+            case msg.StepDone(step, tokens, seconds, scores, failed):
                 sent = device.inflight.pop(step)
                 device.steps += 1
                 if sent.leader == device.index:  # the other ranks have nothing to tell
-                    for told in scores:
-                        self._on_scores(told)
+                    self._state.tell(scores, failed)
                     self._on_step_done(sent, tokens, seconds)
             case msg.StepFailed(step, reason):
                 self._on_step_failed(device, device.inflight.pop(step), reason)
@@ -390,15 +389,6 @@ class Node:
             if token is not None:
                 self._on_token(request, token)
         assert next(drawn, None) is None, f"step {step.id} drew more tokens than it was asked for"
-
-    def _on_scores(self, scores: msg.Scores) -> None:
-        """Pass on log-probabilities, whichever life of the request they are of: nothing is scored twice."""
-        request = self._state.requests.get(scores.request)
-        if request is None:
-            return
-        if scores.position < request.prompt:
-            request.scored = scores.position + scores.tokens
-        self._state.actions.append(ev.Scored(request.id, scores))
 
     def _index_blocks(self, request: Request) -> None:
         """Let others reuse the blocks whose KV is complete and whose tokens are known."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from seallmd.core.messages import Admit, Row, Sampling
+from seallmd.worker.grammar import Matcher
 from seallmd.worker.kv import Page
 from seallmd.worker.paged import Span
 from seallmd.worker.sampler import Draw
@@ -20,7 +21,7 @@ from seallmd.worker.scores import PromptPart
 class Request:
     """tokens: prompt and output. run: tokens whose KV is in the arena, None before the first row.
 
-    scored: as in `messages.Admit`.
+    scored: as in `messages.Admit`. matcher: follows the output in its grammar, where it has one.
     """
 
     id: int
@@ -29,6 +30,7 @@ class Request:
     prompt: int
     sampling: Sampling
     scored: int = 1
+    matcher: Matcher | None = None
     run: int | None = None
     table: list[int] = field(default_factory=list)
 
@@ -64,6 +66,10 @@ class Requests:
     def __init__(self) -> None:
         self._known: dict[int, Request] = {}
         self._failed: set[int] = set()
+
+    def constrain(self, request: int, matcher: Matcher) -> None:
+        """A request that was just admitted has a grammar."""
+        self._known[request].matcher = matcher
 
     def admit(self, service: str, admits: Iterable[Admit], vocabulary: int) -> None:
         """Start requests, or start them over. vocabulary: ids from there on have no embedding."""

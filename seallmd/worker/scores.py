@@ -37,7 +37,7 @@ class PromptPart(NamedTuple):
 def score_drawn(
     logits: torch.Tensor, drawn: torch.Tensor, draws: Sequence[Draw], requests: Sequence[int]
 ) -> list[Scores]:
-    """Scores of drawn tokens, of the rows that want some. logits: [rows, vocabulary], as the model gave them."""
+    """Scores of drawn tokens, for rows that want them. logits: [rows, vocabulary], as the model gave them."""
     wanted = [row for row, draw in enumerate(draws) if draw.sampling.logprobs >= 0]
     if not wanted:
         return []

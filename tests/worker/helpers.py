@@ -150,9 +150,9 @@ class Rig:
         self.logits = torch.empty(0)
         draw = worker_module.sample
 
-        def spy(logits: torch.Tensor, draws: Any) -> torch.Tensor:
+        def spy(logits: torch.Tensor, draws: Any, masks: Any) -> torch.Tensor:
             self.logits = logits.clone()
-            return draw(logits, draws)
+            return draw(logits, draws, masks)
 
         monkeypatch.setattr(worker_module, "sample", spy)
 

@@ -54,9 +54,7 @@ def check(model: torch.nn.Module, tokens: list[int], found: list[msg.Scores], to
 
 
 @pytest.mark.parametrize("family", ["llama tied", "gemma2", "gpt2", "mixtral"])
-def test_prompt_and_output(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompt_and_output(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks of the prompt and chunks of rows, beside a neighbour that wants none; soft cap included."""
     monkeypatch.setattr(scores_module, "_CHUNK_BYTES", 4 * VOCABULARY * 2)  # two rows at a time
     rig = Rig(monkeypatch, tmp_path / "cache")
