@@ -15,15 +15,34 @@ from seallmd.api.choices import Choice, Piece
 from seallmd.api.logprobs import ChatLogprobs, LogprobWriter, PromptLogprobs, unpack
 from seallmd.api.responses import Body, Head, Usage
 from seallmd.api.schema import ChatRequest
+from seallmd.api.tool_formats import ToolFormat
+from seallmd.api.tool_reader import Argued, Called, Event, Said, ToolReader
 from seallmd.api.vocabulary import Vocabulary
+
+
+class CalledFunction(msgspec.Struct, frozen=True, kw_only=True):
+    """What is called. arguments: JSON text, or the next piece of it."""
+
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class MadeCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call of the assistant. index: in chunks alone; id and type: with its beginning."""
+
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: CalledFunction
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
     """The assistant's turn."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    tool_calls: list[MadeCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +71,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[MadeCall] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +93,10 @@ class ChatChunk(_ChatBody, frozen=True, kw_only=True):
 class ChatAnswer:
     """`responses.Answer` of /v1/chat/completions."""
 
-    def __init__(self, request: ChatRequest, vocabulary: Vocabulary) -> None:
+    def __init__(self, request: ChatRequest, vocabulary: Vocabulary, tools: ToolFormat | None = None) -> None:
+        """tools: how calls are written, where some may be made."""
+        self._tools, self._several = tools, request.parallel_tool_calls is not False
+        self._readers: dict[int, ToolReader] = {}
         self._head = Head.of(request, "chatcmpl")
         self._token_ids = bool(request.return_token_ids)
         self._has_logprobs = request.output_top >= 0
@@ -95,13 +118,18 @@ class ChatAnswer:
             delta = Delta(role="assistant", content="")
             part = ChatChunkChoice(index=piece.index, delta=delta)
             chunks.append(self._chunk([part], usage, choice if first else None))
-        if piece.text or piece.finish_reason or (piece.tokens and (self._token_ids or self._has_logprobs)):
+        deltas = [_delta(event) for event in self._events(piece)]
+        tells = piece.finish_reason or (piece.tokens and (self._token_ids or self._has_logprobs))
+        if tells and not deltas:
+            deltas = [Delta()]
+        for at, delta in enumerate(deltas, start=1):
+            last = at == len(deltas)  # it carries what is told once
             part = ChatChunkChoice(
                 index=piece.index,
-                delta=Delta(content=piece.text) if piece.text else Delta(),
-                logprobs=self._logprobs(piece) if piece.tokens else None,
-                finish_reason=piece.finish_reason,
-                token_ids=piece.tokens if self._token_ids else UNSET,
+                delta=delta,
+                logprobs=self._logprobs(piece) if last and piece.tokens else None,
+                finish_reason=self._reason(piece) if last else None,
+                token_ids=piece.tokens if last and self._token_ids else UNSET,
             )
             chunks.append(self._chunk([part], usage))
         return chunks
@@ -115,9 +143,9 @@ class ChatAnswer:
         parts = [
             ChatChoice(
                 index=piece.index,
-                message=Message(content=piece.text),
+                message=_message(self._events(piece)),
                 logprobs=self._logprobs(piece),
-                finish_reason=piece.finish_reason,
+                finish_reason=self._reason(piece),
                 token_ids=piece.tokens if self._token_ids else UNSET,
             )
             for piece in pieces
@@ -129,6 +157,22 @@ class ChatAnswer:
             choices=parts,
             usage=usage,
         )
+
+    def _events(self, piece: Piece) -> list[Event]:
+        """What a piece's text means."""
+        if self._tools is None:
+            return [Said(piece.text)] if piece.text else []
+        reader = self._readers.get(piece.index)
+        if reader is None:
+            reader = self._readers[piece.index] = ToolReader(self._tools, several=self._several)
+        events = reader.push(piece.text)
+        return events if piece.finish_reason is None else [*events, *reader.flush()]
+
+    def _reason(self, piece: Piece) -> str | None:
+        """An output that stopped by itself after calls waits for their results."""
+        reader = self._readers.get(piece.index)
+        called = reader is not None and reader.calls > 0
+        return "tool_calls" if called and piece.finish_reason == "stop" else piece.finish_reason
 
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
         return self._writer.chat(unpack(piece.scores)) if self._has_logprobs else None
@@ -155,3 +199,28 @@ class ChatAnswer:
             choices=choices,
             usage=usage,
         )
+
+
+def _delta(event: Event) -> Delta:
+    match event:
+        case Said(text):
+            return Delta(content=text)
+        case Called(index, id_, name):
+            function = CalledFunction(name=name, arguments="")
+            return Delta(tool_calls=[MadeCall(index=index, id=id_, type="function", function=function)])
+        case Argued(index, text):
+            return Delta(tool_calls=[MadeCall(index=index, function=CalledFunction(arguments=text))])
+
+
+def _message(events: list[Event]) -> Message:
+    """The turn that the events of a whole text make up."""
+    text = "".join(event.text for event in events if isinstance(event, Said))
+    calls = []
+    for event in events:
+        if isinstance(event, Called):
+            arguments = "".join(e.text for e in events if isinstance(e, Argued) and e.index == event.index)
+            function = CalledFunction(name=event.name, arguments=arguments)
+            calls.append(MadeCall(id=event.id, type="function", function=function))
+    if not calls:
+        return Message(content=text)
+    return Message(content=text or None, tool_calls=calls)

@@ -27,6 +27,8 @@ from seallmd.api.fields import (
     refuse_unserved,
 )
 from seallmd.api.structured import Form, ResponseFormat, StructuredOutputs, wanted_form
+from seallmd.api.tools import Choice as ToolChoice
+from seallmd.api.tools import Tool, Tools
 from seallmd.errors import RequestError
 
 _log = logging.getLogger(__name__)
@@ -143,6 +145,9 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Top | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
@@ -155,6 +160,11 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     def output_top(self) -> int:
         """As in `GenerationRequest`."""
         return (self.top_logprobs or 0) if self.logprobs else -1
+
+    @property
+    def offered(self) -> Tools | None:
+        """The tools that may be called, if any. Raises RequestError."""
+        return Tools.of(self.tools, self.tool_choice, self.parallel_tool_calls)
 
 
 # A constraint that is silently ignored hurts more than an error: what is known and not served is refused.
@@ -187,8 +197,6 @@ _UNSERVED: Unserved = {
     "regex": _NULL,
     "suffix": ("null", '""'),
     "thinking_token_budget": _NULL,
-    "tool_choice": ("null", '"none"', '"auto"'),
-    "tools": _EMPTY,
     "use_beam_search": _OFF,
     "verbosity": _NULL,
     "web_search_options": _NULL,
@@ -197,6 +205,8 @@ _UNSERVED: Unserved = {
 _UNSERVED_IN_COMPLETIONS: Unserved = {
     "add_generation_prompt": ("null", "true"),
     "continue_final_message": _OFF,
+    "tool_choice": ("null", '"none"', '"auto"'),
+    "tools": _EMPTY,
     "top_logprobs": ("null", "0"),
 }
 _UNSERVED_IN_CHATS: Unserved = {"echo": _OFF}
@@ -230,8 +240,6 @@ def read_chat(body: bytes) -> ChatRequest:
             "`continue_final_message` and `add_generation_prompt` exclude each other",
             param="continue_final_message",
         )
-    if any(message.tool_calls for message in request.messages):
-        raise RequestError("`tool_calls` in messages are not supported yet", param="messages")
     return request
 
 

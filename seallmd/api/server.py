@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -22,7 +23,7 @@ from seallmd.api.metrics import CONTENT_TYPE
 from seallmd.api.ollama import Ollama
 from seallmd.api.problems import problems
 from seallmd.api.schema import read_chat, read_completion, split_prompts
-from seallmd.api.serving import Serving, json_response, read_body
+from seallmd.api.serving import Serving, ToolUse, json_response, read_body
 from seallmd.api.settings import HttpSettings
 from seallmd.api.sockets import claim_socket_path
 from seallmd.api.tokenize import Tokenize
@@ -200,18 +201,23 @@ class OpenAI:
         """POST /v1/chat/completions."""
         spec = read_chat(await read_body(request))
         model = await self._serving.model(spec.model)
-        messages = plain_messages(spec.messages)
+        tools, use, offered = spec.offered, None, list[dict[str, Any]]()
+        if tools is not None:
+            format_ = tools.format(model.text, self._serving.view(spec.model).settings.tool_parser)
+            use = ToolUse(format_, tools.form(format_, model.text, spec.form))
+            offered = tools.shown()
         prompt = await self._serving.texts.encode_chat(
             model.text,
-            messages,
+            plain_messages(spec.messages),
             spec.chat_template_kwargs or {},
+            tools=offered,
             add_generation_prompt=spec.add_generation_prompt is not False,
             add_special_tokens=bool(spec.add_special_tokens),
             continue_final=bool(spec.continue_final_message),
         )
         prompt = truncated(spec, model.shape.context, prompt)
-        answer = ChatAnswer(spec, model.text.vocabulary)
-        return await self._serving.generate(request, spec, model, [prompt], answer)
+        answer = ChatAnswer(spec, model.text.vocabulary, None if use is None else use.format)
+        return await self._serving.generate(request, spec, model, [prompt], answer, tools=use)
 
 
 def _was_resident(service: ServiceStatus | None) -> bool:

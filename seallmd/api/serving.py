@@ -19,8 +19,9 @@ from seallmd.api.metrics import Metrics
 from seallmd.api.responses import Answer, Usage, count_usage, join
 from seallmd.api.schema import ChatRequest, CompletionRequest, GenerationRequest
 from seallmd.api.settings import HttpSettings
-from seallmd.api.structured import Grammars
+from seallmd.api.structured import Form, Grammars
 from seallmd.api.text import TextModel, TextModels
+from seallmd.api.tool_formats import ToolFormat
 from seallmd.api.wire import EVENTS, Wire, send_stream
 from seallmd.core.messages import ModelShape
 from seallmd.errors import RequestError
@@ -37,6 +38,13 @@ class Model(msgspec.Struct, frozen=True):
     directory: str
     shape: ModelShape
     text: TextModel
+
+
+class ToolUse(msgspec.Struct, frozen=True):
+    """What tools mean for a request's outputs. form: what they must look like, if anything."""
+
+    format: ToolFormat
+    form: Form | None
 
 
 class Serving:
@@ -84,14 +92,13 @@ class Serving:
             return prompt
         return await self.texts.encode(model.text, prompt, add_special_tokens=add_special_tokens)
 
-    async def constraints(self, spec: GenerationRequest, model: Model) -> Constraints:
-        """What the request forbids, in the model's tokens."""
+    async def constraints(self, spec: GenerationRequest, model: Model, form: Form | None) -> Constraints:
+        """What the request forbids, in the model's tokens. form: what its outputs must look like."""
         words = {
             tuple(await self.texts.encode(model.text, space + word.lstrip(), add_special_tokens=False))
             for word in spec.bad_words or ()
             for space in ("", " ")  # at the beginning of a line, and behind another word
         }
-        form = spec.form
         grammar = ""
         if form is not None:
             grammar = await self._grammars.compile(form, model.directory, model.shape)
@@ -105,10 +112,12 @@ class Serving:
         prompts: list[list[int]],
         answer: Answer,
         wire: Wire = EVENTS,
+        tools: ToolUse | None = None,
     ) -> web.StreamResponse:
         """Run all choices of all prompts; whatever happens, none outlives the HTTP request."""
         # Everything is checked before anything is started.
-        constraints = await self.constraints(spec, model)
+        form = spec.form if tools is None else tools.form
+        constraints = await self.constraints(spec, model, form)
         batches = build_generations(spec, model.shape, prompts, constraints)
         run = Run(self.engine, self.metrics)
         goes_on = isinstance(spec, CompletionRequest) or bool(spec.continue_final_message)
@@ -121,7 +130,11 @@ class Serving:
                         len(run.choices),
                         generation,
                         stream,
-                        model.text.detokenizer(prime, skip_special=spec.skip_special_tokens is not False),
+                        model.text.detokenizer(
+                            prime,
+                            skip_special=spec.skip_special_tokens is not False,
+                            keep=() if tools is None else tools.format.markers,
+                        ),
                         spec.stops,
                         include_stop=bool(spec.include_stop_str_in_output),
                         silent=spec.output_limit == 0,

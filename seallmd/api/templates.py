@@ -31,6 +31,11 @@ class ChatTemplate(msgspec.Struct, frozen=True):
         """Whether the role `developer` means something to the template; otherwise it is a system message."""
         return "developer" in self.source
 
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template tells the model of tools; otherwise somebody else has to."""
+        return "tools" in self.source
+
 
 def read_chat_template(directory: Path) -> ChatTemplate | None:
     """The model's chat template from where transformers keeps it; None when it has none.

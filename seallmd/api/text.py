@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
+from seallmd.api.conversation import explain_tools
 from seallmd.api.detokenize import Detokenizer, special_ids
 from seallmd.api.templates import RENDER_SECONDS, ChatTemplate, TemplateRenderer, read_chat_template
 from seallmd.api.vocabulary import Vocabulary
@@ -60,9 +61,20 @@ class TextModel:
         tokenizer.no_padding()
         return cls(tokenizer, template)
 
-    def detokenizer(self, prompt: Sequence[int], *, skip_special: bool) -> Detokenizer:
-        """A detokenizer for what follows `prompt` (empty: the text starts afresh, as an assistant's turn)."""
-        return Detokenizer(self.tokenizer, prompt, skip=self._special if skip_special else frozenset())
+    def detokenizer(
+        self, prompt: Sequence[int], *, skip_special: bool, keep: Sequence[str] = ()
+    ) -> Detokenizer:
+        """A detokenizer for what follows `prompt` (empty: the text starts afresh, as an assistant's turn).
+
+        keep: special tokens that stay in the text in any case.
+        """
+        kept = {self.tokenizer.token_to_id(token) for token in keep}
+        return Detokenizer(self.tokenizer, prompt, skip=self._special - kept if skip_special else frozenset())
+
+    def special_id(self, token: str) -> int | None:
+        """The id of a special token; None when this text is none."""
+        found: int | None = self.tokenizer.token_to_id(token)
+        return found if found in self._special else None
 
 
 class TextModels:
@@ -124,17 +136,22 @@ class TextModels:
         add_generation_prompt: bool = True,
         add_special_tokens: bool = False,
         continue_final: bool = False,
+        tools: Sequence[dict[str, Any]] = (),
     ) -> list[int]:
         """Token ids of a conversation, up to where the assistant's turn begins.
 
-        messages: role and content (a string) each. variables: further names for the template.
-        add_generation_prompt: begin the assistant's turn. add_special_tokens: let the tokenizer add a BOS,
-        which templates write themselves. continue_final: the last message is not over: the text ends where
-        its content does. Raises RequestError without a template or when it refuses the messages.
+        messages: role and content (a string) each. tools: what the model may call. variables: further names
+        for the template. add_generation_prompt: begin the assistant's turn. add_special_tokens: let the
+        tokenizer add a BOS, which templates write themselves. continue_final: the last message is not over:
+        the text ends where its content does. Raises RequestError without a template or when it refuses the messages.
         """
         template = model.template
         if template is None:
             raise RequestError("this model has no chat template; use /v1/completions", param="messages")
+        if tools and template.knows_tools:
+            variables = {**variables, "tools": tools}
+        elif not template.knows_tools:
+            messages = explain_tools(messages, list(tools))
         if not template.knows_developer:
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         if continue_final:
