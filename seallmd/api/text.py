@@ -143,7 +143,8 @@ class TextModels:
         messages: role and content (a string) each. tools: what the model may call. variables: further names
         for the template. add_generation_prompt: begin the assistant's turn. add_special_tokens: let the
         tokenizer add a BOS, which templates write themselves. continue_final: the last message is not over:
-        the text ends where its content does. Raises RequestError without a template or when it refuses the messages.
+        the text ends where its content does. Raises RequestError without a template or when it refuses the
+        messages.
         """
         template = model.template
         if template is None:

@@ -75,9 +75,9 @@ def calls_grammar(
 ) -> str:
     """A grammar (Lark, as llguidance extends it) of an output that calls functions.
 
-    functions: name and JSON schema of the arguments. several: more than one call is allowed. special: the id of
-    a special token, None for other text. instead: a JSON schema of an output that calls nothing, if that is
-    allowed.
+    functions: name and JSON schema of the arguments. several: more than one call is allowed. special: the id
+    of a special token, None for other text. instead: a JSON schema of an output that calls nothing, if that
+    is allowed.
     """
 
     def literal(text: str) -> str:
