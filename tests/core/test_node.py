@@ -81,7 +81,7 @@ def test_choices_of_one_prompt_share_its_prefill() -> None:
 
 @pytest.mark.parametrize("scores", [False, True])
 def test_the_junior_is_preempted_and_resumes(scores: bool) -> None:
-    """Blocks run out: the most junior request gives way, and still ends with the right tokens (and scores)."""
+    """Blocks run out: the most junior request gives way, and still ends with the right tokens."""
     recorder = world({"a": shape()}, arenas=(4 + 18,))
     for request in range(1, 5):
         recorder.arrive(request, "a", (request, 2, 3, 4, 5, 6), 25, scores=scores)

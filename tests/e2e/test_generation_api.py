@@ -1,4 +1,4 @@
-"""The generation API of the real daemon: log-probabilities, structured outputs and tools, with real models."""
+"""The generation API with real models: log-probabilities, structured outputs and tools."""
 
 from __future__ import annotations
 
