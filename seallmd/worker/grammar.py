@@ -66,8 +66,7 @@ class Matcher:
         if matcher.is_error():
             raise GrammarFailed(_reason(matcher))
         mask = np.unpackbits(bits, bitorder="little").astype(bool)
-        ends = list(self._ends)
-        mask[ends] |= matcher.is_accepting()
+        mask[[end for end in self._ends if end < len(mask)]] |= matcher.is_accepting()
         return mask
 
     def _begin(self) -> LLMatcher:
@@ -75,7 +74,7 @@ class Matcher:
             matcher = self._compiled.result(timeout=_COMPILE_SECONDS).deep_copy()
         except StillCompiling:
             raise GrammarFailed("it takes too long to compile") from None
-        except (OSError, ValueError) as error:  # the tokenizer cannot be read
+        except (OSError, ValueError, RuntimeError) as error:  # the tokenizer cannot be read
             raise GrammarFailed(str(error)) from None
         if matcher.is_error():
             raise GrammarFailed(_reason(matcher))

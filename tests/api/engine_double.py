@@ -24,7 +24,7 @@ from seallmd.runtime.face import Generation, ServiceView, TokenStream
 SPOKEN = "Hello wörld, 日本語 and 👩‍👩‍👧 at last."
 CORPUS = ["hello world, the quick brown fox jumps over the lazy dog", "wörld ünïcode 日本"] * 3
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{{ bos_token }}{{ hint }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 

@@ -104,6 +104,14 @@ async def test_chat_without_a_new_turn(client: AsyncOpenAI, engine: FakeEngine, 
     assert texts[1] == "<s><user>hello\n<assistant>well, the"
 
 
+async def test_chat_template_kwargs(client: AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    """Names for the template alone."""
+    extra = {"chat_template_kwargs": {"hint": "psst"}}
+    await client.chat.completions.create(model="m", messages=CHAT, extra_body=extra)
+    text = tokenizer.decode(list(engine.submitted[0].prompt), skip_special_tokens=False)
+    assert text.startswith("<s>psst<user>")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_names_of_the_answer(client: AsyncOpenAI, stream: bool) -> None:
     """The client's own id, and the tier that serves, which is one for all."""
