@@ -16,7 +16,8 @@ from seallmd.api.logprobs import ChatLogprobs, LogprobWriter, PromptLogprobs, un
 from seallmd.api.responses import Body, Head, Usage
 from seallmd.api.schema import ChatRequest
 from seallmd.api.tool_formats import ToolFormat
-from seallmd.api.tool_reader import Argued, Called, Event, Said, ToolReader
+from seallmd.api.tool_reader import Argued, Called, Event, Said
+from seallmd.api.turns import Turns
 from seallmd.api.vocabulary import Vocabulary
 
 
@@ -95,8 +96,7 @@ class ChatAnswer:
 
     def __init__(self, request: ChatRequest, vocabulary: Vocabulary, tools: ToolFormat | None = None) -> None:
         """tools: how calls are written, where some may be made."""
-        self._tools, self._several = tools, request.parallel_tool_calls is not False
-        self._readers: dict[int, ToolReader] = {}
+        self._turns = Turns(tools, several=request.parallel_tool_calls is not False)
         self._head = Head.of(request, "chatcmpl")
         self._token_ids = bool(request.return_token_ids)
         self._has_logprobs = request.output_top >= 0
@@ -118,7 +118,7 @@ class ChatAnswer:
             delta = Delta(role="assistant", content="")
             part = ChatChunkChoice(index=piece.index, delta=delta)
             chunks.append(self._chunk([part], usage, choice if first else None))
-        deltas = [_delta(event) for event in self._events(piece)]
+        deltas = [_delta(event) for event in self._turns.events(piece)]
         tells = piece.finish_reason or (piece.tokens and (self._token_ids or self._has_logprobs))
         if tells and not deltas:
             deltas = [Delta()]
@@ -128,7 +128,7 @@ class ChatAnswer:
                 index=piece.index,
                 delta=delta,
                 logprobs=self._logprobs(piece) if last and piece.tokens else None,
-                finish_reason=self._reason(piece) if last else None,
+                finish_reason=self._turns.reason(piece) if last else None,
                 token_ids=piece.tokens if last and self._token_ids else UNSET,
             )
             chunks.append(self._chunk([part], usage))
@@ -143,9 +143,9 @@ class ChatAnswer:
         parts = [
             ChatChoice(
                 index=piece.index,
-                message=_message(self._events(piece)),
+                message=_message(self._turns.events(piece)),
                 logprobs=self._logprobs(piece),
-                finish_reason=self._reason(piece),
+                finish_reason=self._turns.reason(piece),
                 token_ids=piece.tokens if self._token_ids else UNSET,
             )
             for piece in pieces
@@ -157,22 +157,6 @@ class ChatAnswer:
             choices=parts,
             usage=usage,
         )
-
-    def _events(self, piece: Piece) -> list[Event]:
-        """What a piece's text means."""
-        if self._tools is None:
-            return [Said(piece.text)] if piece.text else []
-        reader = self._readers.get(piece.index)
-        if reader is None:
-            reader = self._readers[piece.index] = ToolReader(self._tools, several=self._several)
-        events = reader.push(piece.text)
-        return events if piece.finish_reason is None else [*events, *reader.flush()]
-
-    def _reason(self, piece: Piece) -> str | None:
-        """An output that stopped by itself after calls waits for their results."""
-        reader = self._readers.get(piece.index)
-        called = reader is not None and reader.calls > 0
-        return "tool_calls" if called and piece.finish_reason == "stop" else piece.finish_reason
 
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
         return self._writer.chat(unpack(piece.scores)) if self._has_logprobs else None

@@ -7,7 +7,7 @@ the engine works (`EngineFace` is all it sees) nor how requests are generated, w
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,17 @@ from seallmd.api.limits import truncated
 from seallmd.api.metrics import CONTENT_TYPE
 from seallmd.api.ollama import Ollama
 from seallmd.api.problems import problems
-from seallmd.api.schema import read_chat, read_completion, split_prompts
+from seallmd.api.responses import Answer
+from seallmd.api.responses_answer import ResponsesAnswer
+from seallmd.api.responses_schema import read_responses
+from seallmd.api.schema import ChatRequest, read_chat, read_completion, split_prompts
 from seallmd.api.serving import Serving, ToolUse, json_response, read_body
 from seallmd.api.settings import HttpSettings
 from seallmd.api.sockets import claim_socket_path
+from seallmd.api.text import TextModel
 from seallmd.api.tokenize import Tokenize
+from seallmd.api.tool_formats import ToolFormat
+from seallmd.api.wire import EVENTS, NAMED_EVENTS, Wire
 from seallmd.core.status import ServiceStatus
 from seallmd.errors import ConfigError, ControlError, RequestError
 from seallmd.runtime.face import EngineFace, ServiceView
@@ -170,6 +176,7 @@ class OpenAI:
             web.get("/v1/models/{name}", self.model),
             web.post("/v1/completions", self.completions),
             web.post("/v1/chat/completions", self.chat),
+            web.post("/v1/responses", self.responses),
         ]
 
     async def models(self, _request: web.Request) -> web.Response:
@@ -200,6 +207,23 @@ class OpenAI:
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
         spec = read_chat(await read_body(request))
+        return await self._chat(request, spec, lambda text, tools: ChatAnswer(spec, text.vocabulary, tools))
+
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/responses."""
+        wanted = read_responses(await read_body(request))
+        return await self._chat(
+            request, wanted.as_chat(), lambda _, tools: ResponsesAnswer(wanted, tools), NAMED_EVENTS
+        )
+
+    async def _chat(
+        self,
+        request: web.Request,
+        spec: ChatRequest,
+        answer: Callable[[TextModel, ToolFormat | None], Answer],
+        wire: Wire = EVENTS,
+    ) -> web.StreamResponse:
+        """The next turn of a conversation. answer: words it, given how calls are written."""
         model = await self._serving.model(spec.model)
         tools, use, offered = spec.offered, None, list[dict[str, Any]]()
         if tools is not None:
@@ -216,8 +240,8 @@ class OpenAI:
             continue_final=bool(spec.continue_final_message),
         )
         prompt = truncated(spec, model.shape.context, prompt)
-        answer = ChatAnswer(spec, model.text.vocabulary, None if use is None else use.format)
-        return await self._serving.generate(request, spec, model, [prompt], answer, tools=use)
+        worded = answer(model.text, None if use is None else use.format)
+        return await self._serving.generate(request, spec, model, [prompt], worded, wire, use)
 
 
 def _was_resident(service: ServiceStatus | None) -> bool:

@@ -143,7 +143,9 @@ class Serving:
                     leader = leader or choice
                     run.choices.append(choice)
             if spec.stream:
-                return await send_stream(request, _documents(spec, run, answer), wire, self._ping_seconds)
+                return await send_stream(
+                    request, _documents(spec, run, answer, wire), wire, self._ping_seconds
+                )
             return await _whole(spec, run, answer)
         finally:
             await run.close()
@@ -175,7 +177,7 @@ async def _whole(spec: GenerationRequest, run: Run, answer: Answer) -> web.Respo
     return await asyncio.to_thread(word)  # seconds, for the log-probabilities of long texts
 
 
-async def _documents(spec: GenerationRequest, run: Run, answer: Answer) -> AsyncIterator[bytes]:
+async def _documents(spec: GenerationRequest, run: Run, answer: Answer, wire: Wire) -> AsyncIterator[bytes]:
     """The documents of a stream."""
     options = spec.stream_options
     want_usage = options is not None and bool(options.include_usage)
@@ -185,6 +187,6 @@ async def _documents(spec: GenerationRequest, run: Run, answer: Answer) -> Async
         if continuous:
             usage = count_usage(run.choices, spec.choices)
         for chunk in answer.chunks(run.choices[piece.index], piece, usage):
-            yield msgspec.json.encode(chunk)
+            yield wire.encode(chunk)
     if want_usage:
-        yield msgspec.json.encode(answer.usage_chunk(count_usage(run.choices, spec.choices)))
+        yield wire.encode(answer.usage_chunk(count_usage(run.choices, spec.choices)))
