@@ -15,7 +15,7 @@ import sys
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -59,7 +59,8 @@ def translate(kind: Kind, text: str) -> str:
     """A grammar in llguidance's terms. Raises ValueError."""
     match kind:
         case "json":
-            return str(LLMatcher.grammar_from_json_schema(text, defaults=_JSON_OPTIONS))
+            options: Any = _JSON_OPTIONS
+            return str(LLMatcher.grammar_from_json_schema(text, defaults=options))
         case "regex":
             return str(LLMatcher.grammar_from_regex(text))
         case "choice":
@@ -86,7 +87,8 @@ def compile_grammar(job: Job) -> Compiled:
         return Compiled(error=_short(str(error) or type(error).__name__))
     if len(text) > MAX_GRAMMAR_CHARACTERS:
         return Compiled(error=f"it is longer than {MAX_GRAMMAR_CHARACTERS} characters")
-    matcher = LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(**GRAMMAR_LIMITS))
+    limits = LLParserLimits(**cast(dict[str, Any], GRAMMAR_LIMITS))
+    matcher = LLMatcher(tokenizer, text, log_level=0, limits=limits)
     if not matcher.is_error():
         matcher.compute_bitmask()
     if matcher.is_error():

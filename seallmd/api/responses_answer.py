@@ -130,9 +130,8 @@ class ResponsesAnswer:
         ]
 
     def _is_open(self, kind: str) -> bool:
-        if not self._items:
-            return False
-        return self._items[-1]["type"] == kind and self._items[-1]["status"] == "in_progress"
+        last = self._items[-1] if self._items else {"type": ""}
+        return bool(last["type"] == kind and last["status"] == "in_progress")
 
     def _place(self) -> Object:
         return {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from seallmd.api.conversation import ChatMessage, FunctionCall, ToolCall
-from seallmd.api.fields import ModelName, Tokens, Top, Unserved, decode_body, refuse_unserved
+from seallmd.api.fields import ModelName, Tokens, Unserved, decode_body, refuse_unserved
 from seallmd.api.schema import ChatRequest
 from seallmd.api.structured import JsonSchema, ResponseFormat
 from seallmd.api.tools import Function, FunctionName, NamedFunction, NamedTool, Tool
@@ -75,7 +75,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_output_tokens: Tokens | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
-    top_logprobs: Annotated[Top, Meta(le=0)] | None = None
+    top_logprobs: Literal[0] | None = None
     stream: bool | None = None
     text: TextOptions | None = None
     tools: Annotated[list[FunctionTool], Meta(max_length=128)] | None = None

@@ -10,7 +10,8 @@ import json
 import re
 import secrets
 import string
-from typing import NamedTuple
+
+import msgspec
 
 from seallmd.api.tool_formats import ToolFormat
 
@@ -23,13 +24,13 @@ _BETWEEN = _SPACE + ",;[]"
 _ALPHABET = string.ascii_letters + string.digits
 
 
-class Said(NamedTuple):
+class Said(msgspec.Struct, frozen=True):
     """Text of the answer."""
 
     text: str
 
 
-class Called(NamedTuple):
+class Called(msgspec.Struct, frozen=True):
     """A call begins; calls of one choice are counted by `index`."""
 
     index: int
@@ -37,7 +38,7 @@ class Called(NamedTuple):
     name: str
 
 
-class Argued(NamedTuple):
+class Argued(msgspec.Struct, frozen=True):
     """More of the JSON text of a call's arguments."""
 
     index: int

@@ -142,12 +142,18 @@ def _masked(adjusted: torch.Tensor, raw: torch.Tensor, masks: Mapping[int, torch
     logits = adjusted.clone() if adjusted is raw else adjusted
     vocabulary = logits.shape[1]
     for row, mask in masks.items():
-        known = mask[:vocabulary].to(logits.device)
-        forbidden = torch.ones(vocabulary, dtype=torch.bool, device=logits.device)
-        forbidden[: len(known)] = ~known
-        left = logits[row].masked_fill(forbidden, float("-inf"))
-        logits[row] = raw[row].masked_fill(forbidden, float("-inf")) if left.isneginf().all() else left
+        forbidden = ~mask[:vocabulary].to(logits.device)
+        _forbid(logits[row], forbidden)
+        if bool(logits[row].amax().isneginf()):
+            logits[row] = raw[row]
+            _forbid(logits[row], forbidden)
     return logits
+
+
+def _forbid(row: torch.Tensor, forbidden: torch.Tensor) -> None:
+    """Ids behind the end of `forbidden` are forbidden too."""
+    row[: len(forbidden)].masked_fill_(forbidden, float("-inf"))
+    row[len(forbidden) :] = float("-inf")
 
 
 def _last_of_bad_words(words: Sequence[tuple[int, ...]], output: Sequence[int]) -> list[int]:

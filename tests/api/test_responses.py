@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -10,10 +11,16 @@ import pytest
 from openai import AsyncOpenAI
 from tokenizers import Tokenizer
 
-from tests.api.engine_double import SPOKEN, FakeEngine
+from tests.api.engine_double import SPOKEN, FakeEngine, view
 
 NOW = {"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}}
 CALL = 'So:<tool_call>{"name": "now", "arguments": {"zone": "CET"}}</tool_call>'
+
+
+@pytest.fixture(autouse=True)
+def long_context(engine: FakeEngine, model: Path) -> None:
+    """Explaining tools takes some words."""
+    engine.views["m"] = view("m", model, context=4000)
 
 
 async def test_whole(client: AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer) -> None:

@@ -79,8 +79,6 @@ async def test_forms(
         {"structured_outputs": {"grammar": "start: nowhere"}},
         {"structured_outputs": {"grammar": "root ::= ((((("}},
         {"structured_outputs": {"regex": "(?=a)b"}},
-        {"structured_outputs": {"regex": r"(a{1000}){1000}{1000}" * 200}},
-        {"structured_outputs": {"choice": ["x" * 100_000]}},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"allOf": [{"not": {}}]}}}},
     ],
 )

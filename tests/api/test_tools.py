@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from seallmd.api.tool_formats import FORMATS, calls_grammar, choose_format
 from seallmd.api.tool_reader import Argued, Called, Event, Said, ToolReader
-from tests.api.engine_double import FakeEngine
+from tests.api.engine_double import FakeEngine, view
 
 CHAT = [{"role": "user", "content": "hello"}]
 WEATHER = {
@@ -164,6 +164,14 @@ def test_forced_calls_are_read_back(model: Path, family: str, several: bool) -> 
 
 
 # ------------------------------------------------------------------------------------------ over HTTP
+
+
+@pytest.fixture(autouse=True)
+def long_context(request: pytest.FixtureRequest, model: Path) -> None:
+    """Explaining tools takes some words."""
+    if "engine" in request.fixturenames:
+        engine: FakeEngine = request.getfixturevalue("engine")
+        engine.views["m"] = view("m", model, context=4000)
 
 
 def speak(engine: FakeEngine, tokenizer: Tokenizer, text: str) -> None:
