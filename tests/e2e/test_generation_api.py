@@ -161,9 +161,10 @@ def test_min_tokens_bad_words_and_allowed_ids(daemon: Daemon) -> None:
     client = daemon.client()
     ask: dict[str, Any] = {"model": SMOL, "prompt": "Once upon a time", "max_tokens": 6, "temperature": 0}
     plain = client.completions.create(**ask).choices[0].text
-    word = plain.split()[0].strip(",.")
+    found = re.search("[a-z]+", plain)
+    assert found is not None
+    word = found.group()
     without = client.completions.create(**ask, extra_body={"bad_words": [word]}).choices[0].text
-    assert word in plain
     assert word not in without
     few = client.completions.create(
         **ask, extra_body={"allowed_token_ids": [40, 41], "return_token_ids": True}
