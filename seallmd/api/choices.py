@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 import msgspec
@@ -15,17 +16,23 @@ import msgspec
 from seallmd.api.detokenize import Detokenizer, StopStrings
 from seallmd.api.metrics import Metrics, RequestMeter
 from seallmd.core.events import Finish
+from seallmd.core.messages import Scores
 from seallmd.errors import RequestError
 from seallmd.runtime.face import EngineFace, Generation, TokenStream
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """What is new of one choice. text may be empty. finish_reason: "stop" or "length" on the last one."""
+    """What is new of one choice. text may be empty. finish_reason: "stop" or "length" on the last one.
+
+    offsets: where in the choice's text each token begins. scores: of the tokens, if they are wanted.
+    """
 
     index: int
     text: str
     tokens: list[int]
     finish_reason: str | None = None
+    offsets: list[int] = []
+    scores: list[Scores] = []
 
 
 class Choice:
@@ -44,7 +51,12 @@ class Choice:
         stops: Sequence[str] = (),
         *,
         include_stop: bool = False,
+        silent: bool = False,
+        leader: Choice | None = None,
     ) -> None:
+        """leader: the first choice of the same prompt, if this is not it.
+
+        silent: only the prompt is of interest; the one token that shows that it was run is dropped."""
         self.index = index
         self.prompt = generation.prompt
         self.stream = stream
@@ -52,11 +64,23 @@ class Choice:
         self.began = time.monotonic()
         self.first_token: float | None = None
         self.finish_reason: str | None = None
+        self._leader = leader
+        self._prompt_scores: list[Scores] = []
+        self._scores: deque[Scores] = deque()
+        self._silent = silent
+        self._length = 0  # characters of all tokens so far
         self._stop_ids = frozenset(generation.stop_ids)
         self._min_tokens = generation.sampling.min_tokens
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops, include=include_stop)
         self._include_stop = include_stop
+
+    @property
+    def prompt_scores(self) -> list[Scores]:
+        """Of the prompt, which its first choice alone asks for; they are there before the first piece."""
+        source = self._leader or self
+        source._sort_scores()
+        return source._prompt_scores
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Everything of this choice, in order; the last piece has a finish_reason. Raises RequestError."""
@@ -72,12 +96,24 @@ class Choice:
         text, taken = "", 0
         if self.first_token is None:
             self.first_token = time.monotonic()
+        self._sort_scores()
+        if self._silent:
+            self.finish_reason = "length"
+            return Piece(self.index, "", [], self.finish_reason)
+        offsets = []
         for token in batch:
             taken += 1
+            offsets.append(self._length)
             text += self._read(token)
             if self.finish_reason is not None:
                 break
-        return Piece(self.index, text, batch[:taken], self.finish_reason)
+        scores = [self._scores.popleft() for _ in range(min(taken, len(self._scores)))]
+        return Piece(self.index, text, batch[:taken], self.finish_reason, offsets, scores)
+
+    def _sort_scores(self) -> None:
+        for scores in self.stream.scores:
+            (self._prompt_scores if scores.position < len(self.prompt) else self._scores).append(scores)
+        self.stream.scores.clear()
 
     def _read(self, token: int) -> str:
         """The text that a token adds; sets finish_reason when it is the last one."""
@@ -87,6 +123,7 @@ class Choice:
             self.finish_reason = "stop"
             return self._close(last)
         text = self._detokenizer.push(token)
+        self._length += len(text)
         if self.tokens > self._min_tokens:
             text = self._stops.push(text)
         if self._stops.stopped:

@@ -12,6 +12,7 @@ import logging
 from aiohttp import web
 
 from seallmd import __version__
+from seallmd.api.conversation import ChatMessage, plain_messages
 from seallmd.api.ollama_responses import OllamaAnswer, model_card, running_card
 from seallmd.api.ollama_schema import (
     GenerateRequest,
@@ -23,7 +24,7 @@ from seallmd.api.ollama_schema import (
     read_generate,
     read_ollama_chat,
 )
-from seallmd.api.schema import ChatMessage, GenerationRequest, plain_messages
+from seallmd.api.schema import ChatRequest, CompletionRequest
 from seallmd.api.serving import Model, Serving, json_response, read_body
 from seallmd.api.wire import LINES
 from seallmd.errors import ControlError, RequestError
@@ -77,7 +78,9 @@ class Ollama:
             if spec.system:
                 raise RequestError("`system` needs a chat template", param="system")
             tokens = await self._serving.encode(model, spec.prompt)
-            ours: GenerationRequest = as_completion(spec, name, spec.prompt, _room(model, tokens))
+            ours: CompletionRequest | ChatRequest = as_completion(
+                spec, name, spec.prompt, _room(model, tokens)
+            )
         else:
             messages = chat_messages(spec)
             tokens = await self._encode(model, messages)
@@ -104,7 +107,7 @@ class Ollama:
         self,
         request: web.Request,
         spec: OllamaRequest,
-        ours: GenerationRequest,
+        ours: CompletionRequest | ChatRequest,
         model: Model,
         tokens: list[int],
         answer: OllamaAnswer,

@@ -12,15 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from seallmd.api.schema import (
-    ChatMessage,
-    ChatRequest,
-    CompletionRequest,
-    Penalty,
-    StopString,
-    decode_body,
-    refuse_unserved,
-)
+from seallmd.api.conversation import ChatMessage
+from seallmd.api.fields import Penalty, StopString, Unserved, decode_body, refuse_unserved
+from seallmd.api.schema import ChatRequest, CompletionRequest
+from seallmd.api.structured import JsonSchema, ResponseFormat
 from seallmd.errors import RequestError
 
 _DURATION = re.compile(r"^[+-]?(\d+(\.\d+)?(ns|us|µs|ms|s|m|h)?)+$")  # Go's, and plain seconds
@@ -53,6 +48,17 @@ class OllamaRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     options: Options | None = None
     keep_alive: float | str | None = None
+    format: Literal["json", ""] | dict[str, Any] | None = None
+
+    @property
+    def response_format(self) -> ResponseFormat | None:
+        """`format` as OpenAI has it: any JSON object, or what a schema describes."""
+        if not self.format:
+            return None
+        if self.format == "json":
+            return ResponseFormat(type="json_object")
+        assert isinstance(self.format, dict)
+        return ResponseFormat(type="json_schema", json_schema=JsonSchema(schema=self.format))
 
     @property
     def streams(self) -> bool:
@@ -90,10 +96,9 @@ class OllamaChatRequest(OllamaRequest, frozen=True, kw_only=True):
     messages: Annotated[list[OllamaMessage], Meta(max_length=1 << 16)] | None = None
 
 
-# As in `schema`: known, not served, and the values that change nothing.
-_UNSERVED: dict[str, tuple[str, ...]] = {
+# As in `fields`: known, not served, and the values that change nothing.
+_UNSERVED: Unserved = {
     "context": ("null", "[]"),
-    "format": ("null", '""'),
     "images": ("null", "[]"),
     "logprobs": ("null", "false"),
     "suffix": ("null", '""'),
@@ -102,7 +107,7 @@ _UNSERVED: dict[str, tuple[str, ...]] = {
     "tools": ("null", "[]"),
     "top_logprobs": ("null", "0"),
 }
-_UNSERVED_OPTIONS: dict[str, tuple[str, ...]] = {
+_UNSERVED_OPTIONS: Unserved = {
     "mirostat": ("null", "0"),
     "tfs_z": ("null", "1", "1.0"),
     "typical_p": ("null", "1", "1.0"),
@@ -164,6 +169,7 @@ def _sampling(spec: OllamaRequest, room: int) -> dict[str, Any]:
         "repetition_penalty": options.repeat_penalty,
         "presence_penalty": options.presence_penalty,
         "frequency_penalty": options.frequency_penalty,
+        "response_format": spec.response_format,
     }
 
 

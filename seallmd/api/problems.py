@@ -40,6 +40,12 @@ def error_body(error: RequestError) -> bytes:
     return msgspec.json.encode({"error": fields})
 
 
+def error_event(error: RequestError) -> dict[str, object]:
+    """The same as an event of /v1/responses."""
+    message = str(error)[:_MAX_MESSAGE_CHARACTERS]
+    return {"type": "error", "code": error.code, "message": message, "param": error.param}
+
+
 def ollama_error_body(error: RequestError) -> bytes:
     """{"error": "..."} as JSON."""
     return msgspec.json.encode({"error": str(error)[:_MAX_MESSAGE_CHARACTERS]})

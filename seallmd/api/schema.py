@@ -7,25 +7,34 @@ depends on the model (vocabulary, context) is checked in `limits`. Must not know
 from __future__ import annotations
 
 import logging
-import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from seallmd.api.conversation import ChatMessage
+from seallmd.api.fields import (
+    MAX_ERROR_CHARACTERS,
+    ModelName,
+    Penalty,
+    Salt,
+    StopString,
+    TokenId,
+    Tokens,
+    Top,
+    Unserved,
+    decode_body,
+    refuse_unserved,
+)
+from seallmd.api.structured import Form, ResponseFormat, StructuredOutputs, wanted_form
+from seallmd.api.tools import Choice as ToolChoice
+from seallmd.api.tools import Tool, Tools
 from seallmd.errors import RequestError
 
 _log = logging.getLogger(__name__)
 
 MAX_PROMPTS = 1024
 MAX_CHOICES = 1024  # of one request: prompts times n
-_MAX_ERROR_CHARACTERS = 300
-
-TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
-Tokens = Annotated[int, Meta(ge=1, le=1 << 31)]
-Penalty = Annotated[float, Meta(ge=-2, le=2)]
-StopString = Annotated[str, Meta(min_length=1, max_length=256)]
-Salt = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^@/\\\x00]*$")]
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -38,7 +47,7 @@ class StreamOptions(msgspec.Struct, frozen=True):
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What both endpoints have in common. A null is the same as leaving the field out."""
 
-    model: Annotated[str, Meta(min_length=1, max_length=256)]
+    model: ModelName
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     max_tokens: Tokens | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -49,6 +58,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=1000)] | None = None
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=1 << 16)] | None = None
+    bad_words: Annotated[list[StopString], Meta(max_length=128)] | None = None
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=4)] | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=1024)] | None = None
@@ -56,10 +67,18 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=1 << 31)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    prompt_logprobs: Top | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     cache_salt: Salt | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    request_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
     user: str | None = None
 
     @property
@@ -68,9 +87,24 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         return self.max_tokens
 
     @property
+    def output_top(self) -> int:
+        """How many of the likeliest ids to tell beside each generated token; -1: no log-probabilities."""
+        return -1
+
+    @property
+    def prompt_top(self) -> int:
+        """The same for tokens of the prompt."""
+        return -1 if self.prompt_logprobs is None else self.prompt_logprobs
+
+    @property
     def choices(self) -> int:
         """How many choices of each prompt."""
         return self.n or 1
+
+    @property
+    def form(self) -> Form | None:
+        """What the output must look like. Raises RequestError."""
+        return wanted_form(self.response_format, self.structured_outputs)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -79,59 +113,70 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
-    """POST /v1/completions. prompt: one or several, each a string or token ids."""
+    """POST /v1/completions. prompt: one or several, each a string or token ids.
+
+    max_tokens: 0 asks for the prompt alone. logprobs: of the likeliest ids, beside each token's own.
+    """
 
     prompt: str | list[str | TokenId | list[TokenId]]
+    max_tokens: Annotated[int, Meta(ge=0, le=1 << 31)] | None = None
+    echo: bool | None = None
+    logprobs: Top | None = None
 
+    @property
+    def output_top(self) -> int:
+        """As in `GenerationRequest`."""
+        return -1 if self.logprobs is None else self.logprobs
 
-class ContentPart(msgspec.Struct, frozen=True):
-    """A piece of a message; only text can be served."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    tool_call_id: str | None = None
-    tool_calls: list[Any] | None = None
+    @property
+    def prompt_top(self) -> int:
+        """An echoed prompt has log-probabilities like the output's."""
+        return max(super().prompt_top, self.output_top if self.echo else -1)
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
-    """POST /v1/chat/completions. chat_template_kwargs: further names for the model's template."""
+    """POST /v1/chat/completions. chat_template_kwargs: further names for the model's template.
+
+    continue_final_message: the answer goes on where the last message ends.
+    """
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=1 << 16)]
     max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Top | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     @property
     def output_limit(self) -> int | None:
         """OpenAI's newer name wins."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def output_top(self) -> int:
+        """As in `GenerationRequest`."""
+        return (self.top_logprobs or 0) if self.logprobs else -1
 
-# Fields that are known but not served, each with the JSON values that change nothing. Everything else is
-# refused: a constraint that is silently ignored hurts more than an error.
+    @property
+    def offered(self) -> Tools | None:
+        """The tools that may be called, if any. Raises RequestError."""
+        return Tools.of(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+
+# A constraint that is silently ignored hurts more than an error: what is known and not served is refused.
 _NULL = ("null",)
 _OFF = ("null", "false")
-_ON = ("null", "true")
 _EMPTY = ("null", "[]")
-_UNSERVED: dict[str, tuple[str, ...]] = {
-    "add_generation_prompt": _ON,
-    "add_special_tokens": _NULL,
-    "allowed_token_ids": _NULL,
+_UNSERVED: Unserved = {
     "audio": _NULL,
-    "bad_words": _EMPTY,
     "best_of": ("null", "1"),
     "chat_template": _NULL,
-    "continue_final_message": _OFF,
     "documents": _EMPTY,
     "ebnf": _NULL,
-    "echo": _OFF,
     "function_call": ("null", '"none"', '"auto"'),
     "functions": _EMPTY,
     "grammar": _NULL,
@@ -143,52 +188,58 @@ _UNSERVED: dict[str, tuple[str, ...]] = {
     "json_schema": _NULL,
     "length_penalty": ("null", "1", "1.0"),
     "logits_processors": _EMPTY,
-    "logprobs": _OFF,
     "lora_path": _NULL,
     "modalities": ("null", '["text"]'),
     "prediction": _NULL,
+    "priority": ("null", "0"),
     "prompt_embeds": _NULL,
-    "prompt_logprobs": _NULL,
     "reasoning_effort": _NULL,
     "regex": _NULL,
-    "response_format": ("null", '{"type":"text"}'),
-    "return_tokens_as_token_ids": _OFF,
-    "structured_outputs": _NULL,
     "suffix": ("null", '""'),
     "thinking_token_budget": _NULL,
-    "tool_choice": ("null", '"none"', '"auto"'),
-    "tools": _EMPTY,
-    "top_logprobs": ("null", "0"),
-    "truncate_prompt_tokens": _NULL,
     "use_beam_search": _OFF,
     "verbosity": _NULL,
     "web_search_options": _NULL,
 }
+# What one endpoint serves and the other does not have.
+_UNSERVED_IN_COMPLETIONS: Unserved = {
+    "add_generation_prompt": ("null", "true"),
+    "continue_final_message": _OFF,
+    "tool_choice": ("null", '"none"', '"auto"'),
+    "tools": _EMPTY,
+    "top_logprobs": ("null", "0"),
+}
+_UNSERVED_IN_CHATS: Unserved = {"echo": _OFF}
 
 Body = TypeVar("Body", CompletionRequest, ChatRequest)
-Struct = TypeVar("Struct")
-_PATH = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
 
 
 def read_completion(body: bytes) -> CompletionRequest:
     """Read the body of /v1/completions. Raises RequestError."""
-    request = _read(body, CompletionRequest)
+    request = _read(body, CompletionRequest, _UNSERVED_IN_COMPLETIONS)
     prompts = len(split_prompts(request.prompt))
     if prompts * request.choices > MAX_CHOICES:
         raise RequestError(
             f"{prompts} prompts times n={request.choices} is over {MAX_CHOICES} choices", param="n"
         )
+    if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
+        raise RequestError("`max_tokens` of 0 makes sense with `echo` alone", param="max_tokens")
     return request
 
 
 def read_chat(body: bytes) -> ChatRequest:
     """Read the body of /v1/chat/completions. Raises RequestError."""
-    request = _read(body, ChatRequest)
-    for name in ("messages", "add_generation_prompt", "bos_token", "eos_token"):
+    request = _read(body, ChatRequest, _UNSERVED_IN_CHATS)
+    for name in ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token"):
         if name in (request.chat_template_kwargs or {}):
             raise RequestError(f"`chat_template_kwargs` may not set {name!r}", param="chat_template_kwargs")
-    if any(message.tool_calls for message in request.messages):
-        raise RequestError("`tool_calls` in messages are not supported yet", param="messages")
+    if request.top_logprobs and not request.logprobs:
+        raise RequestError("`top_logprobs` needs `logprobs`", param="top_logprobs")
+    if request.continue_final_message and request.add_generation_prompt:
+        raise RequestError(
+            "`continue_final_message` and `add_generation_prompt` exclude each other",
+            param="continue_final_message",
+        )
     return request
 
 
@@ -211,55 +262,13 @@ def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[
     return prompts
 
 
-def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as chat templates expect them: plain values, and each content one string."""
-    plain = []
-    for message in messages:
-        content = message.content
-        if isinstance(content, list):
-            content = "\n".join(part.text for part in content)
-        entry = {"role": message.role, "content": content or ""}
-        optional = {"name": message.name, "tool_call_id": message.tool_call_id}
-        plain.append({**entry, **{key: value for key, value in optional.items() if value is not None}})
-    return plain
-
-
-def decode_body(body: bytes, kind: type[Struct]) -> Struct:
-    """A JSON body as a struct. Raises RequestError, with the field at fault in `param`."""
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        raise _explain(error) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"the body is not valid JSON: {error}"[:_MAX_ERROR_CHARACTERS]) from None
-
-
-def refuse_unserved(fields: dict[str, msgspec.Raw], unserved: dict[str, tuple[str, ...]]) -> None:
-    """Refuse fields that are known but not served, unless their JSON value changes nothing."""
-    for name in sorted(fields.keys() & unserved.keys()):
-        value = msgspec.json.format(bytes(fields[name]), indent=-1).decode()
-        if value not in unserved[name]:
-            raise RequestError(f"`{name}` is not supported yet", code="unsupported_parameter", param=name)
-
-
-def _read(body: bytes, kind: type[Body]) -> Body:
+def _read(body: bytes, kind: type[Body], unserved_here: Unserved) -> Body:
     fields = decode_body(body, dict[str, msgspec.Raw])
-    refuse_unserved(fields, _UNSERVED)
+    unserved = {**_UNSERVED, **unserved_here}
+    refuse_unserved(fields, unserved)
     request = decode_body(body, kind)
-    if unknown := fields.keys() - set(kind.__struct_fields__) - _UNSERVED.keys():
-        _log.debug("unknown fields are ignored: %s", ", ".join(sorted(unknown))[:_MAX_ERROR_CHARACTERS])
+    if unknown := fields.keys() - set(kind.__struct_fields__) - unserved.keys():
+        _log.debug("unknown fields are ignored: %s", ", ".join(sorted(unknown))[:MAX_ERROR_CHARACTERS])
     if request.stream_options is not None and not request.stream:
         raise RequestError("`stream_options` needs `stream`", param="stream_options")
     return request
-
-
-def _explain(error: msgspec.ValidationError) -> RequestError:
-    """msgspec's text names the place as a path, which is OpenAI's `param`."""
-    text = str(error)
-    place = _PATH.search(text)
-    if place is None:
-        missing = re.search(r"missing required field `(\w+)`", text)
-        return RequestError(text[:_MAX_ERROR_CHARACTERS], param=missing.group(1) if missing else None)
-    param = place.group(1).removesuffix("[...]")[:100]
-    reason = text[: place.start()]
-    return RequestError(f"`{param}`: {reason}"[:_MAX_ERROR_CHARACTERS], param=param or None)

@@ -7,22 +7,32 @@ the engine works (`EngineFace` is all it sees) nor how requests are generated, w
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
 from seallmd import __version__
+from seallmd.api.chat_answer import ChatAnswer
+from seallmd.api.completion_answer import CompletionAnswer
+from seallmd.api.conversation import plain_messages
 from seallmd.api.guard import make_guard
+from seallmd.api.limits import truncated
 from seallmd.api.metrics import CONTENT_TYPE
 from seallmd.api.ollama import Ollama
 from seallmd.api.problems import problems
-from seallmd.api.responses import ChatAnswer, CompletionAnswer
-from seallmd.api.schema import plain_messages, read_chat, read_completion, split_prompts
-from seallmd.api.serving import Serving, json_response, read_body
+from seallmd.api.responses import Answer
+from seallmd.api.responses_answer import ResponsesAnswer
+from seallmd.api.responses_schema import read_responses
+from seallmd.api.schema import ChatRequest, read_chat, read_completion, split_prompts
+from seallmd.api.serving import Serving, ToolUse, json_response, read_body
 from seallmd.api.settings import HttpSettings
 from seallmd.api.sockets import claim_socket_path
+from seallmd.api.text import TextModel
 from seallmd.api.tokenize import Tokenize
+from seallmd.api.tool_formats import ToolFormat
+from seallmd.api.wire import EVENTS, NAMED_EVENTS, Wire
 from seallmd.core.status import ServiceStatus
 from seallmd.errors import ConfigError, ControlError, RequestError
 from seallmd.runtime.face import EngineFace, ServiceView
@@ -166,6 +176,7 @@ class OpenAI:
             web.get("/v1/models/{name}", self.model),
             web.post("/v1/completions", self.completions),
             web.post("/v1/chat/completions", self.chat),
+            web.post("/v1/responses", self.responses),
         ]
 
     async def models(self, _request: web.Request) -> web.Response:
@@ -181,18 +192,56 @@ class OpenAI:
         """POST /v1/completions."""
         spec = read_completion(await read_body(request))
         model = await self._serving.model(spec.model)
-        prompts = [await self._serving.encode(model, prompt) for prompt in split_prompts(spec.prompt)]
-        answer = CompletionAnswer(spec.model, token_ids=bool(spec.return_token_ids))
+        special = spec.add_special_tokens is not False
+        given = split_prompts(spec.prompt)
+        encoded = [await self._serving.encode(model, prompt, add_special_tokens=special) for prompt in given]
+        prompts = [truncated(spec, model.shape.context, prompt) for prompt in encoded]
+        echoes = []
+        for source, whole, prompt in zip(given, encoded, prompts, strict=True) if spec.echo else ():
+            text = source if isinstance(source, str) and len(prompt) == len(whole) else None
+            skip = spec.skip_special_tokens is not False
+            echoes.append(await self._serving.texts.echo(model.text, prompt, text, skip_special=skip))
+        answer = CompletionAnswer(spec, model.text.vocabulary, echoes)
         return await self._serving.generate(request, spec, model, prompts, answer)
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
         spec = read_chat(await read_body(request))
+        return await self._chat(request, spec, lambda text, tools: ChatAnswer(spec, text.vocabulary, tools))
+
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        """POST /v1/responses."""
+        wanted = read_responses(await read_body(request))
+        return await self._chat(
+            request, wanted.as_chat(), lambda _, tools: ResponsesAnswer(wanted, tools), NAMED_EVENTS
+        )
+
+    async def _chat(
+        self,
+        request: web.Request,
+        spec: ChatRequest,
+        answer: Callable[[TextModel, ToolFormat | None], Answer],
+        wire: Wire = EVENTS,
+    ) -> web.StreamResponse:
+        """The next turn of a conversation. answer: words it, given how calls are written."""
         model = await self._serving.model(spec.model)
-        messages = plain_messages(spec.messages)
-        prompt = await self._serving.texts.encode_chat(model.text, messages, spec.chat_template_kwargs or {})
-        answer = ChatAnswer(spec.model, token_ids=bool(spec.return_token_ids))
-        return await self._serving.generate(request, spec, model, [prompt], answer)
+        tools, use, offered = spec.offered, None, list[dict[str, Any]]()
+        if tools is not None:
+            format_ = tools.format(model.text, self._serving.view(spec.model).settings.tool_parser)
+            use = ToolUse(format_, tools.form(format_, model.text, spec.form))
+            offered = tools.shown()
+        prompt = await self._serving.texts.encode_chat(
+            model.text,
+            plain_messages(spec.messages),
+            spec.chat_template_kwargs or {},
+            tools=offered,
+            add_generation_prompt=spec.add_generation_prompt is not False,
+            add_special_tokens=bool(spec.add_special_tokens),
+            continue_final=bool(spec.continue_final_message),
+        )
+        prompt = truncated(spec, model.shape.context, prompt)
+        worded = answer(model.text, None if use is None else use.format)
+        return await self._serving.generate(request, spec, model, [prompt], worded, wire, use)
 
 
 def _was_resident(service: ServiceStatus | None) -> bool:

@@ -14,12 +14,14 @@ from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from seallmd.api.choices import Choice, Piece, Run
-from seallmd.api.limits import build_generations
+from seallmd.api.limits import Constraints, build_generations
 from seallmd.api.metrics import Metrics
 from seallmd.api.responses import Answer, Usage, count_usage, join
-from seallmd.api.schema import CompletionRequest, GenerationRequest
+from seallmd.api.schema import ChatRequest, CompletionRequest, GenerationRequest
 from seallmd.api.settings import HttpSettings
+from seallmd.api.structured import Form, Grammars
 from seallmd.api.text import TextModel, TextModels
+from seallmd.api.tool_formats import ToolFormat
 from seallmd.api.wire import EVENTS, Wire, send_stream
 from seallmd.core.messages import ModelShape
 from seallmd.errors import RequestError
@@ -30,11 +32,19 @@ _PROBE_POLL_SECONDS = 0.1
 
 
 class Model(msgspec.Struct, frozen=True):
-    """A service that can be served: its name, its shape and its text side."""
+    """A service that can be served: its name, its files, its shape and its text side."""
 
     name: str
+    directory: str
     shape: ModelShape
     text: TextModel
+
+
+class ToolUse(msgspec.Struct, frozen=True):
+    """What tools mean for a request's outputs. form: what they must look like, if anything."""
+
+    format: ToolFormat
+    form: Form | None
 
 
 class Serving:
@@ -44,11 +54,13 @@ class Serving:
         self.engine = engine
         self.metrics = Metrics(engine.status)
         self.texts = TextModels()
+        self._grammars = Grammars()
         self._ping_seconds = settings.ping_seconds
 
     async def close(self) -> None:
         """Called when the application ends."""
         await self.texts.close()
+        await self._grammars.close()
 
     def view(self, name: str) -> ServiceView:
         """A service by name. Raises RequestError (404)."""
@@ -66,46 +78,74 @@ class Serving:
                 message = f"the model {name!r} cannot be served: {view.reason}"
                 raise RequestError(message, status=503, code="model_unavailable", param="model")
             if view.shape is not None and view.directory is not None:
-                return Model(name, view.shape, await self.texts.get(view.directory))
+                return Model(name, view.directory, view.shape, await self.texts.get(view.directory))
             await asyncio.sleep(_PROBE_POLL_SECONDS)
             view = self.view(name)
         message = f"the model {name!r} is still being examined"
         raise RequestError(message, status=503, code="model_loading", retry_after=10.0)
 
-    async def encode(self, model: Model, prompt: str | list[int]) -> list[int]:
+    async def encode(
+        self, model: Model, prompt: str | list[int], *, add_special_tokens: bool = True
+    ) -> list[int]:
         """A prompt's token ids: special tokens lead a text, ids are taken as they are."""
         if isinstance(prompt, list):
             return prompt
-        return await self.texts.encode(model.text, prompt, add_special_tokens=True)
+        return await self.texts.encode(model.text, prompt, add_special_tokens=add_special_tokens)
+
+    async def constraints(self, spec: GenerationRequest, model: Model, form: Form | None) -> Constraints:
+        """What the request forbids, in the model's tokens. form: what its outputs must look like."""
+        words = {
+            tuple(await self.texts.encode(model.text, space + word.lstrip(), add_special_tokens=False))
+            for word in spec.bad_words or ()
+            for space in ("", " ")  # at the beginning of a line, and behind another word
+        }
+        grammar = ""
+        if form is not None:
+            grammar = await self._grammars.compile(form, model.directory, model.shape)
+        return Constraints(tuple(sorted(words - {()})), grammar)
 
     async def generate(
         self,
         request: web.Request,
-        spec: GenerationRequest,
+        spec: CompletionRequest | ChatRequest,
         model: Model,
         prompts: list[list[int]],
         answer: Answer,
         wire: Wire = EVENTS,
+        tools: ToolUse | None = None,
     ) -> web.StreamResponse:
         """Run all choices of all prompts; whatever happens, none outlives the HTTP request."""
         # Everything is checked before anything is started.
-        batches = [build_generations(spec, model.shape, prompt) for prompt in prompts]
+        form = spec.form if tools is None else tools.form
+        constraints = await self.constraints(spec, model, form)
+        batches = build_generations(spec, model.shape, prompts, constraints)
         run = Run(self.engine, self.metrics)
+        goes_on = isinstance(spec, CompletionRequest) or bool(spec.continue_final_message)
         try:
             for generations in batches:
+                leader = None
                 for generation, stream in zip(generations, run.submit(generations), strict=True):
-                    prime = generation.prompt if isinstance(spec, CompletionRequest) else ()
+                    prime = generation.prompt if goes_on else ()
                     choice = Choice(
                         len(run.choices),
                         generation,
                         stream,
-                        model.text.detokenizer(prime, skip_special=spec.skip_special_tokens is not False),
+                        model.text.detokenizer(
+                            prime,
+                            skip_special=spec.skip_special_tokens is not False,
+                            keep=() if tools is None else tools.format.markers,
+                        ),
                         spec.stops,
                         include_stop=bool(spec.include_stop_str_in_output),
+                        silent=spec.output_limit == 0,
+                        leader=leader,
                     )
+                    leader = leader or choice
                     run.choices.append(choice)
             if spec.stream:
-                return await send_stream(request, _documents(spec, run, answer), wire, self._ping_seconds)
+                return await send_stream(
+                    request, _documents(spec, run, answer, wire), wire, self._ping_seconds
+                )
             return await _whole(spec, run, answer)
         finally:
             await run.close()
@@ -128,10 +168,16 @@ async def _whole(spec: GenerationRequest, run: Run, answer: Answer) -> web.Respo
     async for piece in run.pieces():
         parts[piece.index].append(piece)
     usage = count_usage(run.choices, spec.choices)
-    return json_response(answer.whole(run.choices, [join(pieces) for pieces in parts], usage))
+
+    def word() -> web.Response:
+        return json_response(answer.whole(run.choices, [join(pieces) for pieces in parts], usage))
+
+    if max(spec.output_top, spec.prompt_top) < 0:
+        return word()
+    return await asyncio.to_thread(word)  # seconds, for the log-probabilities of long texts
 
 
-async def _documents(spec: GenerationRequest, run: Run, answer: Answer) -> AsyncIterator[bytes]:
+async def _documents(spec: GenerationRequest, run: Run, answer: Answer, wire: Wire) -> AsyncIterator[bytes]:
     """The documents of a stream."""
     options = spec.stream_options
     want_usage = options is not None and bool(options.include_usage)
@@ -141,6 +187,6 @@ async def _documents(spec: GenerationRequest, run: Run, answer: Answer) -> Async
         if continuous:
             usage = count_usage(run.choices, spec.choices)
         for chunk in answer.chunks(run.choices[piece.index], piece, usage):
-            yield msgspec.json.encode(chunk)
+            yield wire.encode(chunk)
     if want_usage:
-        yield msgspec.json.encode(answer.usage_chunk(count_usage(run.choices, spec.choices)))
+        yield wire.encode(answer.usage_chunk(count_usage(run.choices, spec.choices)))

@@ -1,19 +1,17 @@
 """Chat templates: which one a model has, and rendering it without risk to the daemon.
 
-Owns the template process (`template_process` says why it is one) and its time limit. Must not know requests
-or HTTP.
+Owns what is asked of the template process (`template_process` says why it is one). Must not know requests or
+HTTP.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from seallmd.api.helper import HelperFailed, HelperProcess
 from seallmd.api.template_process import MAX_RENDERED_CHARACTERS, Job, Rendered
 from seallmd.errors import RequestError
 
@@ -32,6 +30,11 @@ class ChatTemplate(msgspec.Struct, frozen=True):
     def knows_developer(self) -> bool:
         """Whether the role `developer` means something to the template; otherwise it is a system message."""
         return "developer" in self.source
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template tells the model of tools; otherwise somebody else has to."""
+        return "tools" in self.source
 
 
 def read_chat_template(directory: Path) -> ChatTemplate | None:
@@ -82,27 +85,23 @@ def _token_text(value: object) -> str | None:
 
 
 class TemplateRenderer:
-    """Renders templates, one at a time, in one process that is started when first needed."""
+    """Renders templates, one at a time, in a process of their own."""
 
     def __init__(self, seconds: float = RENDER_SECONDS) -> None:
         """seconds: limit of one rendering; a template that takes longer is killed."""
-        self._seconds = seconds
-        self._turn = asyncio.Lock()
-        self._process: asyncio.subprocess.Process | None = None
+        module = "seallmd.api.template_process"
+        self.helper = HelperProcess(module, Rendered, seconds=seconds, line_bytes=_LINE_BYTES)
 
     async def render(self, template: ChatTemplate, variables: dict[str, Any]) -> str:
         """The text of a chat. Raises RequestError when the template refuses them or takes too long."""
-        job = Job(template.source, {**template.special_tokens, **variables})
-        line = msgspec.json.encode(job) + b"\n"
-        async with self._turn:
-            if self._process is not None and self._process.returncode is not None:
-                await self._stop()  # somebody killed it between two jobs
-            try:
-                answer = await self._ask(line)
-            except BaseException:
-                # A late answer must not be taken for the next one: half-used, the process is of no use.
-                await self._stop()
-                raise
+        try:
+            answer = await self.helper.ask(Job(template.source, {**template.special_tokens, **variables}))
+        except TimeoutError:
+            message = "the model's chat template takes too long on these messages"
+            raise RequestError(message, param="messages") from None
+        except HelperFailed:
+            message = "the chat template process ended"
+            raise RequestError(message, status=500, code="template_failed") from None
         if answer.error:
             raise RequestError(
                 f"the model's chat template refuses these messages: {answer.error}", param="messages"
@@ -111,45 +110,4 @@ class TemplateRenderer:
 
     async def close(self) -> None:
         """End the process."""
-        async with self._turn:
-            await self._stop()
-
-    async def _ask(self, line: bytes) -> Rendered:
-        process = self._process or await self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            async with asyncio.timeout(self._seconds):
-                process.stdin.write(line)
-                await process.stdin.drain()
-                answer = await process.stdout.readline()
-        except TimeoutError:
-            message = "the model's chat template takes too long on these messages"
-            raise RequestError(message, param="messages") from None
-        except ConnectionError:
-            answer = b""
-        if not answer.endswith(b"\n"):
-            raise RequestError("the chat template process ended", status=500, code="template_failed")
-        return msgspec.json.decode(answer, type=Rendered)
-
-    async def _start(self) -> asyncio.subprocess.Process:
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "seallmd.api.template_process",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=_LINE_BYTES,
-            start_new_session=True,  # a terminal's Ctrl-C is for the daemon, which ends this process itself
-        )
-        return self._process
-
-    async def _stop(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-        assert process.stdin is not None
-        process.stdin.close()
+        await self.helper.close()

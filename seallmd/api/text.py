@@ -13,14 +13,27 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from tokenizers import Tokenizer
 
+from seallmd.api.conversation import explain_tools
 from seallmd.api.detokenize import Detokenizer, special_ids
 from seallmd.api.templates import RENDER_SECONDS, ChatTemplate, TemplateRenderer, read_chat_template
+from seallmd.api.vocabulary import Vocabulary
 from seallmd.errors import RequestError
 
 _log = logging.getLogger(__name__)
 _THREADS = 2
+# Behind the content of a message that is to be continued, to find its end in the rendered text: as in
+# transformers (`apply_chat_template`), with the space that tells whether the template trims.
+_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+
+
+class Echo(msgspec.Struct, frozen=True):
+    """A prompt as the beginning of an answer's text. offsets: where in it each of its tokens begins."""
+
+    text: str
+    offsets: list[int]
 
 
 class TextModel:
@@ -29,6 +42,7 @@ class TextModel:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self.vocabulary = Vocabulary(tokenizer)
         self._special = special_ids(tokenizer)
 
     @classmethod
@@ -47,9 +61,20 @@ class TextModel:
         tokenizer.no_padding()
         return cls(tokenizer, template)
 
-    def detokenizer(self, prompt: Sequence[int], *, skip_special: bool) -> Detokenizer:
-        """A detokenizer for what follows `prompt` (empty: the text starts afresh, as an assistant's turn)."""
-        return Detokenizer(self.tokenizer, prompt, skip=self._special if skip_special else frozenset())
+    def detokenizer(
+        self, prompt: Sequence[int], *, skip_special: bool, keep: Sequence[str] = ()
+    ) -> Detokenizer:
+        """A detokenizer for what follows `prompt` (empty: the text starts afresh, as an assistant's turn).
+
+        keep: special tokens that stay in the text in any case.
+        """
+        kept = {self.tokenizer.token_to_id(token) for token in keep}
+        return Detokenizer(self.tokenizer, prompt, skip=self._special - kept if skip_special else frozenset())
+
+    def special_id(self, token: str) -> int | None:
+        """The id of a special token; None when this text is none."""
+        found: int | None = self.tokenizer.token_to_id(token)
+        return found if found in self._special else None
 
 
 class TextModels:
@@ -85,6 +110,23 @@ class TextModels:
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
+    async def echo(
+        self, model: TextModel, tokens: list[int], text: str | None, *, skip_special: bool
+    ) -> Echo:
+        """A prompt as it is echoed. text: as the client gave it, None where it gave ids."""
+
+        def work() -> Echo:
+            detokenizer = model.detokenizer((), skip_special=skip_special)
+            offsets, parts, length = list[int](), list[str](), 0
+            for token in tokens:
+                offsets.append(length)
+                parts.append(detokenizer.push(token))
+                length += len(parts[-1])
+            told = "".join(parts) + detokenizer.flush() if text is None else text
+            return Echo(told, [min(offset, len(told)) for offset in offsets])
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
     async def encode_chat(
         self,
         model: TextModel,
@@ -93,21 +135,34 @@ class TextModels:
         *,
         add_generation_prompt: bool = True,
         add_special_tokens: bool = False,
+        continue_final: bool = False,
+        tools: Sequence[dict[str, Any]] = (),
     ) -> list[int]:
         """Token ids of a conversation, up to where the assistant's turn begins.
 
-        messages: role and content (a string) each. variables: further names for the template.
-        add_generation_prompt: begin the assistant's turn. add_special_tokens: let the tokenizer add a BOS,
-        which templates write themselves. Raises RequestError without a template or when it refuses the
+        messages: role and content (a string) each. tools: what the model may call. variables: further names
+        for the template. add_generation_prompt: begin the assistant's turn. add_special_tokens: let the
+        tokenizer add a BOS, which templates write themselves. continue_final: the last message is not over:
+        the text ends where its content does. Raises RequestError without a template or when it refuses the
         messages.
         """
         template = model.template
         if template is None:
             raise RequestError("this model has no chat template; use /v1/completions", param="messages")
+        if tools and template.knows_tools:
+            variables = {**variables, "tools": tools}
+        elif not template.knows_tools:
+            messages = explain_tools(messages, list(tools))
         if not template.knows_developer:
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        if continue_final:
+            last = messages[-1]
+            messages = [*messages[:-1], {**last, "content": last["content"] + _MARK}]
+            add_generation_prompt = False
         chat = {**variables, "messages": messages, "add_generation_prompt": add_generation_prompt}
         text = await self._renderer.render(template, chat)
+        if continue_final:
+            text = _before_mark(text)
         return await self.encode(model, text, add_special_tokens=add_special_tokens)
 
     async def close(self) -> None:
@@ -124,3 +179,11 @@ class TextModels:
         except BaseException:
             del self._models[directory]
             raise
+
+
+def _before_mark(text: str) -> str:
+    """The text up to where a message that is to be continued ends. Raises RequestError."""
+    at = text.rfind(_MARK.strip())
+    if at < 0:
+        raise RequestError("the chat template leaves out the last message", param="continue_final_message")
+    return text[:at] if text[at:].startswith(_MARK) else text[:at].rstrip()

@@ -11,8 +11,9 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta
 
+from seallmd.api.conversation import ChatMessage, plain_messages
+from seallmd.api.fields import TokenId, decode_body
 from seallmd.api.limits import check_token_ids
-from seallmd.api.schema import ChatMessage, TokenId, decode_body, plain_messages
 from seallmd.api.serving import Model, Serving, json_response, read_body
 from seallmd.errors import RequestError
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
-from seallmd.api.problems import INTERNAL, error_body, ollama_error_body
+from seallmd.api.problems import INTERNAL, error_body, error_event, ollama_error_body
 from seallmd.errors import RequestError
 
 _log = logging.getLogger(__name__)
@@ -23,7 +23,10 @@ Item = TypeVar("Item")
 
 
 class Wire(msgspec.Struct, frozen=True):
-    """One way to frame a stream. ping: what keeps a silent connection open, empty = nothing does."""
+    """One way to frame a stream. ping: what keeps a silent connection open, empty = nothing does.
+
+    encode: what is sent of an object, between `before` and `after`.
+    """
 
     content_type: str
     before: bytes
@@ -31,10 +34,17 @@ class Wire(msgspec.Struct, frozen=True):
     end: bytes
     ping: bytes
     error: Callable[[RequestError], bytes]
+    encode: Callable[[object], bytes] = msgspec.json.encode
 
     def frame(self, body: bytes) -> bytes:
         """One document as it is sent."""
         return self.before + body + self.after
+
+
+def named_event(event: object) -> bytes:
+    """An event under the name that it carries as `type`, as /v1/responses has them."""
+    assert isinstance(event, dict)
+    return b"event: " + str(event["type"]).encode() + b"\ndata: " + msgspec.json.encode(event)
 
 
 EVENTS = Wire(
@@ -44,6 +54,15 @@ EVENTS = Wire(
     b"data: [DONE]\n\n",
     b": keep-alive\n\n",
     error_body,
+)
+NAMED_EVENTS = Wire(
+    "text/event-stream; charset=utf-8",
+    b"",
+    b"\n\n",
+    b"",
+    b": keep-alive\n\n",
+    lambda error: named_event(error_event(error)),
+    named_event,
 )
 LINES = Wire("application/x-ndjson", b"", b"\n", b"", b"", ollama_error_body)
 

@@ -145,11 +145,8 @@ class _StepFormer:
     def _shared_prefix(self, request: Request) -> Tables:
         if not self._state.settings.scheduler.prefix_reuse:
             return tuple([] for _ in self._group)
-        # The last token is always computed: its logits are wanted.
-        service = self._service
-        return self._ranks.share_prefix(
-            self._root(request), request.tokens[:-1], service.run_tokens, service.run_blocks
-        )
+        service, tokens = self._service, request.tokens[: request.reusable]
+        return self._ranks.share_prefix(self._root(request), tokens, service.run_tokens, service.run_blocks)
 
     def _root(self, request: Request) -> Hashable:
         """What prefixes that the request may share begin with."""
@@ -189,7 +186,8 @@ class _StepFormer:
         request.parents = self._ranks.parents(self._root(request), shared)
         request.announced = True
         self._replica.running[request.id] = request
-        self._admits.append(Admit(request.id, tuple(request.tokens), request.prompt, request.sampling))
+        tokens = tuple(request.tokens)
+        self._admits.append(Admit(request.id, tokens, request.prompt, request.sampling, request.scored))
 
     def _had(self, blocks: int, request: Request) -> bool:
         """Whether a request can have blocks on every rank now, from its juniors if need be."""

@@ -17,6 +17,7 @@ from seallmd.core.messages import (
     Probed,
     ProbeFailed,
     Sampling,
+    Scores,
     StepDone,
     StepFailed,
     ToHost,
@@ -169,6 +170,13 @@ class Emit(_Tagged, frozen=True):
     cached: int = 0
 
 
+class Scored(_Tagged, frozen=True):
+    """Log-probabilities that a request wants; each comes once, in order, and before the Emit of its token."""
+
+    request: int
+    scores: Scores
+
+
 class Finish(_Tagged, frozen=True):
     """A request is over; its last action.
 
@@ -207,4 +215,4 @@ class Note(_Tagged, frozen=True):
     text: str
 
 
-Action = ToDevice | ToHostProcess | Emit | Finish | Answer | Note | SearchPlan
+Action = ToDevice | ToHostProcess | Emit | Scored | Finish | Answer | Note | SearchPlan

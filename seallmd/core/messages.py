@@ -234,12 +234,37 @@ class RestoreBlocks(Message, frozen=True):
     dst: tuple[int, ...]
 
 
+# Bounds of compiling a grammar and of each step in it, by the names of llguidance's `LLParserLimits`: an
+# eighth to a quarter of its defaults.
+GRAMMAR_LIMITS = {
+    "initial_lexer_fuel": 250_000,
+    "step_lexer_fuel": 50_000,
+    "step_max_items": 10_000,
+    "max_lexer_states": 30_000,
+    "max_grammar_size": 100_000,
+}
+
+
+class Grammar(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What an output must match. text: in llguidance's terms. ends: ids that may follow a complete output;
+    the first is the model's own.
+    """
+
+    text: str
+    ends: tuple[int, ...]
+
+
 class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
     """How to choose tokens; ranges as in OpenAI's API and vLLM's extras.
 
     temperature 0 is greedy. top_k 0 is off. repetition_penalty covers prompt and output, the other two
     penalties the output alone. seed: the same (seed, position) gives the same draw, whatever else is in the
-    batch. banned: (ids, n): these ids cannot be chosen before n tokens were generated.
+    batch. banned: these ids cannot be chosen before min_tokens tokens were generated.
+
+    logprobs, prompt_logprobs: tell the log-probability of each generated or prompt token, and of so many of
+    the likeliest in its place; -1 = tell none. They are the model's own, before any adjustment. allowed: no
+    other ids are chosen; empty = all are allowed. bad_words: sequences of ids that the output never has.
+    grammar: what the output matches; it goes before whatever would leave it nothing to choose.
     """
 
     temperature: float = 1.0
@@ -253,18 +278,25 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True,
     seed: int = 0
     min_tokens: int = 0
     banned: tuple[int, ...] = ()
+    logprobs: int = -1
+    prompt_logprobs: int = -1
+    allowed: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: Grammar | None = None
 
 
 class Admit(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a worker must know of a request before its first row.
 
     tokens: prompt and whatever was generated before (after a preemption). prompt: how many are prompt.
+    scored: of the prompt's tokens, how many need no log-probability (any more); the first one has none.
     """
 
     request: int
     tokens: tuple[int, ...]
     prompt: int
     sampling: Sampling
+    scored: int = 1
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
@@ -333,15 +365,48 @@ class CopyFailed(Message, frozen=True):
     copy: int = 0
 
 
+class Scores(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Log-probabilities of neighbouring tokens of one request, each given all tokens before it; packed.
+
+    position: of the first one among the request's tokens. top: so many of the likeliest ids are told beside
+    each token. ids: little-endian int32 [tokens, 1 + top], the token itself and then the likeliest first.
+    logprobs: little-endian float32 of the same shape. ranks: little-endian int32 [tokens], of the token
+    itself; 1 is the likeliest.
+    """
+
+    request: int
+    position: int
+    top: int
+    ids: bytes
+    logprobs: bytes
+    ranks: bytes
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens."""
+        return len(self.ranks) // 4
+
+
+class RowFailed(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A request that cannot go on although its step went well: its grammar cannot be followed, and why."""
+
+    request: int
+    reason: str
+
+
 class StepDone(Message, frozen=True):
     """tokens: one per row with `sample`, in row order. seconds: from the step's start to its end.
 
-    In a tensor-parallel group every rank answers, and only rank 0 has tokens.
+    scores: of the rows' requests that want some; those of the prompt as far as these rows ran it. failed:
+    requests whose tokens mean nothing.
+    In a tensor-parallel group every rank answers, and only rank 0 has tokens and scores.
     """
 
     step: int
     tokens: tuple[int, ...]
     seconds: float
+    scores: tuple[Scores, ...] = ()
+    failed: tuple[RowFailed, ...] = ()
 
 
 class StepFailed(Message, frozen=True):

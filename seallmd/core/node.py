@@ -357,10 +357,11 @@ class Node:
 
     def _on_device(self, device: Device, message: object) -> None:
         match message:
-            case msg.StepDone(step, tokens, seconds):
+            case msg.StepDone(step, tokens, seconds, scores, failed):
                 sent = device.inflight.pop(step)
                 device.steps += 1
                 if sent.leader == device.index:  # the other ranks have nothing to tell
+                    self._state.tell(scores, failed)
                     self._on_step_done(sent, tokens, seconds)
             case msg.StepFailed(step, reason):
                 self._on_step_failed(device, device.inflight.pop(step), reason)

@@ -56,7 +56,8 @@ class Request:
     way included. inflight: rows in steps on their way. epoch: counts preemptions, so that rows of an earlier
     life are told apart. saved: its KV in host memory, while it waits. indexed: runs of blocks that others may
     share, and parents: what the next one follows, by rank. budget, attained: seconds of execution it may take
-    before its rank falls, and that it has taken (SeaLLM's doubling budget).
+    before its rank falls, and that it has taken (SeaLLM's doubling budget). scored: of the prompt's tokens,
+    how many have been told their log-probability or need none, which is true of the first.
     """
 
     id: int
@@ -87,6 +88,7 @@ class Request:
     budget: float = 0.0
     attained: float = 0.0
     doublings: int = 0
+    scored: int = 1
 
     def move(self, event: str) -> None:
         """Take one step of the life cycle. Raises IllegalTransition."""
@@ -99,6 +101,13 @@ class Request:
     def pending(self) -> int:
         """Tokens known to the worker whose KV no step has been asked to write."""
         return self.prompt + self.drawn - self.scheduled
+
+    @property
+    def reusable(self) -> int:
+        """Leading tokens whose KV may come from elsewhere: whatever has to be predicted must be run here."""
+        if self.sampling.prompt_logprobs >= 0 and self.scored < self.prompt:
+            return self.scored - 1
+        return len(self.tokens) - 1
 
     @property
     def runnable(self) -> bool:

@@ -25,6 +25,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     make room. preload: brought in at start. max_waiting: requests that may wait before new ones are refused.
     tensor_parallel: devices that each replica is split over; 0 = one, or as few as it takes. devices: the
     groups of devices that it may come in on, each as long as tensor_parallel, in rank order; empty = any.
+    tool_parser: how the model writes tool calls; auto goes by its chat template.
     """
 
     name: Name
@@ -36,6 +37,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     max_waiting: Annotated[int, Meta(ge=1, le=1 << 20)] = 1024
     tensor_parallel: Annotated[int, Meta(ge=0, le=8)] = 0
     devices: tuple[tuple[int, ...], ...] = ()
+    tool_parser: Literal["auto", "none", "hermes", "qwen", "llama3_json", "mistral"] = "auto"
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

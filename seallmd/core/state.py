@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from seallmd.core.arena import Arena
-from seallmd.core.events import Action, Answer, Finish, Note, ToDevice
+from seallmd.core.events import Action, Answer, Finish, Note, Scored, ToDevice
 from seallmd.core.host_kv import HostSlots
-from seallmd.core.messages import Forget, ModelShape, SaveBlocks, ToWorker
+from seallmd.core.messages import Forget, ModelShape, RowFailed, SaveBlocks, Scores, ToWorker
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.ranks import Ranks
 from seallmd.core.rate import Rate
@@ -359,6 +359,21 @@ class NodeState:
             for device, slots in zip(request.saved.devices, request.saved.slots, strict=True):
                 self.devices[device].host.release(slots)
             request.saved = None
+
+    def tell(self, scores: tuple[Scores, ...], failed: tuple[RowFailed, ...]) -> None:
+        """Pass on log-probabilities, and end what failed in a step that went well.
+
+        Whichever life of a request they are of: what was told is not asked for again.
+        """
+        for told in scores:
+            if (request := self.requests.get(told.request)) is not None:
+                if told.position < request.prompt:
+                    request.scored = told.position + told.tokens
+                self.actions.append(Scored(request.id, told))
+        for row in failed:
+            if (request := self.requests.get(row.request)) is not None:
+                error = f"the output cannot follow its grammar: {row.reason}"
+                self.finish(request, "failed", error, code="grammar_failed", status=400)
 
     def finish(
         self,

@@ -185,6 +185,8 @@ class Engine:
                 stream.cached = cached or stream.cached
                 stream.push(tokens)
                 self._records[request].emitted(len(tokens), cached, self._now())
+            case ev.Scored(request, scores):
+                self._streams[request].score(scores)
             case ev.Finish(request):
                 self._streams.pop(request).end(action)
                 self._records.pop(request).finished(action, self._now())

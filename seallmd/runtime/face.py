@@ -13,7 +13,7 @@ from typing import Protocol
 import msgspec
 
 from seallmd.core.events import Finish
-from seallmd.core.messages import ModelShape, Sampling
+from seallmd.core.messages import ModelShape, Sampling, Scores
 from seallmd.core.settings import ServiceSettings
 from seallmd.core.status import NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 
@@ -56,13 +56,15 @@ class StreamWatcher(Protocol):
 class TokenStream:
     """Tokens of one request, from the engine (`push`, `end`) to one reader.
 
-    Bounded by the request's own max_tokens: a reader that is slow gets several tokens at once.
+    Bounded by the request's own max_tokens: a reader that is slow gets several tokens at once. scores: what
+    came of the log-probabilities that it wants, each before its token; the reader takes them from there.
     """
 
     def __init__(self, request: int) -> None:
         self.request = request
         self.cached = 0
         self.finish: Finish | None = None
+        self.scores: list[Scores] = []
         self._tokens: list[int] = []
         self._ready = asyncio.Event()
         self._watcher: StreamWatcher | None = None
@@ -81,6 +83,10 @@ class TokenStream:
         self._ready.set()
         if self._watcher is not None:
             self._watcher.pushed(len(tokens))
+
+    def score(self, scores: Scores) -> None:
+        """Add log-probabilities. Called by the engine, before it pushes their tokens."""
+        self.scores.append(scores)
 
     def end(self, finish: Finish) -> None:
         """Nothing follows. Called by the engine, once."""

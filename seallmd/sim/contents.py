@@ -19,11 +19,12 @@ class Corruption(AssertionError):
 
 @dataclass
 class _Known:
-    """A request as a worker knows it. digests[p] stands for tokens[: p + 1]."""
+    """A request as a worker knows it. digests[p] stands for tokens[: p + 1]. admit: what it came with."""
 
     service: str
     tokens: list[int]
     digests: list[int]
+    admit: msg.Admit | None = None
     table: list[int] = field(default_factory=list)
     done: int = 0
 
@@ -51,6 +52,10 @@ def expected_output(service: str, prompt: tuple[int, ...], count: int, vocab: in
 def _run_at(table: Sequence[int], run: int, blocks: int) -> Sequence[int]:
     """The blocks of one run of tokens: one for all layers, or one per layer."""
     return table[run * blocks : (run + 1) * blocks]
+
+
+def _scores(request: int, position: int, tokens: int) -> msg.Scores:
+    return msg.Scores(request, position, 0, b"", b"", bytes(4 * tokens))
 
 
 class Contents:
@@ -137,11 +142,27 @@ class Contents:
         """Read and write what the step reads and writes; the tokens it draws. Raises Corruption."""
         self._check_weights(step.service)
         for admit in step.admit:
-            known = self._requests[admit.request] = _Known(step.service, [], [])
+            known = self._requests[admit.request] = _Known(step.service, [], [], admit)
             for token in admit.tokens:
                 known.append(token)
         drawn = [self._run_row(step.service, row) for row in step.rows]
         return tuple(token for token in drawn if token is not None)
+
+    def scores(self, step: msg.Step) -> tuple[msg.Scores, ...]:
+        """Empty of content; positions and numbers as a worker tells them."""
+        found = []
+        for row in step.rows:
+            known = self._requests.get(row.request)
+            if known is None or known.admit is None:
+                continue
+            admit, end = known.admit, row.start + row.count
+            if admit.sampling.prompt_logprobs >= 0:
+                first, behind = max(row.start + 1, admit.scored), min(end + 1, admit.prompt)
+                if first < behind:
+                    found.append(_scores(row.request, first, behind - first))
+            if admit.sampling.logprobs >= 0 and row.sample:
+                found.append(_scores(row.request, end, 1))
+        return tuple(found)
 
     def _check_weights(self, service: str) -> None:
         if service not in self._weights:

@@ -65,6 +65,9 @@ class Memory(Protocol):
     def run(self, step: msg.Step) -> tuple[int, ...]:
         """The tokens that the step draws, one per row with `sample`."""
 
+    def scores(self, step: msg.Step) -> tuple[msg.Scores, ...]:
+        """The log-probabilities that requests of the step want; it has run."""
+
 
 class Blank:
     """Holds and checks nothing. Tokens are GOES_ON until a request is as long as it is to be, then STOP.
@@ -111,6 +114,10 @@ class Blank:
             for row in step.rows
             if row.sample
         )
+
+    def scores(self, step: msg.Step) -> tuple[msg.Scores, ...]:  # noqa: ARG002 - as `Memory` has it
+        """Nobody asks."""
+        return ()
 
 
 class Span(NamedTuple):
@@ -303,8 +310,11 @@ class SimDevice:
             self._memory.failed(step)
             self._say(msg.StepFailed(step.step, "made to fail"))
         else:
-            tokens = self._memory.run(step)
-            self._say(msg.StepDone(step.step, tokens if group is None or group.rank == 0 else (), seconds))
+            tokens, scores = self._memory.run(step), self._memory.scores(step)
+            if group is None or group.rank == 0:
+                self._say(msg.StepDone(step.step, tokens, seconds, scores))
+            else:
+                self._say(msg.StepDone(step.step, (), seconds))
         self._work()
 
     def _fails(self, group: msg.Group | None) -> bool:

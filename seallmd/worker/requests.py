@@ -10,19 +10,27 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from seallmd.core.messages import Admit, Row, Sampling
+from seallmd.worker.grammar import Matcher
 from seallmd.worker.kv import Page
 from seallmd.worker.paged import Span
 from seallmd.worker.sampler import Draw
+from seallmd.worker.scores import PromptPart
 
 
 @dataclass(slots=True)
 class Request:
-    """tokens: prompt and output. run: tokens whose KV is in the arena, None before the first row."""
+    """tokens: prompt and output. run: tokens whose KV is in the arena, None before the first row.
 
+    scored: as in `messages.Admit`. matcher: follows the output in its grammar, where it has one.
+    """
+
+    id: int
     service: str
     tokens: list[int]
     prompt: int
     sampling: Sampling
+    scored: int = 1
+    matcher: Matcher | None = None
     run: int | None = None
     table: list[int] = field(default_factory=list)
 
@@ -31,7 +39,7 @@ class Request:
 class Packed:
     """The rows of one step, packed. last: packed index of each sampling row's last token.
 
-    rows: those that are run, the same in number as `spans`.
+    rows: those that are run, the same in number as `spans`. scoring: prompt tokens that need scores.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -41,6 +49,7 @@ class Packed:
     fresh: list[int] = field(default_factory=list)  # blocks that hold no KV yet
     sampling: list[Request] = field(default_factory=list)
     last: list[int] = field(default_factory=list)
+    scoring: list[PromptPart] = field(default_factory=list)
 
     def draws(self) -> list[Draw]:
         """The sampler's view of the sampling rows."""
@@ -58,13 +67,19 @@ class Requests:
         self._known: dict[int, Request] = {}
         self._failed: set[int] = set()
 
+    def constrain(self, request: int, matcher: Matcher) -> None:
+        """A request that was just admitted has a grammar."""
+        self._known[request].matcher = matcher
+
     def admit(self, service: str, admits: Iterable[Admit], vocabulary: int) -> None:
         """Start requests, or start them over. vocabulary: ids from there on have no embedding."""
         for admit in admits:
             if max(admit.tokens, default=0) >= vocabulary or min(admit.tokens, default=0) < 0:
                 raise RuntimeError(f"request {admit.request} has token ids outside the vocabulary")
             self._failed.discard(admit.request)
-            self._known[admit.request] = Request(service, list(admit.tokens), admit.prompt, admit.sampling)
+            self._known[admit.request] = Request(
+                admit.request, service, list(admit.tokens), admit.prompt, admit.sampling, admit.scored
+            )
 
     def forget(self, requests: Iterable[int]) -> None:
         """Drop requests; unknown ones are ignored."""
@@ -136,6 +151,13 @@ class Requests:
         first_fresh = max(page.holding(row.start) * page.blocks, len(request.table) - len(row.blocks))
         packed.fresh += request.table[first_fresh:]
         packed.rows.append(row)
+        if request.sampling.prompt_logprobs >= 0:
+            first, behind = max(row.start + 1, request.scored), min(end + 1, request.prompt)
+            if first < behind:
+                at = len(packed.ids) + first - 1 - row.start  # a token is predicted by the one before it
+                tokens = request.tokens[first:behind]
+                part = PromptPart(row.request, first, tokens, at, request.sampling.prompt_logprobs)
+                packed.scoring.append(part)
         packed.spans.append(Span(len(packed.ids), row.count, end, request.table))
         packed.ids += request.tokens[row.start : end]
         packed.positions += range(row.start, end)

@@ -1,13 +1,15 @@
 """From logits to tokens, for all sampling rows of a step at once.
 
-Owns the order of the adjustments and the draw: penalties, bias and bans, then temperature, top-k, top-p,
-min-p, then one uniform number per row through the inverse of the cumulative distribution. What a row draws
-depends on its own logits, settings and (seed, position) alone. Must not know requests or the arena.
+Owns the order of the adjustments and the draw: penalties, bias, bans, what is allowed and grammars' masks,
+then temperature, top-k, top-p, min-p, then one uniform number per row through the inverse of the cumulative
+distribution. What a row draws depends on its own logits, settings and (seed, position) alone. Must not know
+requests or the arena.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -36,14 +38,18 @@ def row_argmax(x: torch.Tensor) -> torch.Tensor:
 def sample(
     logits: torch.Tensor,
     draws: Sequence[Draw],
+    masks: Mapping[int, torch.Tensor] = MappingProxyType({}),
     argmax: Callable[[torch.Tensor], torch.Tensor] = row_argmax,
 ) -> torch.Tensor:
     """The next token of each row. logits: [rows, vocabulary], any float dtype. Returns int64 [rows].
 
-    Temperature 0 is the lowest of the ids with the largest adjusted logit. argmax: of each row of float32.
+    masks: by row, which ids its grammar allows (bool); longer or shorter than the vocabulary is fine.
+    argmax: of each row of float32.
+
+    Temperature 0 is the lowest of the ids with the largest adjusted logit.
     """
     raw = logits.float()
-    adjusted = _adjust(raw, draws)
+    adjusted = _masked(_adjust(raw, draws), raw, masks)
     greedy = argmax(adjusted)
     if adjusted is not raw:  # everything banned: the model's own choice rather than none
         greedy = torch.where(adjusted.amax(-1).isneginf(), raw.argmax(-1), greedy)
@@ -113,7 +119,11 @@ def _adjust(raw: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
             subtracted.add(row, [token], [-bias])
         if sampling.banned and len(tokens) - prompt < sampling.min_tokens:
             banned.add(row, sampling.banned, [0.0] * len(sampling.banned))
-    if not (repeated.rows or subtracted.rows or banned.rows):
+        if sampling.bad_words:
+            last = _last_of_bad_words(sampling.bad_words, tokens[prompt:])
+            banned.add(row, last, [0.0] * len(last))
+    limited = [row for row, draw in enumerate(draws) if draw.sampling.allowed]
+    if not (repeated.rows or subtracted.rows or banned.rows or limited):
         return raw
     logits = raw.clone()
     if repeated.rows:  # as in transformers: a negative logit moves down too
@@ -126,7 +136,38 @@ def _adjust(raw: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     if banned.rows:
         index, _ = banned.on(logits)
         logits[index] = float("-inf")
+    for row in limited:
+        allowed = torch.tensor(draws[row].sampling.allowed, device=logits.device)
+        kept = logits[row, allowed]
+        logits[row] = float("-inf")
+        logits[row, allowed] = kept
     return logits
+
+
+def _masked(adjusted: torch.Tensor, raw: torch.Tensor, masks: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """What the grammars leave. Where that and the bans leave nothing, the bans do not count."""
+    if not masks:
+        return adjusted
+    logits = adjusted.clone() if adjusted is raw else adjusted
+    vocabulary = logits.shape[1]
+    for row, mask in masks.items():
+        forbidden = ~mask[:vocabulary].to(logits.device)
+        _forbid(logits[row], forbidden)
+        if bool(logits[row].amax().isneginf()):
+            logits[row] = raw[row]
+            _forbid(logits[row], forbidden)
+    return logits
+
+
+def _forbid(row: torch.Tensor, forbidden: torch.Tensor) -> None:
+    """Ids behind the end of `forbidden` are forbidden too."""
+    row[: len(forbidden)].masked_fill_(forbidden, float("-inf"))
+    row[len(forbidden) :] = float("-inf")
+
+
+def _last_of_bad_words(words: Sequence[tuple[int, ...]], output: Sequence[int]) -> list[int]:
+    """The ids that would complete one of the words now."""
+    return [word[-1] for word in words if len(word) == 1 or tuple(output[-(len(word) - 1) :]) == word[:-1]]
 
 
 def _counts(tokens: Sequence[int]) -> dict[int, int]:

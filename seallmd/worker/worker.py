@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from seallmd.core.messages import (
+    Admit,
     CopyDone,
     CopyFailed,
     CopyIn,
@@ -29,13 +31,15 @@ from seallmd.core.messages import (
     Message,
     MoveBlocks,
     RestoreBlocks,
+    RowFailed,
     SaveBlocks,
+    Scores,
     Step,
     StepDone,
     StepFailed,
     WorkerSettings,
 )
-from seallmd.worker import ops
+from seallmd.worker import grammar, ops
 from seallmd.worker.attention import answered_by, run_recorded
 from seallmd.worker.device import Copy, Device
 from seallmd.worker.group import GroupLost, Joining, ProcessGroup
@@ -47,9 +51,18 @@ from seallmd.worker.parallel import Seat, divide, sit
 from seallmd.worker.process import one_line
 from seallmd.worker.requests import Packed, Requests
 from seallmd.worker.sampler import row_argmax, sample
+from seallmd.worker.scores import Head, score_drawn, score_prompts
 from seallmd.worker.skeleton import DTYPES, build_skeleton, fix_rope, load_config
 
 _TELL_BYTES = 64 << 20  # of a copy, between two reports of its progress
+
+
+class _Outcome(NamedTuple):
+    """What a step has to tell; as in `messages.StepDone`."""
+
+    tokens: tuple[int, ...] = ()
+    scores: tuple[Scores, ...] = ()
+    failed: tuple[RowFailed, ...] = ()
 
 
 class _Origin(NamedTuple):
@@ -131,6 +144,7 @@ class Worker:
         self._kv_layout = settings.kv_layout
         self._send = send
         self._requests = Requests()
+        self._grammars = grammar.Grammars()
         self._models: dict[str, _Model] = {}
         self._resident: dict[str, _Model] = {}
         self._arriving: deque[_Arrival] = deque()
@@ -175,7 +189,7 @@ class Worker:
     def _step(self, step: Step) -> None:
         started = time.perf_counter()
         try:
-            tokens = self._run(step)
+            done = self._run(step)
         except torch.AcceleratorError:
             raise  # the CUDA context is lost with everything in it: only a new process helps
         except Exception as error:  # noqa: BLE001 - a failed step is reported, the other services go on
@@ -183,9 +197,11 @@ class Worker:
             self._leave(step.service)  # others may be waiting for this rank, and would for long
             self._send(StepFailed(step.step, one_line(error)))
         else:
-            self._send(StepDone(step.step, tokens, time.perf_counter() - started))
+            self._send(
+                StepDone(step.step, done.tokens, time.perf_counter() - started, done.scores, done.failed)
+            )
 
-    def _run(self, step: Step) -> tuple[int, ...]:
+    def _run(self, step: Step) -> _Outcome:
         resident = self._resident.get(step.service)
         if resident is None or resident.kv is None:
             raise RuntimeError(f"{step.service} is not resident")
@@ -193,11 +209,23 @@ class Worker:
         if resident.seats and group is None:
             raise GroupLost("its tensor-parallel group is broken")
         self._requests.admit(step.service, step.admit, resident.model.get_input_embeddings().num_embeddings)
+        if group is None or group.rank == 0:  # it draws for all
+            self._constrain(step.admit, resident)
         packed = self._requests.pack(step.service, step.rows, resident.kv.page)
         self._device.wait_for(span.table for span in packed.spans)
-        drawn = self._forward(resident.model, resident.kv, packed, group) if packed.rows else []
-        tokens = self._requests.commit(step.rows, packed, drawn)
-        return tokens if group is None or group.rank == 0 else ()
+        done = _Outcome()
+        if packed.rows:
+            done = self._forward(resident.model, resident.kv, packed, group)
+        tokens = self._requests.commit(step.rows, packed, done.tokens)
+        return done._replace(tokens=tokens) if group is None or group.rank == 0 else _Outcome()
+
+    def _constrain(self, admits: tuple[Admit, ...], resident: _Model) -> None:
+        """Begin to compile the grammars of new requests, beside the forward pass."""
+        for admit in admits:
+            if admit.sampling.grammar is not None:
+                vocabulary = resident.model.get_input_embeddings().num_embeddings
+                matcher = self._grammars.begin(admit.sampling.grammar, resident.origin.directory, vocabulary)
+                self._requests.constrain(admit.request, matcher)
 
     def _leave(self, service: str) -> None:
         resident = self._resident.get(service)
@@ -206,32 +234,42 @@ class Worker:
 
     def _forward(
         self, model: PreTrainedModel, kv: KvView, packed: Packed, group: ProcessGroup | None
-    ) -> list[int]:
+    ) -> _Outcome:
+        """The step's drawn tokens, one for each of `packed.sampling`, and what is told beside them."""
         device = self._device.torch_device
         native = self._native
         with torch.inference_mode(), answered_by(PagedBatch(kv, packed.spans, device, native)):
             if native is None:  # the compiled attention reads nothing that was not written
                 kv.clear(packed.fresh)
             last = torch.tensor(packed.last, dtype=torch.long, device=device)
-            logits: torch.Tensor = model(
-                input_ids=torch.tensor([packed.ids], device=device),
-                position_ids=torch.tensor([packed.positions], device=device),
-                use_cache=False,
-                logits_to_keep=last,
-            ).logits[0]
+            input_ids = torch.tensor([packed.ids], device=device)
+            head = Head(model, input_ids) if packed.scoring else None
+            with nullcontext() if head is None else head.watching():
+                logits: torch.Tensor = model(
+                    input_ids=input_ids,
+                    position_ids=torch.tensor([packed.positions], device=device),
+                    use_cache=False,
+                    logits_to_keep=last,
+                ).logits[0]
+            failed: tuple[RowFailed, ...] = ()
+            scores = [] if head is None else score_prompts(head, packed.scoring)
             if not packed.sampling:
                 if group is not None:
                     group.finish()
-                return []
+                return _Outcome(scores=tuple(scores))
             if logits.shape[0] != len(packed.last):  # a family that computes all logits
                 logits = logits[last]
             if group is None or group.rank == 0:
                 argmax = row_argmax if native is None else native.argmax
-                tokens = sample(logits, packed.draws(), argmax)
+                draws, ids = packed.draws(), [request.id for request in packed.sampling]
+                matchers = [request.matcher for request in packed.sampling]
+                masks, failed = grammar.masks_of(draws, matchers, ids)
+                tokens = sample(logits, draws, masks, argmax)
+                scores += score_drawn(logits, tokens, draws, ids)
             else:
                 tokens = torch.empty_like(last)
             drawn: list[int] = tokens.tolist() if group is None else group.agree(tokens)
-            return drawn
+            return _Outcome(tuple(drawn), tuple(scores), failed)
 
     def _move(self, message: MoveBlocks) -> None:
         self._device.wait_for((message.src, message.dst))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 from pathlib import Path
 
 import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from seallmd.core.events import Finish
-from seallmd.core.messages import LayerShape, ModelShape
+from seallmd.core.messages import LayerShape, ModelShape, Scores
 from seallmd.core.settings import ServiceSettings
 from seallmd.core.status import DeviceStatus, NodeStatus, RequestStatus, ServiceDetail, ServiceStatus
 from seallmd.errors import ControlError
@@ -23,7 +24,7 @@ from seallmd.runtime.face import Generation, ServiceView, TokenStream
 SPOKEN = "Hello wörld, 日本語 and 👩‍👩‍👧 at last."
 CORPUS = ["hello world, the quick brown fox jumps over the lazy dog", "wörld ünïcode 日本"] * 3
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{{ bos_token }}{{ hint }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
@@ -71,6 +72,21 @@ def view(
         shape=None if directory is None else shape,
         reason=reason,
     )
+
+
+def logprob_of(token: int) -> float:
+    """What the engine tells of a token, wherever it is."""
+    return -1.0 - token / 64
+
+
+def scores(position: int, tokens: tuple[int, ...], top: int) -> Scores:
+    """The likeliest are the ids 40, 41, ... with -0.25, -0.5, ...; exact in float32."""
+    ids, values = [], []
+    for token in tokens:
+        ids += [token, *range(40, 40 + top)]
+        values += [logprob_of(token), *(-0.25 * (i + 1) for i in range(top))]
+    packed = struct.pack(f"<{len(ids)}i", *ids), struct.pack(f"<{len(values)}f", *values)
+    return Scores(0, position, top, *packed, struct.pack(f"<{len(tokens)}i", *[7] * len(tokens)))
 
 
 class FakeEngine:
@@ -212,12 +228,24 @@ class FakeEngine:
                 break
             if not count:
                 stream.cached = 2
+            self._score(generation, stream, count, token)
             stream.push((token,))
             if token in generation.stop_ids:
                 finish = Finish(stream.request, "stop")
                 break
         self._over(stream.request)
         stream.end(finish)
+
+    def _score(self, generation: Generation, stream: TokenStream, count: int, token: int) -> None:
+        """Log-probabilities as a worker tells them; a prompt's come in two parts, before its first token."""
+        prompt, sampling = generation.prompt, generation.sampling
+        if not count and sampling.prompt_logprobs >= 0:
+            middle = max(1, len(prompt) // 2)
+            for begin, end in ((1, middle), (middle, len(prompt))):
+                if begin < end:
+                    stream.score(scores(begin, prompt[begin:end], sampling.prompt_logprobs))
+        if sampling.logprobs >= 0:
+            stream.score(scores(len(prompt) + count, (token,), sampling.logprobs))
 
     def _tokens(self, generation: Generation) -> list[int]:
         """The answer, over and over, up to the limit."""

@@ -139,7 +139,7 @@ async def test_unload_after_the_answer(url: str, engine: FakeEngine, model: Path
     [
         ("chat", {"model": "other"}, 404, "'other' does not exist"),
         ("chat", {"model": "gone"}, 503, "no such architecture"),
-        ("chat", {"format": "json"}, 400, "format"),
+        ("chat", {"format": "xml"}, 400, "format"),
         ("chat", {"tools": [{}]}, 400, "tools"),
         ("chat", {"think": True}, 400, "think"),
         ("chat", {"messages": [{"role": "user", "content": "x", "images": ["aa"]}]}, 400, "images"),
@@ -164,6 +164,17 @@ async def test_errors(
     assert set(answer) == {"error"}
     assert part in answer["error"]
     assert engine.submitted == []
+
+
+@pytest.mark.parametrize("wanted", ["json", {"type": "object", "properties": {"a": {"type": "null"}}}])
+async def test_format(url: str, engine: FakeEngine, wanted: object) -> None:
+    """A form of the answer becomes a grammar, as in OpenAI's API."""
+    await lines(url + "/api/chat", {"model": "m", "messages": HELLO, "format": wanted})
+    await lines(url + "/api/generate", {"model": "m", "prompt": "x", "raw": True, "format": wanted})
+    grammars = [sent.sampling.grammar for sent in engine.submitted]
+    assert grammars[0] is not None
+    assert grammars[0] == grammars[1]
+    assert ('"a"' in grammars[0].text) is isinstance(wanted, dict)
 
 
 async def test_failure_in_mid_stream(url: str, engine: FakeEngine) -> None:

@@ -82,7 +82,7 @@ async def test_endless_template_is_killed() -> None:
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(RequestError, match="takes too long"):
         await renderer.render(ChatTemplate(endless, {}), {})
-    renderer._seconds = 20
+    renderer.helper.seconds = 20
     assert await renderer.render(ChatTemplate("{{ x }}", {}), {"x": "fine"}) == "fine"
     await renderer.close()
 
@@ -97,14 +97,14 @@ async def test_memory_is_bounded(renderer: TemplateRenderer) -> None:
 async def test_process_that_dies(renderer: TemplateRenderer) -> None:
     """Whoever kills the process between two requests costs none of them, in the middle of one that one."""
     assert await renderer.render(ChatTemplate("a", {}), {}) == "a"
-    assert renderer._process is not None
-    renderer._process.kill()
-    await renderer._process.wait()
+    assert renderer.helper.process is not None
+    renderer.helper.process.kill()
+    await renderer.helper.process.wait()
     assert await renderer.render(ChatTemplate("a", {}), {}) == "a"
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     job = asyncio.create_task(renderer.render(ChatTemplate(endless, {}), {}))
     await asyncio.sleep(0)
-    renderer._process.kill()
+    renderer.helper.process.kill()
     with pytest.raises(RequestError) as caught:
         await job
     assert caught.value.status == 500

@@ -46,6 +46,7 @@ class Recorder:
     answers: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     cached: dict[int, int] = field(default_factory=dict)
+    scored: dict[int, int] = field(default_factory=dict)
     check_every_event: bool = True
 
     def observe(self, _event: ev.Event, actions: list[ev.Action]) -> None:
@@ -56,6 +57,11 @@ class Recorder:
                     if request not in self.outputs:
                         self.cached[request] = cached
                     self.outputs.setdefault(request, []).extend(tokens)
+                case ev.Scored(request, scores):
+                    # In order, without a gap and none twice; drawn tokens' before the tokens.
+                    assert request not in self.finished, "scores after the end"
+                    assert scores.position == self.scored.get(request, 1), "scores lost or repeated"
+                    self.scored[request] = scores.position + scores.tokens
                 case ev.Finish(request):
                     assert request not in self.finished, f"request {request} ended twice"
                     self.finished[request] = action
@@ -77,8 +83,10 @@ class Recorder:
         stop_ids: tuple[int, ...] = (),
         salt: str = "",
         leader: int = 0,
+        scores: bool = False,
     ) -> None:
-        greedy = Sampling(temperature=0.0)
+        top = 0 if scores else -1
+        greedy = Sampling(temperature=0.0, logprobs=top, prompt_logprobs=top)
         event = ev.Arrived(request, service, prompt, max_tokens, greedy, stop_ids, salt, leader)
         self.prompts[request] = event
         self.world.happen(event)
@@ -88,6 +96,8 @@ class Recorder:
         event, finish = self.prompts[request], self.finished[request]
         expected = expected_output(event.service, event.prompt, event.max_tokens, VOCAB)
         got = self.outputs[request]
+        if event.sampling.logprobs >= 0:
+            assert self.scored[request] == len(event.prompt) + len(got), "scores are missing"
         assert finish.reason in ("stop", "length"), finish
         if finish.reason == "stop":
             assert got[-1] in event.stop_ids

@@ -101,6 +101,7 @@ class History:
                 stop_ids=(draw.randrange(50),) if draw.random() < 0.3 else (),
                 salt=draw.choice(("", "", "other")),
                 leader=leader,
+                scores=self.count % 4 == 0,
             )
             leader = leader or self.count
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from seallmd.core import events as ev
+from seallmd.core import messages
 from seallmd.core.arena import Arena
 from seallmd.core.ranks import Ranks
 from seallmd.core.request import IllegalTransition, Request
@@ -78,11 +79,12 @@ def test_choices_of_one_prompt_share_its_prefill() -> None:
     assert recorder.cached == {1: 0, 2: 16, 3: 16}
 
 
-def test_the_junior_is_preempted_and_resumes() -> None:
+@pytest.mark.parametrize("scores", [False, True])
+def test_the_junior_is_preempted_and_resumes(scores: bool) -> None:
     """Blocks run out: the most junior request gives way, and still ends with the right tokens."""
     recorder = world({"a": shape()}, arenas=(4 + 18,))
     for request in range(1, 5):
-        recorder.arrive(request, "a", (request, 2, 3, 4, 5, 6), 25)
+        recorder.arrive(request, "a", (request, 2, 3, 4, 5, 6), 25, scores=scores)
     recorder.world.run()
     for request in range(1, 5):
         recorder.assert_output(request)
@@ -90,6 +92,53 @@ def test_the_junior_is_preempted_and_resumes() -> None:
     assert not any("request 1 preempted" in note for note in recorder.notes), (
         "the most senior never gives way"
     )
+
+
+def test_scores_need_their_prompt_run() -> None:
+    """Who wants log-probabilities of the prompt shares no prefix, but others share theirs."""
+    recorder = world({"a": shape()})
+    prompt = tuple(range(20))
+    for request, scores in ((1, False), (2, True), (3, False)):
+        recorder.arrive(request, "a", prompt, 4, scores=scores)
+        recorder.world.run()
+        recorder.assert_output(request)
+    assert recorder.cached == {1: 0, 2: 0, 3: 16}
+
+
+@pytest.mark.parametrize("step_tokens", [2, 3])
+def test_preempted_in_the_middle_of_a_scored_prompt(step_tokens: int) -> None:
+    """Each prompt token is scored once, although part of the prompt is run twice."""
+    recorder = world({"a": shape()}, arenas=(4 + 18,), step_tokens=step_tokens)
+    recorder.arrive(1, "a", tuple(range(36)), 24)
+    while 1 not in recorder.outputs:
+        run(recorder, 0.01)
+    recorder.arrive(2, "a", tuple(range(10, 46)), 8, scores=True)
+    while not any("preempted" in note for note in recorder.notes):
+        run(recorder, 0.01)
+    assert 1 < recorder.scored[2] < 36, "it was to be in the middle of its prompt"
+    recorder.world.run()
+    recorder.assert_output(1)
+    recorder.assert_output(2)
+
+
+def test_a_row_that_fails_ends_its_request() -> None:
+    """A grammar that cannot be followed: the client is told why, the others go on, the blocks are free."""
+    recorder = world({"a": shape()}, preload=("a",))
+    recorder.arrive(1, "a", (1, 2, 3), 8)
+    recorder.arrive(2, "a", (4, 5), 8)
+    node = recorder.world.node
+    (device,) = node.state.devices.values()
+    step = next(iter(device.inflight.values()))
+    tokens = tuple(7 for row in step.rows if row.sample)
+    failed = tuple(messages.RowFailed(row.request.id, "why") for row in step.rows if row.request.id == 1)
+    done = messages.StepDone(step.id, tokens, 0.1, (), failed)
+    actions = node.handle(ev.FromDevice(0, done), 99.0)
+    (finish,) = [action for action in actions if isinstance(action, ev.Finish)]
+    assert (finish.request, finish.code, finish.status) == (1, "grammar_failed", 400)
+    assert "why" in finish.error
+    assert {action.request for action in actions if isinstance(action, ev.Emit)} <= {2}
+    assert 1 not in node.state.requests
+    node.check()
 
 
 def test_cancelled_requests_give_back_at_once() -> None:

@@ -12,8 +12,10 @@ import torch
 
 from seallmd.core import messages as msg
 from seallmd.worker import group, ops
+from tests.worker import helpers
 from tests.worker.helpers import BLOCK_BYTES, GREEDY, VOCABULARY, Talk, plain, plain_logits, save_tiny
 from tests.worker.ranks import Ranks
+from tests.worker.test_scores import check
 
 # Families with a plan, by what their layers store on one of two ranks.
 DIVIDED = {
@@ -111,6 +113,21 @@ def test_sixteen_bits(two: Ranks, tmp_path: Path) -> None:
     logits = two.rigs[0].logits[0]
     assert logits.dtype is expected.dtype
     torch.testing.assert_close(logits, expected, atol=0.03 if ops.compiled() else 0.15, rtol=0.05)
+
+
+def test_scores(two: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities of prompts need the other ranks' parts of the vocabulary; rank 0 alone tells them."""
+    monkeypatch.setattr(helpers, "GREEDY", msg.Sampling(temperature=0.0, logprobs=1, prompt_logprobs=2))
+    directory = save_tiny(tmp_path / "m", vocab_size=VOCABULARY - 1)
+    two.load("s", directory)
+    talks, tokens = two.talks(1, "s", prompt(12)), prompt(12)
+    found: list[msg.Scores] = []
+    for count in (5, 7):
+        first, second = two.answers([(talks, count)])
+        assert second.scores == ()
+        found += first.scores
+    assert check(plain(directory), [*tokens, first.tokens[0]], found[:-1], 2) == list(range(1, 12))
+    assert check(plain(directory), [*tokens, first.tokens[0]], found[-1:], 1) == [12]
 
 
 def test_swapped_out_and_in(two: Ranks, tmp_path: Path) -> None:
