@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from seallmd.api.settings import HttpSettings
-from seallmd.core.settings import ReplacementSettings, SchedulerSettings, ServiceSettings
+from seallmd.core.settings import GroupSettings, ReplacementSettings, SchedulerSettings, ServiceSettings
 from seallmd.errors import ConfigError
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)\s*$")
@@ -108,12 +108,18 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     journal: JournalSettings = JournalSettings()
     log: LogSettings = LogSettings()
     service: tuple[ServiceSettings, ...] = ()
+    group: tuple[GroupSettings, ...] = ()
     stop_seconds: Annotated[float, Meta(ge=0, le=86400)] = 30.0
     hung_seconds: Annotated[float, Meta(ge=0.5, le=86400)] = 120.0
 
 
-# What a running daemon can change; everything else is built into processes, arenas and sockets at the start.
-LIVE = ("stop_seconds", "hung_seconds", "log.level", "log.format")
+# What a running daemon can change: services, groups, and these. All else is built into processes, arenas and
+# sockets at the start; so is the depth of pipelines, and "dedicated" deals devices out once and for all.
+LIVE = (
+    *("stop_seconds", "hung_seconds", "log.level", "log.format", "http.keys"),
+    *(f"scheduler.{field}" for field in SchedulerSettings.__struct_fields__ if field != "pipeline_depth"),
+    *(f"replacement.{field}" for field in ReplacementSettings.__struct_fields__),
+)
 
 
 def load(path: Path) -> Config:
@@ -139,14 +145,26 @@ def load(path: Path) -> Config:
 def reloaded(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
     """What a running daemon makes of a changed file: the configuration it runs with from now on, the settings
     that have changed with that, and those that wait for a restart (both by name, such as "log.level")."""
-    changed = _differences(old, new)
-    config = msgspec.structs.replace(
-        old,
-        stop_seconds=new.stop_seconds,
-        hung_seconds=new.hung_seconds,
-        log=msgspec.structs.replace(old.log, level=new.log.level, format=new.log.format),
-    )
-    return config, [name for name in changed if name in LIVE], [name for name in changed if name not in LIVE]
+    config = _with_live(old, new)
+    return config, _differences(old, config), _differences(config, new)
+
+
+def _with_live(old: Config, new: Config) -> Config:
+    """The old configuration with what a running daemon takes over of a new one."""
+    live = [name for name in LIVE if not (name == "scheduler.policy" and _deals_out(old) != _deals_out(new))]
+    changes: dict[str, Any] = {"service": new.service, "group": new.group}
+    for name in live:
+        table, _, key = name.partition(".")
+        if key:
+            before = changes.get(table, getattr(old, table))
+            changes[table] = msgspec.structs.replace(before, **{key: getattr(getattr(new, table), key)})
+        else:
+            changes[table] = getattr(new, table)
+    return msgspec.structs.replace(old, **changes)
+
+
+def _deals_out(config: Config) -> bool:
+    return config.scheduler.policy == "dedicated"
 
 
 def _differences(old: Config, new: Config) -> list[str]:
@@ -175,6 +193,10 @@ def _check(config: Config, path: Path, text: str) -> None:
         if name in names[:index]:
             line = _line_of(text, f"`$.service[{index}].name`", "")
             raise ConfigError(f"{path}:{line}: the name {name!r} is used twice")
+    for index, group in enumerate(config.group):
+        if unknown := sorted(set(group.services) - set(names)):
+            line = _line_of(text, f"`$.group[{index}].services`", "")
+            raise ConfigError(f"{path}:{line}: the group names {unknown[0]!r}, which is no service")
     for index, service in enumerate(config.service):
         if wrong := _wrong_groups(service):
             line = _line_of(text, f"`$.service[{index}].devices`", "")

@@ -7,13 +7,18 @@ the engine works (`EngineFace` is all it sees) nor how requests are generated, w
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
 
 from seallmd import __version__
+from seallmd.api.access import make_access, make_rate_headers
+from seallmd.api.cors import make_cors, tell_origin
 from seallmd.api.guard import make_guard
+from seallmd.api.keys import Keyring, current_key
 from seallmd.api.metrics import CONTENT_TYPE
 from seallmd.api.ollama import Ollama
 from seallmd.api.problems import problems
@@ -30,11 +35,20 @@ from seallmd.runtime.face import EngineFace, ServiceView
 _SHUTDOWN_SECONDS = 10.0
 
 
-def build_app(engine: EngineFace, settings: HttpSettings) -> web.Application:
-    """The application. Its runner needs handler_cancellation, as `start_http` sets it: without that, a client
-    that leaves before its first token is not noticed."""
+def build_app(engine: EngineFace, settings: HttpSettings, keyring: Keyring | None = None) -> web.Application:
+    """The application. keyring: whose callers it serves, None = everybody.
+
+    Its runner needs handler_cancellation, as `start_http` sets it: without that, a client that leaves before
+    its first token is not noticed.
+    """
     serving = Serving(engine, settings)
-    middlewares = [problems, make_guard(settings.host)]
+    origins, keyring = settings.cors_origins, keyring or Keyring()
+    middlewares = [
+        problems,
+        make_guard(settings.host, origins),
+        make_cors(origins),
+        make_access(keyring, settings.open_paths),
+    ]
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
     app.add_routes(Operation(serving).routes())
     app.add_routes(OpenAI(serving).routes())
@@ -45,19 +59,25 @@ def build_app(engine: EngineFace, settings: HttpSettings) -> web.Application:
         await serving.close()
 
     app.on_cleanup.append(close)
+    app.on_response_prepare.append(make_rate_headers(serving.rates))
+    app.on_response_prepare.append(partial(tell_origin, origins))
     return app
 
 
 async def start_http(
-    engine: EngineFace, settings: HttpSettings, listeners: Sequence[socket.socket] = ()
+    engine: EngineFace,
+    settings: HttpSettings,
+    listeners: Sequence[socket.socket] = (),
+    keyring: Keyring | None = None,
 ) -> web.AppRunner:
     """Listen where the settings say; `cleanup()` of the result ends it. Raises ConfigError.
 
     listeners: sockets that are open already (socket activation), instead of those of the settings; they stay
-    in the file system.
+    in the file system. keyring: as in `build_app`.
     """
+    tls = tls_context(settings)
     bound: list[Path] = []  # removed at the end, but only if they are ours
-    app = build_app(engine, settings)
+    app = build_app(engine, settings, keyring)
 
     async def remove_sockets(_app: web.Application) -> None:
         for path in bound:
@@ -74,9 +94,11 @@ async def start_http(
     await runner.setup()
     try:
         for listener in listeners:
-            await web.SockSite(runner, listener).start()
+            await web.SockSite(
+                runner, listener, ssl_context=None if listener.family == socket.AF_UNIX else tls
+            ).start()
         if settings.host and not listeners:
-            await web.TCPSite(runner, settings.host, settings.port).start()
+            await web.TCPSite(runner, settings.host, settings.port, ssl_context=tls).start()
         if settings.socket and not listeners:
             claim_socket_path(Path(settings.socket))
             await web.UnixSite(runner, settings.socket).start()
@@ -90,16 +112,32 @@ async def start_http(
     return runner
 
 
-def http_addresses(runner: web.AppRunner) -> tuple[str, ...]:
+def tls_context(settings: HttpSettings) -> ssl.SSLContext | None:
+    """What TCP speaks; None = plain HTTP. Raises ConfigError."""
+    if not settings.tls_certificate and not settings.tls_key:
+        return None
+    if not settings.tls_certificate or not settings.tls_key:
+        raise ConfigError("http: TLS needs both tls_certificate and tls_key")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(settings.tls_certificate, settings.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror or error
+        raise ConfigError(f"http: {settings.tls_certificate} and {settings.tls_key}: {reason}") from error
+    return context
+
+
+def http_addresses(runner: web.AppRunner, *, tls: bool = False) -> tuple[str, ...]:
     """Where HTTP is served: "http://127.0.0.1:8000", "http://[::1]:8000", "unix:/run/seallmd/http.sock"."""
     return tuple(
-        f"unix:{address}" if isinstance(address, str) else _url(address[0], address[1])
+        f"unix:{address}" if isinstance(address, str) else _url(address[0], address[1], tls=tls)
         for address in runner.addresses
     )
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _url(host: str, port: int, *, tls: bool) -> str:
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 class Operation:
@@ -170,7 +208,9 @@ class OpenAI:
 
     async def models(self, _request: web.Request) -> web.Response:
         """Every configured service, served or not."""
-        cards = [_card(view) for view in self._serving.engine.services()]
+        key = current_key.get()
+        views = self._serving.engine.services()
+        cards = [_card(view) for view in views if key is None or key.allows(view.settings.name)]
         return json_response({"object": "list", "data": cards})
 
     async def model(self, request: web.Request) -> web.Response:

@@ -13,9 +13,12 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
+from seallmd.api.charging import Charge, keyed
 from seallmd.api.choices import Choice, Piece, Run
+from seallmd.api.keys import current_key
 from seallmd.api.limits import build_generations
 from seallmd.api.metrics import Metrics
+from seallmd.api.rates import Rates
 from seallmd.api.responses import Answer, Usage, count_usage, join
 from seallmd.api.schema import CompletionRequest, GenerationRequest
 from seallmd.api.settings import HttpSettings
@@ -44,6 +47,7 @@ class Serving:
         self.engine = engine
         self.metrics = Metrics(engine.status)
         self.texts = TextModels()
+        self.rates = Rates()
         self._ping_seconds = settings.ping_seconds
 
     async def close(self) -> None:
@@ -52,8 +56,8 @@ class Serving:
 
     def view(self, name: str) -> ServiceView:
         """A service by name. Raises RequestError (404)."""
-        view = self.engine.service(name)
-        if view is None:
+        view, key = self.engine.service(name), current_key.get()
+        if view is None or (key is not None and not key.allows(name)):
             message = f"the model {name[:128]!r} does not exist"
             raise RequestError(message, status=404, code="model_not_found", param="model")
         return view
@@ -89,7 +93,8 @@ class Serving:
     ) -> web.StreamResponse:
         """Run all choices of all prompts; whatever happens, none outlives the HTTP request."""
         # Everything is checked before anything is started.
-        batches = [build_generations(spec, model.shape, prompt) for prompt in prompts]
+        batches = [keyed(build_generations(spec, model.shape, prompt)) for prompt in prompts]
+        charge = Charge(self.rates, batches)
         run = Run(self.engine, self.metrics)
         try:
             for generations in batches:
@@ -108,6 +113,7 @@ class Serving:
                 return await send_stream(request, _documents(spec, run, answer), wire, self._ping_seconds)
             return await _whole(spec, run, answer)
         finally:
+            charge.settle(run.choices)
             await run.close()
 
 

@@ -45,9 +45,11 @@ class Planner:
 
     @property
     def enabled(self) -> bool:
-        """Whether this node plans: devices that are dealt out once and for all have nothing to plan."""
+        """Whether this node plans: devices that are dealt out once and for all have nothing to plan, and the
+        search does not know of services that may not be on one device."""
         settings = self._state.settings
-        return settings.replacement.enabled and settings.scheduler.policy != "dedicated"
+        planned = settings.replacement.enabled and not settings.groups
+        return planned and settings.scheduler.policy != "dedicated"
 
     def settle(self) -> None:
         """Go on with the plan at hand; have another made when that is due."""
@@ -67,6 +69,12 @@ class Planner:
             return self._step_ends
         return self._tick_at if self._state.requests else None
 
+    def forget(self) -> None:
+        """The configuration has changed: begin anew. What has been moved so far stays."""
+        self._replacement, self._tick_at = None, 0.0
+        self._stop()
+        self._state.planned = {}
+
     def found(self, plan: Plan) -> None:
         """The search has ended."""
         self._searching = False
@@ -83,7 +91,8 @@ class Planner:
         return self._replacement.status(now, self._demands(), self._current(), self._running())
 
     def _is_ready(self) -> bool:
-        return all(device.arena is not None for device in self._state.devices.values())
+        """All devices are there to be planned with."""
+        return all(d.arena is not None and not d.closed for d in self._state.devices.values())
 
     def _begin(self) -> Replacement:
         self._replacement = Replacement(self._machine(), self._state.settings.replacement)
@@ -126,7 +135,8 @@ class Planner:
         return {service.name: sum(1 for _ in service.running) for service in self._plannable()}
 
     def _plannable(self) -> list[Service]:
-        return [s for s in self._state.services.values() if s.shape is not None and not s.refused]
+        services = self._state.services.values()
+        return [s for s in services if s.shape is not None and not s.refused and not s.outgoing]
 
     def _demands(self) -> list[Demand]:
         return [self._demand(service) for service in self._plannable()]
@@ -197,6 +207,9 @@ class Planner:
         verb = "come to" if isinstance(step, Bring) else "leave"
         where = "+".join(map(str, step.devices))
         self._state.note(step.service, f"the plan is given up: it could not {verb} devices {where}")
+        self._stop()
+
+    def _stop(self) -> None:
         self._steps.clear()
         for service in self._state.services.values():
             for replica in service.replicas:
@@ -233,7 +246,7 @@ class Planner:
         busy = any(service.name in self._state.devices[index].replicas for index in devices)
         other_ranks = bool(service.replicas) and len(devices) != service.ranks
         paused = self._state.now < service.retry_at
-        gone = bool(service.refused or service.evict_tickets or service.evicted)
+        gone = bool(service.refused or service.evict_tickets or service.evicted or service.outgoing)
         return self._is_ready() and not (busy or other_ranks or paused or gone)
 
     def _drop(self, service: Service, devices: Devices) -> bool | None:

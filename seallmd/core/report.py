@@ -5,6 +5,7 @@ Owns the wording of states. Must not change anything.
 
 from __future__ import annotations
 
+from seallmd.core.idle import expires_seconds, idle_since
 from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
 from seallmd.core.state import Device, Image, NodeState, Replica, Service, Stage
@@ -43,6 +44,7 @@ def _device(state: NodeState, device: Device) -> DeviceStatus:
         cached_bytes=arena.cached * unit if arena else 0,
         host_kv_bytes=(device.host.capacity - device.host.available) * unit,
         steps=device.steps,
+        drained=device.closed,
     )
 
 
@@ -84,6 +86,10 @@ def _service(state: NodeState, residency: Residency, service: Service, now: floa
         groups=tuple(r.devices for r in service.replicas),
         saves=service.saves,
         cost_error=service.profile.costs.error if service.profile else 0.0,
+        drained=service.closed,
+        leaving=service.outgoing,
+        idle_seconds=max(0.0, now - idle_since(service, now)),
+        expires_seconds=expires_seconds(service, now),
     )
 
 
@@ -148,6 +154,8 @@ def _request(state: NodeState, request: Request, place: int, now: float) -> Requ
         preemptions=request.epoch,
         place=place,
         reason="" if running else _why_waiting(state, request, place),
+        tier=request.tier,
+        cached_tokens=request.cached,
     )
 
 

@@ -56,7 +56,7 @@ class Request:
     way included. inflight: rows in steps on their way. epoch: counts preemptions, so that rows of an earlier
     life are told apart. saved: its KV in host memory, while it waits. indexed: runs of blocks that others may
     share, and parents: what the next one follows, by rank. budget, attained: seconds of execution it may take
-    before its rank falls, and that it has taken (SeaLLM's doubling budget).
+    before its rank falls, and that it has taken (SeaLLM's doubling budget). tier: how urgent it is.
     """
 
     id: int
@@ -70,6 +70,7 @@ class Request:
     stop_ids: frozenset[int]
     root: Hashable
     leader: int
+    tier: str = "default"
     life: Life = Life.WAITING
     replica: Replica | None = None
     tables: Tables = ()

@@ -25,6 +25,8 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     make room. preload: brought in at start. max_waiting: requests that may wait before new ones are refused.
     tensor_parallel: devices that each replica is split over; 0 = one, or as few as it takes. devices: the
     groups of devices that it may come in on, each as long as tensor_parallel, in rank order; empty = any.
+    idle_seconds: it leaves its device when nobody has asked it for anything for so long; 0 = never, and a
+    pinned one never does.
     """
 
     name: Name
@@ -36,6 +38,20 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     max_waiting: Annotated[int, Meta(ge=1, le=1 << 20)] = 1024
     tensor_parallel: Annotated[int, Meta(ge=0, le=8)] = 0
     devices: tuple[tuple[int, ...], ...] = ()
+    idle_seconds: Annotated[float, Meta(ge=0, le=31536000)] = 0.0
+
+
+class GroupSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One `[[group]]` table: services that may, or may not, be on one device at the same time.
+
+    services: names of the members. share_members: whether members may be on one device with each other.
+    share_others: whether they may be on one device with services outside the group. Two services may share a
+    device when no group forbids it; beside services that may not share, nothing is planned ahead.
+    """
+
+    services: Annotated[tuple[Name, ...], Meta(min_length=1)]
+    share_members: bool = True
+    share_others: bool = True
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -102,3 +118,4 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     host_kv_bytes: int = 0
     kv_layout: Literal["merged", "split"] = "merged"
     replacement: ReplacementSettings = ReplacementSettings()
+    groups: tuple[GroupSettings, ...] = ()

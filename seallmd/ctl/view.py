@@ -176,6 +176,34 @@ _COLUMNS: tuple[tuple[str, int, bool, Any], ...] = (
 )
 
 
+class CountView:
+    """Counts up to a known number: a bar on a terminal, nothing elsewhere. A context manager."""
+
+    def __init__(self, out: Console, what: str, total: int) -> None:
+        self._out = out
+        self._bar = Progress(
+            TextColumn("{task.completed:.0f} of {task.total:.0f} {task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=out,
+            transient=True,
+        )
+        self._task = self._bar.add_task(what, total=total)
+
+    def __enter__(self) -> CountView:
+        if self._out.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._out.is_terminal:
+            self._bar.stop()
+
+    def told(self, count: int) -> None:
+        """So many are done."""
+        self._bar.update(self._task, completed=count)
+
+
 class JobView:
     """Follows one command: a moving bar on a terminal, plain lines elsewhere. A context manager."""
 

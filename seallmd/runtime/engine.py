@@ -21,7 +21,13 @@ from seallmd.core import messages as msg
 from seallmd.core.node import Node
 from seallmd.core.placement import place
 from seallmd.core.report import request_statuses, service_detail
-from seallmd.core.settings import NodeSettings
+from seallmd.core.settings import (
+    GroupSettings,
+    NodeSettings,
+    ReplacementSettings,
+    SchedulerSettings,
+    ServiceSettings,
+)
 from seallmd.core.state import Service
 from seallmd.core.status import NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 from seallmd.errors import ControlError, RequestError
@@ -29,6 +35,7 @@ from seallmd.runtime import profiles, rendezvous
 from seallmd.runtime.children import Child, Entry
 from seallmd.runtime.devices import DevicePlan
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
+from seallmd.runtime.feed import EventFeed
 from seallmd.runtime.journal import Journal
 from seallmd.runtime.log import RequestRecord
 from seallmd.runtime.pulse import Pulse
@@ -56,6 +63,7 @@ class Engine:
     ) -> None:
         """hung_seconds: how long a child may be silent while it owes an answer."""
         self.node = Node(settings)
+        self.feed = EventFeed()
         self._settings = settings
         self._plan = plan
         self._journal = journal
@@ -146,7 +154,7 @@ class Engine:
         if self._journal is not None:
             self._journal.close()
         path = self._plan.cache / PROFILES
-        profiles.save(path, self._settings.services, self._plan.roofline.name, self.node.profiles())
+        profiles.save(path, self.node.state.settings.services, self._plan.roofline.name, self.node.profiles())
 
     # --------------------------------------------------------------------------------- the loop
 
@@ -187,7 +195,9 @@ class Engine:
                 self._records[request].emitted(len(tokens), cached, self._now())
             case ev.Finish(request):
                 self._streams.pop(request).end(action)
-                self._records.pop(request).finished(action, self._now())
+                record = self._records.pop(request)
+                record.finished(action, self._now())
+                self.feed.tell("request", record.service, record.summary(action, self._now()))
                 if not self._streams:
                     self._quiet.set()
             case ev.ToHostProcess(message):
@@ -198,6 +208,7 @@ class Engine:
                 self._search = asyncio.create_task(self._search_plan(action))
             case ev.Note(service, text):
                 log.info("%s%s", f"{service}: " if service else "", text)
+                self.feed.tell("service", service, text)
 
     async def _search_plan(self, wanted: ev.SearchPlan) -> None:
         """Beside the loop: up to a second of computing."""
@@ -267,6 +278,7 @@ class Engine:
                     generation.stop_ids,
                     generation.salt,
                     leader,
+                    generation.tier,
                 )
             )
             leader = leader or stream.request
@@ -298,20 +310,49 @@ class Engine:
 
     async def load(self, service: str) -> None:
         """Bring a service in; returns when it is resident. Raises ControlError with the reason."""
-        await self._command(lambda ticket: ev.LoadWanted(ticket, service))
+        await self.operate(lambda ticket: ev.LoadWanted(ticket, service))
 
     async def evict(self, service: str, now: bool) -> None:
         """Take a service out; returns when its memory is free. Raises ControlError with the reason."""
-        await self._command(lambda ticket: ev.EvictWanted(ticket, service, now))
+        await self.operate(lambda ticket: ev.EvictWanted(ticket, service, now))
 
-    async def _command(self, make: Callable[[int], ev.Event]) -> None:
+    def keep(self, service: str, seconds: float) -> None:
+        """Have a service stay for so long after its last request; 0 = for good."""
+        self._happen(ev.KeepWanted(service, seconds))
+
+    def reconfigure(
+        self,
+        services: tuple[ServiceSettings, ...],
+        groups: tuple[GroupSettings, ...],
+        scheduler: SchedulerSettings,
+        replacement: ReplacementSettings,
+    ) -> None:
+        """From here on these settings hold; who is being served is not cut off."""
+        now = self.node.state.settings
+        if (services, groups, scheduler, replacement) != (
+            *(now.services, now.groups),
+            *(now.scheduler, now.replacement),
+        ):
+            self._happen(ev.Reconfigured(services, groups, scheduler, replacement))
+
+    async def operate(self, make: Callable[[int], ev.OperatorEvent]) -> None:
+        """Carry out what an operator asks for; returns when it is done. Raises ControlError."""
         self._ticket_count += 1
         ticket = self._ticket_count
         answer = self._tickets[ticket] = asyncio.get_running_loop().create_future()
-        self._happen(make(ticket))
+        event = make(ticket)
+        self.feed.tell("operator", getattr(event, "service", ""), _in_words(event))
+        self._happen(event)
         # Whoever waits may leave; the command goes on.
         if error := await asyncio.shield(answer):
             raise ControlError(error)
+
+
+def _in_words(event: ev.OperatorEvent) -> str:
+    """An operator's event for people: "PinWanted pinned=True"."""
+    fields = msgspec.structs.asdict(event)
+    said = (f" {key}={value}" for key, value in fields.items() if key not in ("ticket", "service"))
+    return type(event).__name__ + "".join(said)
 
 
 class Supervised:

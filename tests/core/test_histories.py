@@ -12,9 +12,11 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from seallmd.core import events as ev
 from seallmd.core.messages import ModelShape
+from seallmd.core.settings import GroupSettings
 from tests.core.helpers import Recorder, shape, world
 
 SERVICES: dict[str, ModelShape | str] = {
@@ -57,6 +59,7 @@ class History:
             **options,  # type: ignore[arg-type]
         )
         self.world = self.recorder.world
+        self.first = {service.name: service for service in self.world.node.state.settings.services}
         self.count = 0
         self.tickets = 0
 
@@ -94,6 +97,53 @@ class History:
         now = self.random.random() < 0.5
         self.world.happen(ev.EvictWanted(self.tickets, self.random.choice([*self.services, "nobody"]), now))
 
+    def _ticket(self) -> int:
+        self.tickets += 1
+        return self.tickets
+
+    def pin(self) -> None:
+        name = self.random.choice([*self.services, "nobody"])
+        self.world.happen(ev.PinWanted(self._ticket(), name, self.random.random() < 0.4))
+
+    def drain(self) -> None:
+        """A service, a device or everything, or taken back."""
+        on = self.random.random() < 0.4
+        match self.random.randrange(3):
+            case 0:
+                name = self.random.choice([*self.services, "nobody"])
+                self.world.happen(ev.ServiceDrainWanted(self._ticket(), name, on))
+            case 1:
+                index = self.random.randint(0, len(self.world.devices))
+                self.world.happen(ev.DeviceDrainWanted(self._ticket(), index, on))
+            case _:
+                self.world.happen(ev.NodeDrainWanted(self._ticket(), on and self.random.random() < 0.3))
+
+    def keep(self) -> None:
+        seconds = self.random.choice((0.0, 0.05, 1.0))
+        self.world.happen(ev.KeepWanted(self.random.choice([*self.services, "nobody"]), seconds))
+
+    def reconfigure(self) -> None:
+        """Services leave, come, become other models; rules change."""
+        draw, settings = self.random, self.world.node.state.settings
+        names = [name for name in self.services if draw.random() < 0.9]
+        old = {service.name: service for service in settings.services}
+        services = [replace(self.first[name], **draw.choice(CHANGES)) for name in names]
+        services = [old.get(s.name, s) if draw.random() < 0.5 else s for s in services]
+        group = GroupSettings(
+            services=tuple(draw.sample(self.services, 2)),
+            share_members=draw.random() < 0.5,
+            share_others=draw.random() < 0.7,
+        )
+        groups = (group,) if draw.random() < 0.6 else ()
+        self.world.happen(ev.Reconfigured(tuple(services), groups, settings.scheduler, settings.replacement))
+
+    def undrain_all(self) -> None:
+        self.world.happen(ev.NodeDrainWanted(self._ticket(), drained=False))
+        for index in range(len(self.world.devices)):
+            self.world.happen(ev.DeviceDrainWanted(self._ticket(), index, drained=False))
+        for name in self.services:
+            self.world.happen(ev.ServiceDrainWanted(self._ticket(), name, drained=False))
+
     def kill_worker(self) -> None:
         self.random.choice(self.world.devices).kill(restart_after=self.random.random() * 3)
 
@@ -121,6 +171,7 @@ class History:
         for device in self.world.devices:
             device.fail_steps = device.fail_copies = 0
         self.world.host.fail_images = 0
+        self.undrain_all()
         self.world.run()
         recorder = self.recorder
         assert set(recorder.finished) == set(recorder.prompts), "a request never ended"
@@ -138,6 +189,19 @@ ACTIONS = (
     + ["wait"] * 24
     + ["cancel"] * 3
     + ["load", "evict", "kill_worker", "kill_host", "fail_step", "fail_copy", "fail_image"]
+)
+
+
+OPERATIONS = ["pin", "drain", "keep", "reconfigure"]
+
+# What a new configuration may say of a service: other rules, or another model under its name.
+CHANGES: tuple[dict[str, object], ...] = (
+    {},
+    {"idle_seconds": 0.1},
+    {"pinned": True},
+    {"preload": True, "max_waiting": 3},
+    {"model": "another"},
+    {"devices": ((0,),)},
 )
 
 
@@ -204,8 +268,25 @@ def test_without_faults_everything_succeeds(seed: int) -> None:
     assert sum(s.swaps_in for s in history.world.node.status(0).services) > 4, "nothing was swapped"
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_operators_at_work(seed: int) -> None:
+    """Pins, drains, idle limits, groups and reloads among requests and faults: nothing is lost or stays."""
+    history = History(
+        seed, arenas=(48, 44, 46)[: 1 + seed % 3], pipeline_depth=1 + seed % 2, host_kv=seed * 4
+    )
+    for _ in range(1200):
+        history.act(history.random.choice(ACTIONS + OPERATIONS * 2))
+    history.finish()
+    notes = set(history.recorder.notes)
+    assert {"gone", "added to the configuration", "configured anew"} <= notes
+    assert any(note.endswith("it has left the configuration") for note in notes)
+    assert any("idle for" in note for note in notes)
+    good = [f for f in history.recorder.finished.values() if f.reason in ("stop", "length")]
+    assert len(good) > 0.1 * len(history.recorder.finished)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.integers(0, 2**32), st.lists(st.sampled_from(sorted(set(ACTIONS))), max_size=60))
+@given(st.integers(0, 2**32), st.lists(st.sampled_from(sorted({*ACTIONS, *OPERATIONS})), max_size=60))
 def test_any_short_history(seed: int, actions: list[str]) -> None:
     """Short histories of any composition; hypothesis shrinks what it finds."""
     history = History(seed)
@@ -228,7 +309,7 @@ def test_same_history_gives_same_actions() -> None:
 
         history.world._observe = observe
         for _ in range(150):
-            history.act(history.random.choice(ACTIONS))
+            history.act(history.random.choice(ACTIONS + OPERATIONS))
         history.finish()
         return history.recorder, seen
 
