@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from seallmd.api.settings import HttpSettings
+from seallmd.api.settings import HttpSettings, TierSettings
 from seallmd.core.settings import GroupSettings, ReplacementSettings, SchedulerSettings, ServiceSettings
 from seallmd.errors import ConfigError
 
@@ -109,6 +109,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     log: LogSettings = LogSettings()
     service: tuple[ServiceSettings, ...] = ()
     group: tuple[GroupSettings, ...] = ()
+    tier: tuple[TierSettings, ...] = ()
     stop_seconds: Annotated[float, Meta(ge=0, le=86400)] = 30.0
     hung_seconds: Annotated[float, Meta(ge=0.5, le=86400)] = 120.0
 
@@ -193,6 +194,11 @@ def _check(config: Config, path: Path, text: str) -> None:
         if name in names[:index]:
             line = _line_of(text, f"`$.service[{index}].name`", "")
             raise ConfigError(f"{path}:{line}: the name {name!r} is used twice")
+    tiers = [tier.name for tier in config.tier]
+    for index, name in enumerate(tiers):
+        if name in tiers[:index]:
+            line = _line_of(text, f"`$.tier[{index}].name`", "")
+            raise ConfigError(f"{path}:{line}: the tier {name!r} is there twice")
     for index, group in enumerate(config.group):
         if unknown := sorted(set(group.services) - set(names)):
             line = _line_of(text, f"`$.group[{index}].services`", "")

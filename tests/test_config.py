@@ -40,6 +40,8 @@ def test_a_hugging_face_id_stays_one(tmp_path: Path) -> None:
         ("", None, "nothing to serve"),
         ("x = [", "1", "Invalid"),
         (SERVICE + "colour = 1\n", "4", "colour"),
+        (SERVICE + "[[group]]\nservices = ['m', 'n']\n", "5", "'n'"),
+        (SERVICE + "[[group]]\nservices = []\n", "5", "length"),
         (SERVICE + 'dtype = "int3"\n', "4", "int3"),
         (SERVICE + "\n" + SERVICE, "6", "used twice"),
         ("[http]\nhost = 'x'\nport = 99999\n" + SERVICE, "3", "65535"),

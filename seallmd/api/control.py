@@ -3,6 +3,7 @@
 Owns the protocol and who may speak it. Must not know how commands are carried out (`EngineFace` does that).
 
     {"op": "status"}                             -> {"kind": "status", "status": {...}, "daemon": {...}}
+    {"op": "map", "cells": 64}                   -> {"kind": "map", "maps": [...], "latencies": {...}}
     {"op": "show", "service": "a"}               -> {"kind": "service", "service": {...}} or error
     {"op": "requests"}                           -> {"kind": "requests", "requests": [...]}
     {"op": "plan"}                               -> {"kind": "plan", "plan": {...}} (null: nothing is planned)
@@ -45,11 +46,12 @@ from seallmd.core.events import (
     PinWanted,
     ServiceDrainWanted,
 )
-from seallmd.core.status import NodeStatus, PlanStatus, RequestStatus, ServiceDetail
+from seallmd.core.status import ArenaMap, NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 from seallmd.errors import ConfigError, ControlError
 from seallmd.paths import make_socket_directory
 from seallmd.runtime.face import EngineFace
 from seallmd.runtime.feed import Happening
+from seallmd.runtime.latencies import Latencies
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +67,12 @@ class _Request(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower, forbi
 
 class Status(_Request, frozen=True):
     """The report of this moment."""
+
+
+class Map(_Request, frozen=True):
+    """Who holds which part of each arena, in so many cells; and how long requests took lately."""
+
+    cells: Annotated[int, Meta(ge=1, le=4096)] = 64
 
 
 class Show(_Request, frozen=True):
@@ -170,6 +178,13 @@ class Detail(_Reply, frozen=True, tag="service"):
     service: ServiceDetail
 
 
+class Picture(_Reply, frozen=True, tag="map"):
+    """The answer to `Map`. latencies: by service."""
+
+    maps: list[ArenaMap]
+    latencies: dict[str, Latencies]
+
+
 class RequestList(_Reply, frozen=True, tag="requests"):
     """The answer to `Requests`, the most senior first."""
 
@@ -195,7 +210,7 @@ class PlanReport(_Reply, frozen=True, tag="plan"):
     plan: PlanStatus | None
 
 
-Command = Status | Show | Requests | Plan | Cancel | Load | Evict | Pin | Drain | Events | Reload
+Command = Status | Map | Show | Requests | Plan | Cancel | Load | Evict | Pin | Drain | Events | Reload
 Reloader = Callable[[], tuple[list[str], list[str]]]
 
 
@@ -310,6 +325,8 @@ class ControlServer:
             case Status():
                 about = About(__version__, os.getpid(), self.http)
                 await _say(writer, Report(self._engine.status(), about))
+            case Map(cells):
+                await _say(writer, Picture(self._engine.arena_maps(cells), self._engine.latencies()))
             case Show(service):
                 detail = self._engine.detail(service)
                 unknown = Failed(f"there is no service {service[:128]!r}")

@@ -18,14 +18,15 @@ from seallmd import __version__
 from seallmd.api.access import make_access, make_rate_headers
 from seallmd.api.cors import make_cors, tell_origin
 from seallmd.api.guard import make_guard
-from seallmd.api.keys import Keyring, current_key
+from seallmd.api.keys import Keyring
 from seallmd.api.metrics import CONTENT_TYPE
 from seallmd.api.ollama import Ollama
+from seallmd.api.openapi import document
 from seallmd.api.problems import problems
 from seallmd.api.responses import ChatAnswer, CompletionAnswer
 from seallmd.api.schema import plain_messages, read_chat, read_completion, split_prompts
 from seallmd.api.serving import Serving, json_response, read_body
-from seallmd.api.settings import HttpSettings
+from seallmd.api.settings import HttpSettings, TierSettings
 from seallmd.api.sockets import claim_socket_path
 from seallmd.api.tokenize import Tokenize
 from seallmd.core.status import ServiceStatus
@@ -35,13 +36,18 @@ from seallmd.runtime.face import EngineFace, ServiceView
 _SHUTDOWN_SECONDS = 10.0
 
 
-def build_app(engine: EngineFace, settings: HttpSettings, keyring: Keyring | None = None) -> web.Application:
-    """The application. keyring: whose callers it serves, None = everybody.
+def build_app(
+    engine: EngineFace,
+    settings: HttpSettings,
+    keyring: Keyring | None = None,
+    tiers: Sequence[TierSettings] = (),
+) -> web.Application:
+    """The application. keyring: whose callers it serves, None = everybody. tiers: targets to measure by.
 
     Its runner needs handler_cancellation, as `start_http` sets it: without that, a client that leaves before
     its first token is not noticed.
     """
-    serving = Serving(engine, settings)
+    serving = Serving(engine, settings, tiers)
     origins, keyring = settings.cors_origins, keyring or Keyring()
     middlewares = [
         problems,
@@ -54,6 +60,11 @@ def build_app(engine: EngineFace, settings: HttpSettings, keyring: Keyring | Non
     app.add_routes(OpenAI(serving).routes())
     app.add_routes(Tokenize(serving).routes())
     app.add_routes(Ollama(serving).routes())
+
+    async def describe(_request: web.Request) -> web.Response:
+        return json_response(document(settings.open_paths, keys=keyring.required))
+
+    app.router.add_get("/openapi.json", describe)
 
     async def close(_app: web.Application) -> None:
         await serving.close()
@@ -69,15 +80,16 @@ async def start_http(
     settings: HttpSettings,
     listeners: Sequence[socket.socket] = (),
     keyring: Keyring | None = None,
+    tiers: Sequence[TierSettings] = (),
 ) -> web.AppRunner:
     """Listen where the settings say; `cleanup()` of the result ends it. Raises ConfigError.
 
     listeners: sockets that are open already (socket activation), instead of those of the settings; they stay
-    in the file system. keyring: as in `build_app`.
+    in the file system. keyring, tiers: as in `build_app`.
     """
     tls = tls_context(settings)
     bound: list[Path] = []  # removed at the end, but only if they are ours
-    app = build_app(engine, settings, keyring)
+    app = build_app(engine, settings, keyring, tiers)
 
     async def remove_sockets(_app: web.Application) -> None:
         for path in bound:
@@ -208,9 +220,7 @@ class OpenAI:
 
     async def models(self, _request: web.Request) -> web.Response:
         """Every configured service, served or not."""
-        key = current_key.get()
-        views = self._serving.engine.services()
-        cards = [_card(view) for view in views if key is None or key.allows(view.settings.name)]
+        cards = [_card(view) for view in self._serving.views()]
         return json_response({"object": "list", "data": cards})
 
     async def model(self, request: web.Request) -> web.Response:

@@ -7,7 +7,7 @@ of bodies (`schema`, `ollama_schema`) and responses (`responses`, `ollama_respon
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 from aiohttp import web
@@ -21,7 +21,7 @@ from seallmd.api.metrics import Metrics
 from seallmd.api.rates import Rates
 from seallmd.api.responses import Answer, Usage, count_usage, join
 from seallmd.api.schema import CompletionRequest, GenerationRequest
-from seallmd.api.settings import HttpSettings
+from seallmd.api.settings import HttpSettings, TierSettings
 from seallmd.api.text import TextModel, TextModels
 from seallmd.api.wire import EVENTS, Wire, send_stream
 from seallmd.core.messages import ModelShape
@@ -43,9 +43,11 @@ class Model(msgspec.Struct, frozen=True):
 class Serving:
     """The engine and the models' texts, as endpoints use them."""
 
-    def __init__(self, engine: EngineFace, settings: HttpSettings) -> None:
+    def __init__(
+        self, engine: EngineFace, settings: HttpSettings, tiers: Sequence[TierSettings] = ()
+    ) -> None:
         self.engine = engine
-        self.metrics = Metrics(engine.status)
+        self.metrics = Metrics(engine.status, tiers=tiers)
         self.texts = TextModels()
         self.rates = Rates()
         self._ping_seconds = settings.ping_seconds
@@ -53,6 +55,11 @@ class Serving:
     async def close(self) -> None:
         """Called when the application ends."""
         await self.texts.close()
+
+    def views(self) -> list[ServiceView]:
+        """The services that are there for whoever asks."""
+        key = current_key.get()
+        return [view for view in self.engine.services() if key is None or key.allows(view.settings.name)]
 
     def view(self, name: str) -> ServiceView:
         """A service by name. Raises RequestError (404)."""

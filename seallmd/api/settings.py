@@ -5,10 +5,22 @@ Owns the struct, its units and ranges. Must not know files or aiohttp.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
+
+
+class TierSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One `[[tier]]` table: what requests of a tier are to get; `seallmd_slo_requests` counts how many did.
+
+    name: as API keys have it. first_token_seconds: from arrival. next_token_seconds: mean of all further
+    ones. Nothing is decided by these targets yet.
+    """
+
+    name: Literal["priority", "default", "flex"]
+    first_token_seconds: Annotated[float, Meta(gt=0, le=86400)]
+    next_token_seconds: Annotated[float, Meta(gt=0, le=86400)]
 
 
 class HttpSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

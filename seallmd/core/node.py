@@ -393,6 +393,8 @@ class Node:
     def _on_token(self, request: Request, token: int) -> None:
         state, service = self._state, self._state.services[request.service]
         state.actions.append(ev.Emit(request.id, (token,), 0 if request.emitted else request.cached))
+        if not request.emitted:
+            service.cached_tokens += request.cached
         request.emitted = True
         charge(request, service)
         service.rate.add(1, state.now)

@@ -86,6 +86,8 @@ def _service(state: NodeState, residency: Residency, service: Service, now: floa
         groups=tuple(r.devices for r in service.replicas),
         saves=service.saves,
         cost_error=service.profile.costs.error if service.profile else 0.0,
+        cached_tokens=service.cached_tokens,
+        swap_seconds=service.swap_seconds,
         drained=service.closed,
         leaving=service.outgoing,
         idle_seconds=max(0.0, now - idle_since(service, now)),

@@ -447,6 +447,7 @@ class Residency:
         service.progress, service.trouble, service.failures, service.wanted = None, "", 0, False
         service.swaps_in += 1
         service.last_swap_seconds = self._state.now - replica.began
+        service.swap_seconds += service.last_swap_seconds
         self._state.note(service.name, f"resident on {replica.place}, copied in {seconds:.3f} s")
         self._state.answer(service.load_tickets)
 

@@ -142,7 +142,9 @@ class Service:
     preemptions: int = 0
     saves: int = 0
     breaks: int = 0
+    cached_tokens: int = 0
     swaps_in: int = 0
+    swap_seconds: float = 0.0
     last_swap_seconds: float = 0.0
     closed: bool = False
     idle_since: float = 0.0

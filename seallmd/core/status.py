@@ -41,8 +41,8 @@ class ServiceStatus(msgspec.Struct, frozen=True):
     long job (0 to 1), None when none runs. device: where it is or is going, None when nowhere; devices: all
     of these; groups: the same by replica, in rank order. saves: preemptions whose KV went to host memory.
     reason: why it is refused, or why its last load failed. cost_error: how far predicted step times are off,
-    as a share. tokens_per_second: output, over the last seconds. drained: an operator wants no new requests
-    for it. leaving: it has left the configuration. idle_seconds: since its last request, 0 while it has one;
+    as a share. tokens_per_second: output, over the last seconds. cached_tokens: of prompts, not computed
+    again. swap_seconds: all copies together. drained: an operator wants no new requests for it. leaving: it has left the configuration. idle_seconds: since its last request, 0 while it has one;
     expires_seconds: until it leaves for being idle, None when it does not.
     """
 
@@ -69,6 +69,8 @@ class ServiceStatus(msgspec.Struct, frozen=True):
     devices: tuple[int, ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     saves: int = 0
+    cached_tokens: int = 0
+    swap_seconds: float = 0.0
     drained: bool = False
     leaving: bool = False
     idle_seconds: float = 0.0
@@ -83,6 +85,20 @@ class NodeStatus(msgspec.Struct, frozen=True):
     block_bytes: int
     devices: tuple[DeviceStatus, ...]
     services: tuple[ServiceStatus, ...]
+
+
+class Cell(msgspec.Struct, frozen=True, array_like=True):
+    """A part of an arena. kind: weights, kv or free (as cached prefixes are). service: whose, else empty."""
+
+    kind: str
+    service: str
+
+
+class ArenaMap(msgspec.Struct, frozen=True):
+    """A device's arena from its first block to its last, in cells of equal size."""
+
+    device: int
+    cells: tuple[Cell, ...]
 
 
 class RequestStatus(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ from typing import Any
 from seallmd.ctl import http
 from seallmd.errors import ControlError, Unreachable
 
-_LEAST_TOKEN, _MOST_TOKEN = 100, 1000  # ids that every model has, and that are ordinary text in most
+_LEAST_TOKEN, _MOST_TOKEN = 100, 300  # ids that every model has, and that are ordinary text in most
 
 
 @dataclass(frozen=True)

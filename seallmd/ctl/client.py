@@ -25,6 +25,11 @@ def status(path: Path) -> Reply:
     return {**reply["status"], "daemon": reply["daemon"]}
 
 
+def picture(path: Path, cells: int) -> Reply:
+    """Arena maps in so many cells, and recent latencies by service. Raises Unreachable or ControlError."""
+    return _answer(path, {"op": "map", "cells": cells})
+
+
 def show(path: Path, service: str) -> Reply:
     """All that is known of a service. Raises Unreachable or ControlError."""
     return dict(_answer(path, {"op": "show", "service": service})["service"])

@@ -179,11 +179,15 @@ def _show(path: Path, arguments: argparse.Namespace) -> None:
 
 def _top(path: Path, arguments: argparse.Namespace) -> None:
     if _as_json(arguments):
-        _status(path, arguments)
+        report, picture = client.status(path), client.picture(path, 64)
+        print(json.dumps({**report, "maps": picture["maps"], "latencies": picture["latencies"]}))
         return
     from seallmd.ctl import top, view
 
-    top.run(view.console(), lambda: client.status(path), arguments.interval)
+    def ask(cells: int) -> tuple[client.Reply, client.Reply]:
+        return client.status(path), client.picture(path, cells)
+
+    top.run(view.console(), ask, arguments.interval)
 
 
 def _plan(path: Path, arguments: argparse.Namespace) -> None:

@@ -161,7 +161,9 @@ class Daemon:
         await control.start()
         try:
             settings = self._config.http
-            http = await start_http(self._engine, settings, self._listeners["http"], self._keyring)
+            http = await start_http(
+                self._engine, settings, self._listeners["http"], self._keyring, self._config.tier
+            )
             control.http = http_addresses(http, tls=bool(settings.tls_certificate))
             control.reload = self._reload
             try:

@@ -18,6 +18,7 @@ import msgspec
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
+from seallmd.core.arena_map import arena_maps
 from seallmd.core.node import Node
 from seallmd.core.placement import place
 from seallmd.core.report import request_statuses, service_detail
@@ -29,7 +30,7 @@ from seallmd.core.settings import (
     ServiceSettings,
 )
 from seallmd.core.state import Service
-from seallmd.core.status import NodeStatus, PlanStatus, RequestStatus, ServiceDetail
+from seallmd.core.status import ArenaMap, NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 from seallmd.errors import ControlError, RequestError
 from seallmd.runtime import profiles, rendezvous
 from seallmd.runtime.children import Child, Entry
@@ -37,6 +38,7 @@ from seallmd.runtime.devices import DevicePlan
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
 from seallmd.runtime.feed import EventFeed
 from seallmd.runtime.journal import Journal
+from seallmd.runtime.latencies import Latencies, RecentLatencies
 from seallmd.runtime.log import RequestRecord
 from seallmd.runtime.pulse import Pulse
 
@@ -64,6 +66,7 @@ class Engine:
         """hung_seconds: how long a child may be silent while it owes an answer."""
         self.node = Node(settings)
         self.feed = EventFeed()
+        self._latencies = RecentLatencies()
         self._settings = settings
         self._plan = plan
         self._journal = journal
@@ -197,6 +200,9 @@ class Engine:
                 self._streams.pop(request).end(action)
                 record = self._records.pop(request)
                 record.finished(action, self._now())
+                if action.reason in ("stop", "length") and record.first:
+                    taken = record.first - record.arrived, self._now() - record.arrived
+                    self._latencies.add(record.service, self._now(), *taken, record.output)
                 self.feed.tell("request", record.service, record.summary(action, self._now()))
                 if not self._streams:
                     self._quiet.set()
@@ -299,6 +305,14 @@ class Engine:
             if status.name == service:
                 return service_detail(self.node.state, status, self._now())
         return None
+
+    def arena_maps(self, cells: int) -> list[ArenaMap]:
+        """Who holds which part of each device's arena, in so many cells."""
+        return arena_maps(self.node.state, cells)
+
+    def latencies(self) -> dict[str, Latencies]:
+        """How long requests took lately, by service."""
+        return self._latencies.report(self._now())
 
     def plan(self) -> PlanStatus | None:
         """The plan in force and the best one known; None while nothing is planned."""

@@ -15,8 +15,9 @@ import msgspec
 from seallmd.core.events import Finish, OperatorEvent
 from seallmd.core.messages import ModelShape, Sampling
 from seallmd.core.settings import ServiceSettings
-from seallmd.core.status import NodeStatus, PlanStatus, RequestStatus, ServiceDetail
+from seallmd.core.status import ArenaMap, NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 from seallmd.runtime.feed import EventFeed
+from seallmd.runtime.latencies import Latencies
 
 
 class ServiceView(msgspec.Struct, frozen=True):
@@ -126,6 +127,12 @@ class EngineFace(Protocol):
 
     def detail(self, service: str) -> ServiceDetail | None:
         """All that is known of one service; None when there is no such service."""
+
+    def arena_maps(self, cells: int) -> list[ArenaMap]:
+        """Who holds which part of each device's arena, in so many cells."""
+
+    def latencies(self) -> dict[str, Latencies]:
+        """How long requests took lately, by service."""
 
     @property
     def feed(self) -> EventFeed:

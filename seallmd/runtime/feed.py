@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 import msgspec
 
@@ -51,7 +51,7 @@ class EventFeed:
         """The last so many, the oldest first."""
         return list(self._last)[-count:] if count else []
 
-    async def follow(self, count: int) -> AsyncIterator[Happening]:
+    async def follow(self, count: int) -> AsyncGenerator[Happening, None]:
         """The last so many, and from there on all that happen, for ever."""
         number = self._count - len(self.recent(count))
         while True:
