@@ -6,12 +6,9 @@ it concerns whatever a handler does). Must not know routes, nor count anything (
 The file is TOML, readable for its owner (and group) alone:
 
     [[key]]
-    name = "alice"                 # in logs and metrics; never the key itself
+    name = "alice"
     key = "sk-..."                 # or sha256 = "..." of it, so that the file holds no secret
-    tier = "priority"              # priority, default or flex
-    models = ["llama-*"]           # patterns; none = every model
-    requests_per_minute = 60       # 0 = no limit
-    tokens_per_minute = 100000     # of prompt and output
+    tier = "priority"
 """
 
 from __future__ import annotations
@@ -38,7 +35,12 @@ KeyName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
 
 
 class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One `[[key]]` table, as the module's docstring says."""
+    """One `[[key]]` table.
+
+    name: in logs and metrics; never the key itself. key: the key itself, or instead of it: sha256: its digest, in
+    hexadecimal. tier: of its requests. models: patterns of the services that it may use, such as "llama-*"; empty = every one.
+    requests_per_minute, tokens_per_minute: limits, tokens of prompt and output together; 0 = none.
+    """
 
     name: KeyName
     key: str = ""

@@ -259,6 +259,7 @@ def _of_services(status: NodeStatus) -> Iterator[Metric]:
     yield counter("seallmd_swaps", "Times that it was brought in.", lambda s: s.swaps_in)
     yield counter("seallmd_swap_seconds", "What these took together.", lambda s: s.swap_seconds)
     yield gauge("seallmd_idle_seconds", "Since its last request.", lambda s: s.idle_seconds)
+    yield gauge("seallmd_coming_seconds", "Estimated until it is resident.", lambda s: s.coming_seconds)
     yield gauge("seallmd_pinned", "1 when it never leaves for another.", lambda s: s.pinned)
     yield gauge("seallmd_service_drained", "1 when it takes no new requests.", lambda s: s.drained)
     yield gauge("seallmd_last_swap_seconds", "How long the last one took.", lambda s: s.last_swap_seconds)

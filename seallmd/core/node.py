@@ -14,6 +14,7 @@ from seallmd.core import messages as msg
 from seallmd.core.arena import Arena
 from seallmd.core.batcher import Batcher
 from seallmd.core.cost import StepCosts
+from seallmd.core.estimate import queue_seconds
 from seallmd.core.host_kv import HostSlots
 from seallmd.core.idle import IdleLimits
 from seallmd.core.images import Images
@@ -259,7 +260,8 @@ class Node:
             error = "the server is shutting down" if state.stopping else "the server takes no new requests"
             return failed(error, "shutting_down" if state.stopping else "draining", 503, 5.0)
         if service.outgoing:
-            return failed(f"model {service.name!r} is being replaced", "model_loading", 503, 1.0)
+            error = f"model {service.name!r} is being replaced"
+            return failed(error, "model_loading", 503, queue_seconds(state, service))
         if service.closed:
             error = f"model {service.name!r} takes no new requests: an operator has drained it"
             return failed(error, "draining", 503, 5.0)
@@ -271,7 +273,7 @@ class Node:
             return failed(error, "model_unavailable", 503, service.retry_at - state.now)
         if len(service.waiting) >= service.settings.max_waiting:
             error = f"{len(service.waiting)} requests wait for model {service.name!r} already"
-            return failed(error, "overloaded", 503, 1.0)
+            return failed(error, "overloaded", 503, queue_seconds(state, service))
         if service.shape is None:
             return failed(f"model {service.name!r} is still being examined", "model_loading", 503, 1.0)
         limit = self._residency.context_limit(service)

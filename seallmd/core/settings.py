@@ -62,8 +62,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     a request counts by its slowdown so far to this power; 0 lets long ones wait. step_tokens: tokens in
     one step, prefill and decode together. max_rows: requests in one step. pipeline_depth: steps a device
     may hold, running one included. prefix_reuse: share KV blocks of equal prefixes. replicate: a busy
-    service may come in on an idle device too, when its steps would be faster by replicate_gain for
-    replicate_seconds. min_residency_seconds: how long a service that was brought in stays before another
+    service may come in on an idle device too, when its steps would be faster. replicate_gain,
+    replicate_seconds: by this factor, for so long. min_residency_seconds: how long a service that was brought in stays before another
     may push it out. patience_seconds: how long a request of an absent service waits before a busy service
     is asked to make room.
     """

@@ -42,8 +42,10 @@ class ServiceStatus(msgspec.Struct, frozen=True):
     of these; groups: the same by replica, in rank order. saves: preemptions whose KV went to host memory.
     reason: why it is refused, or why its last load failed. cost_error: how far predicted step times are off,
     as a share. tokens_per_second: output, over the last seconds. cached_tokens: of prompts, not computed
-    again. swap_seconds: all copies together. drained: an operator wants no new requests for it. leaving: it has left the configuration. idle_seconds: since its last request, 0 while it has one;
-    expires_seconds: until it leaves for being idle, None when it does not.
+    again. swap_seconds: all copies together. drained: an operator wants no new requests for it. leaving: it
+    has left the configuration. idle_seconds: since its last request, 0 while it has one; expires_seconds:
+    until it leaves for being idle, None when it does not. coming_seconds: roughly how long a request has to
+    wait for the model alone, 0 when it is resident.
     """
 
     name: str
@@ -75,6 +77,7 @@ class ServiceStatus(msgspec.Struct, frozen=True):
     leaving: bool = False
     idle_seconds: float = 0.0
     expires_seconds: float | None = None
+    coming_seconds: float = 0.0
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
