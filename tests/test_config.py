@@ -76,3 +76,18 @@ def test_sizes() -> None:
     assert Size("2 GiB").bytes_ == 2 << 30
     assert Size("1.5 MiB").bytes_ == 3 << 19
     assert Size("").bytes_ == 0
+
+
+def test_exit_codes_are_documented() -> None:
+    """Scripts rely on the page: what the code says and what it says are the same."""
+    from seallmd.ctl import main
+
+    page = (Path(__file__).parents[1] / "docs" / "exit-codes.md").read_text(encoding="utf-8")
+    section = page.split("## seallmd\n")[0]
+    told = {
+        int(line.split("|")[1])
+        for line in section.splitlines()
+        if line.startswith("| ") and line[2].isdigit()
+    }
+    codes = {value for name, value in vars(main).items() if name.startswith("EXIT_")}
+    assert told == codes | {0}

@@ -39,7 +39,7 @@ model = "models/smollm2-135m-instruct"
 SIGHUP and `seallmctl reload` read the file again. **live** fields, and services, groups and API keys, then
 change at once; whoever is being served is not cut off: a service that was removed, or whose model, dtype,
 context, tensor_parallel or devices changed, first ends the requests that it has. The others are named and
-wait for a restart. A file that is wrong changes nothing; the log and `seallmctl reload` say where it is wrong.
+wait for a restart. A wrong file changes nothing; the log and `seallmctl reload` say where it is wrong.
 """
 
 GROUPS = """

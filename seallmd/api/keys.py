@@ -37,9 +37,9 @@ KeyName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
 class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One `[[key]]` table.
 
-    name: in logs and metrics; never the key itself. key: the key itself, or instead of it: sha256: its digest, in
-    hexadecimal. tier: of its requests. models: patterns of the services that it may use, such as "llama-*"; empty = every one.
-    requests_per_minute, tokens_per_minute: limits, tokens of prompt and output together; 0 = none.
+    name: in logs and metrics; never the key itself. key: the secret itself. sha256: or, instead of it, its
+    digest in hexadecimal. tier: of its requests. models: patterns of the services that it may use, such as
+    "llama-*"; empty = every one. requests_per_minute, tokens_per_minute: limits, tokens of prompt and output together; 0 = none.
     """
 
     name: KeyName

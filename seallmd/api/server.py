@@ -184,7 +184,7 @@ class Operation:
         """
         status = self._engine.status()
         if status.draining:
-            raise RequestError("the server is shutting down", status=503, code="shutting_down")
+            raise RequestError("the server takes no new requests", status=503, code="draining")
         states = {service.name: service for service in status.services}
         settings = [view.settings for view in self._engine.services()]
         preloaded = [service.name for service in settings if service.preload or service.pinned]

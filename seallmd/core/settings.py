@@ -63,9 +63,9 @@ class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     one step, prefill and decode together. max_rows: requests in one step. pipeline_depth: steps a device
     may hold, running one included. prefix_reuse: share KV blocks of equal prefixes. replicate: a busy
     service may come in on an idle device too, when its steps would be faster. replicate_gain,
-    replicate_seconds: by this factor, for so long. min_residency_seconds: how long a service that was brought in stays before another
-    may push it out. patience_seconds: how long a request of an absent service waits before a busy service
-    is asked to make room.
+    replicate_seconds: by this factor, for so long. min_residency_seconds: how long a service that was
+    brought in stays before another may push it out. patience_seconds: how long a request of an absent
+    service waits before a busy service is asked to make room.
     """
 
     policy: Literal["budget", "round-robin", "fcfs", "adbs", "dedicated"] = "budget"

@@ -343,11 +343,9 @@ class Engine:
     ) -> None:
         """From here on these settings hold; who is being served is not cut off."""
         now = self.node.state.settings
-        if (services, groups, scheduler, replacement) != (
-            *(now.services, now.groups),
-            *(now.scheduler, now.replacement),
-        ):
-            self._happen(ev.Reconfigured(services, groups, scheduler, replacement))
+        event = ev.Reconfigured(services, groups, scheduler, replacement)
+        if event != ev.Reconfigured(now.services, now.groups, now.scheduler, now.replacement):
+            self._happen(event)
 
     async def operate(self, make: Callable[[int], ev.OperatorEvent]) -> None:
         """Carry out what an operator asks for; returns when it is done. Raises ControlError."""
