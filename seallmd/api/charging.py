@@ -11,7 +11,9 @@ import msgspec
 
 from seallmd.api.choices import Choice
 from seallmd.api.keys import current_key
+from seallmd.api.metrics import Metrics
 from seallmd.api.rates import Rates
+from seallmd.errors import RequestError
 from seallmd.runtime.face import Generation
 
 
@@ -27,14 +29,25 @@ def keyed(generations: list[Generation]) -> list[Generation]:
 class Charge:
     """What one HTTP request takes from the limits of its key."""
 
-    def __init__(self, rates: Rates, batches: Sequence[Sequence[Generation]]) -> None:
+    def __init__(self, rates: Rates, metrics: Metrics, batches: Sequence[Sequence[Generation]]) -> None:
         """Charge for all choices of all prompts. Raises RequestError (429) and then charges nothing."""
         self._key = current_key.get()
         self._rates = rates
+        self._metrics = metrics
         self._tokens = sum(len(g.prompt) + g.max_tokens for batch in batches for g in batch)
-        rates.charge(self._key, 1, self._tokens)
+        try:
+            rates.charge(self._key, 1, self._tokens)
+        except RequestError:
+            self._count("limited", 1)
+            raise
 
     def settle(self, choices: Sequence[Choice]) -> None:
         """Give back what was not used; a choice that got nothing costs nothing."""
         used = sum(len(choice.prompt) + choice.tokens for choice in choices if choice.tokens)
         self._rates.give_back(self._key, self._tokens - used)
+        self._count("requests", 1)
+        self._count("tokens", used)
+
+    def _count(self, what: str, amount: int) -> None:
+        if self._key is not None:
+            self._metrics.keys[what].labels(self._key.name).inc(amount)

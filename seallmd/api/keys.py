@@ -39,7 +39,8 @@ class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     name: in logs and metrics; never the key itself. key: the secret itself. sha256: or, instead of it, its
     digest in hexadecimal. tier: of its requests. models: patterns of the services that it may use, such as
-    "llama-*"; empty = every one. requests_per_minute, tokens_per_minute: limits, tokens of prompt and output together; 0 = none.
+    "llama-*"; empty = every one. requests_per_minute, tokens_per_minute: limits, tokens of prompt and output
+    together; 0 = none.
     """
 
     name: KeyName

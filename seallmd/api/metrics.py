@@ -94,6 +94,15 @@ class Metrics:
             (*_MODEL, "tier", "met"),
             registry=self._registry,
         )
+        texts = {
+            "requests": "Requests of a key.",
+            "tokens": "Tokens of a key's prompts and outputs.",
+            "limited": "Requests of a key that were over its limits.",
+        }
+        self.keys = {
+            what: Counter(f"seallmd_key_{what}", text, ("key",), registry=self._registry)
+            for what, text in texts.items()
+        }
         self.targets: dict[str, TierSettings] = {tier.name: tier for tier in tiers}
         self.prompt = self._histogram("request_prompt_tokens", "Tokens of a request's prompt.", _TOKENS)
         self.output = self._histogram("request_generation_tokens", "Tokens of a request's output.", _TOKENS)

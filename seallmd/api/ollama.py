@@ -141,7 +141,8 @@ class Ollama:
 
     def _unload_later(self, name: str) -> None:
         """The client has its answer: whether the model can go now is not its concern."""
-        if self._serving.view(name).settings.pinned:
+        view = self._engine.service(name)
+        if view is None or view.settings.pinned:
             return
         task = asyncio.create_task(self._unload(name))
         self._unloading.add(task)

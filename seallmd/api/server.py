@@ -29,7 +29,7 @@ from seallmd.api.serving import Serving, json_response, read_body
 from seallmd.api.settings import HttpSettings, TierSettings
 from seallmd.api.sockets import claim_socket_path
 from seallmd.api.tokenize import Tokenize
-from seallmd.core.status import ServiceStatus
+from seallmd.core.status import NodeStatus, ServiceStatus
 from seallmd.errors import ConfigError, ControlError, RequestError
 from seallmd.runtime.face import EngineFace, ServiceView
 
@@ -159,6 +159,7 @@ class Operation:
         self._engine = serving.engine
         self._metrics = serving.metrics
         self._begun: set[str] = set()  # preloaded services that have been resident
+        self._ready = False
 
     def routes(self) -> list[web.RouteDef]:
         """GET /health, /ready, /version, /metrics."""
@@ -180,11 +181,17 @@ class Operation:
     async def ready(self, _request: web.Request) -> web.Response:
         """200 once every preloaded or pinned service has been resident; 503 before, and while draining.
 
-        A preloaded service that makes room for another later on is business as usual.
+        A preloaded service that makes room for another later on, or that a reload adds, is business as usual.
         """
         status = self._engine.status()
         if status.draining:
             raise RequestError("the server takes no new requests", status=503, code="draining")
+        if not self._ready:
+            self._look_at_preloaded(status)
+        return json_response({"status": "ready"})
+
+    def _look_at_preloaded(self, status: NodeStatus) -> None:
+        """Raises RequestError while one of them has not come in yet."""
         states = {service.name: service for service in status.services}
         settings = [view.settings for view in self._engine.services()]
         preloaded = [service.name for service in settings if service.preload or service.pinned]
@@ -192,7 +199,7 @@ class Operation:
         missing = [f"{name} is {states[name].state}" for name in preloaded if name not in self._begun]
         if missing:
             raise RequestError("; ".join(missing), status=503, code="not_ready", retry_after=1.0)
-        return json_response({"status": "ready"})
+        self._ready = True
 
     async def version(self, _request: web.Request) -> web.Response:
         """The daemon's version."""

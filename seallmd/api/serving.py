@@ -101,7 +101,7 @@ class Serving:
         """Run all choices of all prompts; whatever happens, none outlives the HTTP request."""
         # Everything is checked before anything is started.
         batches = [keyed(build_generations(spec, model.shape, prompt)) for prompt in prompts]
-        charge = Charge(self.rates, batches)
+        charge = Charge(self.rates, self.metrics, batches)
         run = Run(self.engine, self.metrics)
         try:
             for generations in batches:

@@ -246,12 +246,13 @@ class Engine:
 
     def services(self) -> list[ServiceView]:
         """Every configured service, in the order of the configuration."""
-        return [self._view(service) for service in self.node.state.services.values()]
+        services = self.node.state.services.values()
+        return [self._view(service) for service in services if not _has_left(service)]
 
     def service(self, name: str) -> ServiceView | None:
         """One service by name."""
         service = self.node.state.services.get(name)
-        return None if service is None else self._view(service)
+        return None if service is None or _has_left(service) else self._view(service)
 
     def _view(self, service: Service) -> ServiceView:
         shape = service.shape
@@ -358,6 +359,11 @@ class Engine:
         # Whoever waits may leave; the command goes on.
         if error := await asyncio.shield(answer):
             raise ControlError(error)
+
+
+def _has_left(service: Service) -> bool:
+    """Whether it is there only to end what it has begun, and nothing will take its name."""
+    return service.outgoing and service.successor is None
 
 
 def _in_words(event: ev.OperatorEvent) -> str:

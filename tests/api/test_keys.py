@@ -216,6 +216,11 @@ async def test_limits_are_told_in_headers_and_refusals(guarded: str) -> None:
     assert 1 <= int(headers["Retry-After"]) <= 20
     assert headers["x-should-retry"] == "true"
     assert caught.value.code == "rate_limit_exceeded"
+    headers = {"Authorization": "Bearer sk-carol-0123456789"}
+    async with aiohttp.ClientSession(headers=headers) as session, session.get(f"{guarded}/metrics") as page:
+        lines = (await page.text()).splitlines()
+    assert 'seallmd_key_requests_total{key="carol"} 3.0' in lines
+    assert 'seallmd_key_limited_total{key="carol"} 1.0' in lines
 
 
 async def test_a_reload_changes_keys_at_once(engine: FakeEngine) -> None:

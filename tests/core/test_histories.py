@@ -285,6 +285,18 @@ def test_operators_at_work(seed: int) -> None:
     assert len(good) > 0.1 * len(history.recorder.finished)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_operators_at_work_on_groups_of_devices(seed: int) -> None:
+    """The same where replicas span devices: one that is drained takes whole groups with it."""
+    history = History(
+        seed, (48, 44, 46), PARALLEL, tensor_parallel={"pair": 2, "trio": 3}, step_tokens=16, host_kv=20
+    )
+    for _ in range(900):
+        history.act(history.random.choice(ACTIONS + OPERATIONS * 2))
+    history.finish()
+    assert {"gone", "configured anew"} <= set(history.recorder.notes)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 2**32), st.lists(st.sampled_from(sorted({*ACTIONS, *OPERATIONS})), max_size=60))
 def test_any_short_history(seed: int, actions: list[str]) -> None:

@@ -57,7 +57,7 @@ async def test_stdin_and_json(runner: web.AppRunner, engine: FakeEngine) -> None
 def test_answers_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that was talked into escape codes could write anywhere on the screen."""
     chunk = {"choices": [{"delta": {"content": "a\x1b[2J\x9bb\tc\n"}, "finish_reason": "stop"}]}
-    monkeypatch.setattr(http, "stream_chat", lambda *_: (part for part in [chunk]))
+    monkeypatch.setattr(http, "stream", lambda *_: (part for part in [chunk]))
     out = io.StringIO()
     assert Chat("", "m", "", {}).say("x", out)["content"] == "a\x1b[2J\x9bb\tc\n"
     assert out.getvalue() == "a[2Jb\tc\n"

@@ -14,7 +14,7 @@ from openai import OpenAI
 from tests.e2e.daemon import SMOL, Daemon, service
 from tools import replay
 
-HEAD = '[http]\nkeys = "{keys}"\n[devices]\nkind = "cpu"\ncpu_workers = 1\nmemory = "1 GiB"\n'
+HEAD = '[http]\nkeys = "{keys}"\n[devices]\nkind = "cpu"\ncpu_workers = 1\nmemory = "1536 MiB"\n'
 ALICE, BOB = "sk-alice-0123456789", "sk-bob-0123456789ab"
 KEYS = f"""
 [[key]]
