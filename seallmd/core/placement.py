@@ -70,6 +70,9 @@ class _Predictor:
         }
         self.tries = 0
         self._max_rows = machine.max_rows
+        number = {demand.name: i for i, demand in enumerate(demands)}
+        pairs = ((number.get(one), number.get(other)) for one, other in machine.apart)
+        self._apart = {pair for pair in pairs if None not in pair}
         self._known: dict[tuple[int, frozenset[_Guest]], float] = {}
 
     def _of(self, service: int) -> Iterator[Work]:
@@ -95,6 +98,9 @@ class _Predictor:
         inside = sorted(guests)  # sums of floats depend on the order, sets on hashes
         works = [self.works[guest.service, guest.ranks] for guest in inside]
         residents = [work for work, guest in zip(works, inside, strict=True) if not guest.visiting]
+        names = [guest.service for guest in inside if not guest.visiting]
+        if any((one, other) in self._apart for one in names for other in names):
+            return float("inf")
         weights = sum(work.weights_bytes for work in residents)
         if weights + max((work.spare_bytes for work in residents), default=0) > arena:
             return float("inf")

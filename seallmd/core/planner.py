@@ -13,7 +13,7 @@ from collections import deque
 from seallmd.core.cost import StepCosts
 from seallmd.core.events import SearchPlan
 from seallmd.core.images import Images
-from seallmd.core.plan import Demand, Devices, Machine, Plan, Split
+from seallmd.core.plan import Demand, Devices, Machine, Plan, Split, broken
 from seallmd.core.replacement import Replacement
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
@@ -45,11 +45,9 @@ class Planner:
 
     @property
     def enabled(self) -> bool:
-        """Whether this node plans: devices that are dealt out once and for all have nothing to plan, and the
-        search does not know of services that may not be on one device."""
+        """Whether this node plans: devices that are dealt out once and for all have nothing to plan."""
         settings = self._state.settings
-        planned = settings.replacement.enabled and not settings.groups
-        return planned and settings.scheduler.policy != "dedicated"
+        return settings.replacement.enabled and settings.scheduler.policy != "dedicated"
 
     def settle(self) -> None:
         """Go on with the plan at hand; have another made when that is due."""
@@ -102,7 +100,7 @@ class Planner:
         now, demands, current = self._state.now, self._demands(), self._current()
         if not demands:
             return
-        if not self._searching and replacement.wants_plan(now, demands):
+        if not self._searching and replacement.wants_plan(now, demands) and not self._stuck(demands):
             self._searching = True
             self._state.actions.append(SearchPlan(tuple(demands), self._machine(), current))
         steps = replacement.tick(now, demands, current, self._running())
@@ -110,6 +108,11 @@ class Planner:
             self._state.note("", f"moving to a better plan in {len(steps)} steps")
             self._steps = deque(steps)
             self._begin_step()
+
+    def _stuck(self, demands: list[Demand]) -> bool:
+        """Whether what operators have placed cannot be there all at once: it takes turns, unplanned."""
+        fixed = Plan({demand.name: demand.placed or () for demand in demands})
+        return bool(broken(fixed, demands, self._machine()))
 
     # ------------------------------------------------------------------------------- in planning's words
 
@@ -120,7 +123,14 @@ class Planner:
             arena_bytes=tuple(a.capacity * settings.block_bytes if a is not None else 0 for a in arenas),
             copy_bytes_per_second=settings.roofline.copy_bytes_per_second,
             max_rows=settings.scheduler.max_rows,
+            apart=self._apart(),
         )
+
+    def _apart(self) -> tuple[tuple[str, str], ...]:
+        sharing, names = self._state.sharing, self._state.services
+        if not sharing.groups:
+            return ()
+        return tuple((one, other) for one in names for other in names if sharing.apart(one, other))
 
     def _current(self) -> Plan:
         """Where services are or are going; what is on its way out is gone."""

@@ -46,7 +46,7 @@ class GroupSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     services: names of the members. share_members: whether members may be on one device with each other.
     share_others: whether they may be on one device with services outside the group. Two services may share a
-    device when no group forbids it; beside services that may not share, nothing is planned ahead.
+    device when no group forbids it.
     """
 
     services: Annotated[tuple[Name, ...], Meta(min_length=1)]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from seallmd.core import events as ev
-from seallmd.core.settings import GroupSettings
+from seallmd.core.placement import place
+from seallmd.core.plan import Machine, Plan, broken
+from seallmd.core.settings import GroupSettings, ReplacementSettings
 from seallmd.core.sharing import Sharing
+from seallmd.core.transition import apply, steps
 from tests.core.helpers import Recorder, shape, world
+from tests.core.test_placement import GIB, demand
 
 MODELS = {"a": shape(), "b": shape(), "c": shape()}
 
@@ -79,4 +84,55 @@ def test_replicas_keep_apart_too() -> None:
     recorder.world.run()
     assert not any({"a", "b"} <= names for names in beside(recorder))
     for request in range(1, 41):
+        recorder.assert_output(request)
+
+
+def test_plans_keep_them_apart() -> None:
+    """The search never puts them on one device, and the way to a plan does not lead over that."""
+    names = ("a", "b", "c", "d")
+    demands = [demand(name, rate=2.0) for name in names]
+    pairs = (("a", "b"), ("b", "a"), ("c", "d"), ("d", "c"))
+    free = Machine(arena_bytes=(80 * GIB,) * 2, copy_bytes_per_second=1e9)
+    machine = replace(free, apart=pairs)
+    plan = place(demands, machine)
+    assert not broken(plan, demands, machine)
+    assert all(plan.of(name) for name in names), "somebody was left out for no reason"
+    others = Plan({"a": ((0,),), "b": ((1,),), "c": ((0,),), "d": ((1,),)})
+    swapped = Plan({"a": ((1,),), "b": ((0,),), "c": ((0,),), "d": ((1,),)})
+    assert "may not be on one device" in broken(Plan({"a": ((0,),), "b": ((0,),)}), demands, machine)
+    state = others
+    for step in steps(others, swapped, demands, machine):
+        state = apply(state, step)
+        assert not broken(state, demands, machine)
+    assert state.same(swapped)
+    lit = steps(others, swapped, demands, free)
+    assert len(lit) <= len(steps(others, swapped, demands, machine))
+
+
+def test_a_running_node_plans_with_groups() -> None:
+    """A plan is found, and obeys."""
+    rule = (GroupSettings(services=("a", "b"), share_members=False),)
+    often = ReplacementSettings(min_interval_seconds=1.0, max_interval_seconds=1.0)
+    recorder = world(MODELS, arenas=(90, 90), sharing=rule, replacement=often)
+    for request in range(1, 200):
+        recorder.arrive(request, "abc"[request % 3], (request % 50,), 9)
+        recorder.world.run(until=recorder.world.now + 0.1)
+        assert not any({"a", "b"} <= names for names in beside(recorder))
+    plan = recorder.world.node.plan_status(recorder.world.now)
+    assert plan is not None
+    assert all(plan.best.of(name) for name in "abc")
+    recorder.world.run()
+
+
+def test_placements_that_contradict_groups_are_not_planned() -> None:
+    """Both on the one device that each may be on, and never together: they take turns, and all is served."""
+    rule = (GroupSettings(services=("a", "b"), share_members=False),)
+    recorder = world(
+        MODELS, arenas=(90, 90), sharing=rule, groups={"a": ((0,),), "b": ((0,),)}, patience_seconds=0.2
+    )
+    for request in range(1, 60):
+        recorder.arrive(request, "abc"[request % 3], (request % 50,), 9)
+        recorder.world.run(until=recorder.world.now + 0.3)
+    recorder.world.run()
+    for request in range(1, 60):
         recorder.assert_output(request)
