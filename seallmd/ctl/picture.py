@@ -14,6 +14,7 @@ from rich.text import Text
 from seallmd.ctl.view import Record, plain_table
 
 HISTORY = 60  # reports that are remembered
+_NARROW = 80
 _LEVELS = {"utf": " ▁▂▃▄▅▆▇█", "ascii": " .:-=+*#@"}
 _COLOURS = ("blue", "green", "magenta", "cyan", "yellow", "red")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -49,8 +50,14 @@ def sparkline(values: Sequence[float], width: int, *, ascii_only: bool = False) 
 def traffic(out: Console, report: Record, picture: Record, history: History) -> RenderableType:
     """Services with their output, queue and latencies over time; those that nobody uses are left out."""
     table = plain_table()
-    for title in ("SERVICE", "TOK/S", "", "WAIT", "", "FIRST p50", "p99", "NEXT p50", "p99"):
-        table.add_column(title, justify="left" if title in ("SERVICE", "") else "right", no_wrap=True)
+    narrow = out.width < _NARROW  # then without the rare cases
+    titles = ("SERVICE", "TOK/S", "", "WAIT", "", "FIRST p50", "p99", "NEXT p50", "p99")
+    shown = [number for number, title in enumerate(titles) if not (narrow and title == "p99")]
+    for number in shown:
+        left = titles[number] in ("SERVICE", "")
+        table.add_column(
+            titles[number], justify="left" if left else "right", no_wrap=number > 0, overflow="fold"
+        )
     plain, width = not _is_utf(out), 20 if out.width >= 110 else 10
     for service in report["services"]:
         name = service["name"]
@@ -61,7 +68,7 @@ def traffic(out: Console, report: Record, picture: Record, history: History) -> 
         if latencies is None and not any([*history.of(rates), *history.of(queue)]):
             continue
         keys = ("first_p50", "first_p99", "next_p50", "next_p99")
-        table.add_row(
+        cells = (
             Text(name),
             f"{service['tokens_per_second']:.1f}",
             Text(sparkline(history.of(rates), width, ascii_only=plain), "green"),
@@ -69,6 +76,7 @@ def traffic(out: Console, report: Record, picture: Record, history: History) -> 
             Text(sparkline(history.of(queue), width // 2, ascii_only=plain), "yellow"),
             *("-" if latencies is None else _short(latencies[key]) for key in keys),
         )
+        table.add_row(*(cells[number] for number in shown))
     return table if table.row_count else Text("nobody asks for anything", "dim")
 
 

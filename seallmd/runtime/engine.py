@@ -367,10 +367,23 @@ def _has_left(service: Service) -> bool:
 
 
 def _in_words(event: ev.OperatorEvent) -> str:
-    """An operator's event for people: "PinWanted pinned=True"."""
-    fields = msgspec.structs.asdict(event)
-    said = (f" {key}={value}" for key, value in fields.items() if key not in ("ticket", "service"))
-    return type(event).__name__ + "".join(said)
+    """What an operator asked for: "pin", "undrain device 0"."""
+    match event:
+        case ev.LoadWanted():
+            return "load"
+        case ev.EvictWanted():
+            return "evict now" if event.now else "evict"
+        case ev.PinWanted():
+            return "pin" if event.pinned else "unpin"
+        case ev.KeepWanted():
+            return f"keep for {event.seconds:g} s"
+    verb = "drain" if event.drained else "undrain"
+    match event:
+        case ev.DeviceDrainWanted():
+            return f"{verb} device {event.device}"
+        case ev.NodeDrainWanted():
+            return f"{verb} everything"
+    return verb
 
 
 class Supervised:

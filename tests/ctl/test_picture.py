@@ -26,12 +26,19 @@ def drawn(out: Console, *parts: Any) -> str:
 
 
 def console(width: int, encoding: str = "utf-8") -> Console:
-    class File(io.StringIO):
-        pass
+    return Console(file=_File(encoding), width=width, highlight=False)
 
-    file = File()
-    file.encoding = encoding  # type: ignore[misc]
-    return Console(file=file, width=width, highlight=False)
+
+class _File(io.StringIO):
+    """A terminal's encoding without a terminal."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__()
+        self._encoding = encoding
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
 
 
 def test_sparklines() -> None:

@@ -141,7 +141,7 @@ def check_bench(daemon: Daemon) -> None:
 def check_looking_on(daemon: Daemon) -> None:
     """Events tell what was done above; the map shows who is where; latencies are there."""
     texts = [event["text"] for event in ctl(daemon, "events", "--last", "1000")]
-    for part in ("added to the configuration", "PinWanted", "DeviceDrainWanted", "request", "resident on"):
+    for part in ("added to the configuration", "unpin", "undrain device 0", "request", "resident on"):
         assert any(part in text for text in texts), part
     top = ctl(daemon, "top")
     owners = {service for kind, service in top["maps"][0]["cells"] if kind == "weights"}
