@@ -184,7 +184,7 @@ class Room:
         if len(replica.devices) > 1:
             self._distrust_kv(service)
         if not service.replicas:
-            service.wanted = not service.evict_tickets
+            service.wanted = not service.evict_tickets and not service.outgoing
             self._state.answer(service.evict_tickets)
 
 
