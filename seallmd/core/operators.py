@@ -6,7 +6,7 @@ Owns the meaning of these events and when each of them is answered. Must not kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -19,12 +19,18 @@ from seallmd.core.state import NodeState, Service, Stage
 
 @dataclass(frozen=True, slots=True)
 class _Drain:
-    """A drain that somebody waits for. what: service, device (its index as text) or the node ("")."""
+    """A drain that somebody waits for: of a service, of a device, or of everything.
+
+    Data alone, so that a node can be written down and read back.
+    """
 
     ticket: int
-    kind: str
-    what: str
-    done: Callable[[], bool]
+    service: str = ""
+    device: int | None = None
+
+    def is_like(self, other: _Drain) -> bool:
+        """Whether both are of the same."""
+        return (self.service, self.device) == (other.service, other.device)
 
 
 class Operators:
@@ -61,9 +67,17 @@ class Operators:
     def settle(self) -> None:
         """Answer the drains that are done."""
         for drain in list(self._drains):
-            if drain.done():
+            if self._is_done(drain):
                 self._drains.remove(drain)
                 self._state.answer([drain.ticket])
+
+    def _is_done(self, drain: _Drain) -> bool:
+        if drain.device is not None:
+            return not self._state.devices[drain.device].replicas
+        if drain.service:
+            service = self._state.services.get(drain.service)
+            return service is None or (not service.waiting and next(service.running, None) is None)
+        return not self._state.requests
 
     def stop(self, *, now: bool) -> None:
         """The node is to end: no new requests; with `now`, those that it has fail."""
@@ -167,11 +181,7 @@ class Operators:
         if service is None:
             return
         service.closed = event.drained
-
-        def done() -> bool:
-            return not service.waiting and next(service.running, None) is None
-
-        self._drain(event.ticket, "service", service.name, event.drained, done)
+        self._drain(_Drain(event.ticket, service=service.name), event.drained)
 
     def _on_device_drain(self, event: ev.DeviceDrainWanted) -> None:
         devices = self._state.devices
@@ -182,11 +192,7 @@ class Operators:
         if event.drained:
             devices[event.device].claim = None
             self._send_away(event.device)
-
-        def done() -> bool:
-            return not devices[event.device].replicas
-
-        self._drain(event.ticket, "device", str(event.device), event.drained, done)
+        self._drain(_Drain(event.ticket, device=event.device), event.drained)
 
     def _send_away(self, index: int) -> None:
         """Have everything leave a device: copies at once, the others when what they run has ended."""
@@ -205,17 +211,14 @@ class Operators:
             state.answer([event.ticket], "the daemon is shutting down")
             return
         state.draining = event.drained
-        self._drain(event.ticket, "node", "", event.drained, lambda: not state.requests)
+        self._drain(_Drain(event.ticket), event.drained)
 
-    def _drain(self, ticket: int, kind: str, what: str, drained: bool, done: Callable[[], bool]) -> None:
+    def _drain(self, drain: _Drain, drained: bool) -> None:
         """Keep a drain until it is done; taking one back is done at once, and ends those before it."""
         if drained:
-            self._drains.append(_Drain(ticket, kind, what, done))
+            self._drains.append(drain)
             return
-        self._end([d for d in self._drains if (d.kind, d.what) == (kind, what)], "it was undrained")
-        self._state.answer([ticket])
-
-    def _end(self, drains: Sequence[_Drain], error: str) -> None:
-        for drain in drains:
-            self._drains.remove(drain)
-            self._state.answer([drain.ticket], error)
+        for before in [before for before in self._drains if before.is_like(drain)]:
+            self._drains.remove(before)
+            self._state.answer([before.ticket], "it was undrained")
+        self._state.answer([drain.ticket])
