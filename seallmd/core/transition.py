@@ -161,7 +161,7 @@ class _Lit:
     ) -> bool:
         if meet((group,), taken[service]):
             return False
-        if any(one == service and meet((group,), taken[other]) for one, other in self._machine.apart):
+        if any(one == service and meet((group,), taken.get(other, ())) for one, other in self._machine.apart):
             return False
         weights, least = self._bytes(service, group)
         return all(room[device][0] - weights >= max(room[device][1], least) for device in group)

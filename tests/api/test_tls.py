@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from seallmd.api.server import http_addresses, start_http, tls_context
 from seallmd.api.settings import HttpSettings
+from seallmd.ctl import http
 from seallmd.errors import ConfigError
 from tests.api.engine_double import FakeEngine
 
@@ -52,6 +54,8 @@ async def test_tls(engine: FakeEngine, pair: tuple[str, str], tmp_path: Path) ->
     async with aiohttp.ClientSession() as session:
         async with session.get(f"{secure}/health", ssl=trust) as response:
             assert response.status == 200
+        # seallmctl on the same machine needs no certificate of its own.
+        assert (await asyncio.to_thread(http.get, secure, "/health"))[0] == 200
         with pytest.raises(aiohttp.ClientError):
             await session.get(secure.replace("https", "http") + "/health")
     plain = aiohttp.UnixConnector(unix.removeprefix("unix:"))

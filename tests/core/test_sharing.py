@@ -91,7 +91,7 @@ def test_plans_keep_them_apart() -> None:
     """The search never puts them on one device, and the way to a plan does not lead over that."""
     names = ("a", "b", "c", "d")
     demands = [demand(name, rate=2.0) for name in names]
-    pairs = (("a", "b"), ("b", "a"), ("c", "d"), ("d", "c"))
+    pairs = (("a", "b"), ("b", "a"), ("c", "d"), ("d", "c"), ("a", "unknown"), ("unknown", "a"))
     free = Machine(arena_bytes=(80 * GIB,) * 2, copy_bytes_per_second=1e9)
     machine = replace(free, apart=pairs)
     plan = place(demands, machine)
