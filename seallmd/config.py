@@ -140,7 +140,7 @@ def load(path: Path) -> Config:
         raise ConfigError(f"{path}:{_line_of(text, place, message)}: {message} {place}".rstrip()) from error
     _check(config, path, text)
     services = tuple(_with_place(service, path.parent) for service in config.service)
-    return msgspec.structs.replace(config, service=services)
+    return msgspec.structs.replace(config, service=services, http=_with_files(config.http, path.parent))
 
 
 def reloaded(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
@@ -241,6 +241,13 @@ def _with_place(service: ServiceSettings, base: Path) -> ServiceSettings:
     if is_path or here.exists() or (len(model.parts) > 1 and here.parent.is_dir()):
         return msgspec.structs.replace(service, model=str(here.absolute()))
     return service
+
+
+def _with_files(http: HttpSettings, base: Path) -> HttpSettings:
+    """Files of the HTTP side, relative to the configuration file as models are."""
+    names = {key: getattr(http, key) for key in ("keys", "tls_certificate", "tls_key")}
+    files = {key: str((base / Path(name).expanduser()).absolute()) for key, name in names.items() if name}
+    return msgspec.structs.replace(http, **files)
 
 
 def _toml_line(error: tomllib.TOMLDecodeError, text: str) -> int:

@@ -91,3 +91,10 @@ def test_exit_codes_are_documented() -> None:
     }
     codes = {value for name, value in vars(main).items() if name.startswith("EXIT_")}
     assert told == codes | {0}
+
+
+def test_files_are_found_beside_the_configuration(tmp_path: Path) -> None:
+    """Wherever the daemon was started from; what is not configured stays empty."""
+    http = load(write(tmp_path, '[http]\nkeys = "keys.toml"\ntls_key = "/etc/key.pem"\n' + SERVICE)).http
+    assert (http.keys, http.tls_key) == (str(tmp_path / "keys.toml"), "/etc/key.pem")
+    assert http.tls_certificate == ""

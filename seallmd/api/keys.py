@@ -92,7 +92,7 @@ current_key: ContextVar[Key | None] = ContextVar("current_key", default=None)
 def locate_keys(configured: str, environment: Mapping[str, str]) -> Path | None:
     """The file of keys: as configured, else systemd's credential, else none."""
     if configured:
-        return Path(configured).expanduser()
+        return Path(configured)
     directory = environment.get("CREDENTIALS_DIRECTORY")
     credential = Path(directory) / CREDENTIAL if directory else None
     return credential if credential is not None and credential.exists() else None
