@@ -97,7 +97,7 @@ install-files:
 		printf '#!/bin/sh\nexec %s -m %s "$$@"\n' $(PREFIX)/lib/seallmd/bin/python $${pair#*:} > $$file; \
 		chmod 0755 $$file; \
 	done
-	install -m 0644 docs/operations.md docs/reliability.md SECURITY.md $(DESTDIR)$(PREFIX)/share/doc/seallmd
+	install -m 0644 docs/operations.md docs/configuration.md docs/exit-codes.md docs/reliability.md SECURITY.md $(DESTDIR)$(PREFIX)/share/doc/seallmd
 	[ -e $(DESTDIR)/etc/seallmd/seallmd.toml ] || \
 		install -m 0640 systemd/seallmd.toml $(DESTDIR)/etc/seallmd/seallmd.toml
 

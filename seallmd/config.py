@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from seallmd.api.settings import HttpSettings
-from seallmd.core.settings import ReplacementSettings, SchedulerSettings, ServiceSettings
+from seallmd.api.settings import HttpSettings, TierSettings
+from seallmd.core.settings import GroupSettings, ReplacementSettings, SchedulerSettings, ServiceSettings
 from seallmd.errors import ConfigError
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)\s*$")
@@ -108,12 +108,19 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     journal: JournalSettings = JournalSettings()
     log: LogSettings = LogSettings()
     service: tuple[ServiceSettings, ...] = ()
+    group: tuple[GroupSettings, ...] = ()
+    tier: tuple[TierSettings, ...] = ()
     stop_seconds: Annotated[float, Meta(ge=0, le=86400)] = 30.0
     hung_seconds: Annotated[float, Meta(ge=0.5, le=86400)] = 120.0
 
 
-# What a running daemon can change; everything else is built into processes, arenas and sockets at the start.
-LIVE = ("stop_seconds", "hung_seconds", "log.level", "log.format")
+# What a running daemon can change: services, groups, and these. All else is built into processes, arenas and
+# sockets at the start; so is the depth of pipelines, and "dedicated" deals devices out once and for all.
+LIVE = (
+    *("stop_seconds", "hung_seconds", "log.level", "log.format", "http.keys"),
+    *(f"scheduler.{field}" for field in SchedulerSettings.__struct_fields__ if field != "pipeline_depth"),
+    *(f"replacement.{field}" for field in ReplacementSettings.__struct_fields__),
+)
 
 
 def load(path: Path) -> Config:
@@ -133,20 +140,32 @@ def load(path: Path) -> Config:
         raise ConfigError(f"{path}:{_line_of(text, place, message)}: {message} {place}".rstrip()) from error
     _check(config, path, text)
     services = tuple(_with_place(service, path.parent) for service in config.service)
-    return msgspec.structs.replace(config, service=services)
+    return msgspec.structs.replace(config, service=services, http=_with_files(config.http, path.parent))
 
 
 def reloaded(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
     """What a running daemon makes of a changed file: the configuration it runs with from now on, the settings
     that have changed with that, and those that wait for a restart (both by name, such as "log.level")."""
-    changed = _differences(old, new)
-    config = msgspec.structs.replace(
-        old,
-        stop_seconds=new.stop_seconds,
-        hung_seconds=new.hung_seconds,
-        log=msgspec.structs.replace(old.log, level=new.log.level, format=new.log.format),
-    )
-    return config, [name for name in changed if name in LIVE], [name for name in changed if name not in LIVE]
+    config = _with_live(old, new)
+    return config, _differences(old, config), _differences(config, new)
+
+
+def _with_live(old: Config, new: Config) -> Config:
+    """The old configuration with what a running daemon takes over of a new one."""
+    live = [name for name in LIVE if not (name == "scheduler.policy" and _deals_out(old) != _deals_out(new))]
+    changes: dict[str, Any] = {"service": new.service, "group": new.group}
+    for name in live:
+        table, _, key = name.partition(".")
+        if key:
+            before = changes.get(table, getattr(old, table))
+            changes[table] = msgspec.structs.replace(before, **{key: getattr(getattr(new, table), key)})
+        else:
+            changes[table] = getattr(new, table)
+    return msgspec.structs.replace(old, **changes)
+
+
+def _deals_out(config: Config) -> bool:
+    return config.scheduler.policy == "dedicated"
 
 
 def _differences(old: Config, new: Config) -> list[str]:
@@ -175,6 +194,15 @@ def _check(config: Config, path: Path, text: str) -> None:
         if name in names[:index]:
             line = _line_of(text, f"`$.service[{index}].name`", "")
             raise ConfigError(f"{path}:{line}: the name {name!r} is used twice")
+    tiers = [tier.name for tier in config.tier]
+    for index, name in enumerate(tiers):
+        if name in tiers[:index]:
+            line = _line_of(text, f"`$.tier[{index}].name`", "")
+            raise ConfigError(f"{path}:{line}: the tier {name!r} is there twice")
+    for index, group in enumerate(config.group):
+        if unknown := sorted(set(group.services) - set(names)):
+            line = _line_of(text, f"`$.group[{index}].services`", "")
+            raise ConfigError(f"{path}:{line}: the group names {unknown[0]!r}, which is no service")
     for index, service in enumerate(config.service):
         if wrong := _wrong_groups(service):
             line = _line_of(text, f"`$.service[{index}].devices`", "")
@@ -213,6 +241,13 @@ def _with_place(service: ServiceSettings, base: Path) -> ServiceSettings:
     if is_path or here.exists() or (len(model.parts) > 1 and here.parent.is_dir()):
         return msgspec.structs.replace(service, model=str(here.absolute()))
     return service
+
+
+def _with_files(http: HttpSettings, base: Path) -> HttpSettings:
+    """Files of the HTTP side, relative to the configuration file as models are."""
+    names = {key: getattr(http, key) for key in ("keys", "tls_certificate", "tls_key")}
+    files = {key: str((base / Path(name).expanduser()).absolute()) for key, name in names.items() if name}
+    return msgspec.structs.replace(http, **files)
 
 
 def _toml_line(error: tomllib.TOMLDecodeError, text: str) -> int:

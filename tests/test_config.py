@@ -40,6 +40,8 @@ def test_a_hugging_face_id_stays_one(tmp_path: Path) -> None:
         ("", None, "nothing to serve"),
         ("x = [", "1", "Invalid"),
         (SERVICE + "colour = 1\n", "4", "colour"),
+        (SERVICE + "[[group]]\nservices = ['m', 'n']\n", "5", "'n'"),
+        (SERVICE + "[[group]]\nservices = []\n", "5", "length"),
         (SERVICE + 'dtype = "int3"\n', "4", "int3"),
         (SERVICE + "\n" + SERVICE, "6", "used twice"),
         ("[http]\nhost = 'x'\nport = 99999\n" + SERVICE, "3", "65535"),
@@ -74,3 +76,25 @@ def test_sizes() -> None:
     assert Size("2 GiB").bytes_ == 2 << 30
     assert Size("1.5 MiB").bytes_ == 3 << 19
     assert Size("").bytes_ == 0
+
+
+def test_exit_codes_are_documented() -> None:
+    """Scripts rely on the page: what the code says and what it says are the same."""
+    from seallmd.ctl import main
+
+    page = (Path(__file__).parents[1] / "docs" / "exit-codes.md").read_text(encoding="utf-8")
+    section = page.split("## seallmd\n")[0]
+    told = {
+        int(line.split("|")[1])
+        for line in section.splitlines()
+        if line.startswith("| ") and line[2].isdigit()
+    }
+    codes = {value for name, value in vars(main).items() if name.startswith("EXIT_")}
+    assert told == codes | {0}
+
+
+def test_files_are_found_beside_the_configuration(tmp_path: Path) -> None:
+    """Wherever the daemon was started from; what is not configured stays empty."""
+    http = load(write(tmp_path, '[http]\nkeys = "keys.toml"\ntls_key = "/etc/key.pem"\n' + SERVICE)).http
+    assert (http.keys, http.tls_key) == (str(tmp_path / "keys.toml"), "/etc/key.pem")
+    assert http.tls_certificate == ""

@@ -57,7 +57,11 @@ LAYERS = {
     "seallmd.runtime.daemon": Layer((*_RUNTIME, "seallmd", "seallmd.api")),
     "seallmd.runtime.children": Layer((*_RUNTIME, "seallmd.worker.main", "seallmd.worker.host")),
     "seallmd.api": Layer(
-        ("seallmd", "seallmd.api", "seallmd.runtime.face", *_CORE_STRUCTS, "seallmd.errors", "seallmd.paths")
+        (
+            *("seallmd", "seallmd.api", "seallmd.runtime.face", "seallmd.runtime.feed"),
+            "seallmd.runtime.latencies",
+            *(*_CORE_STRUCTS, "seallmd.errors", "seallmd.paths"),
+        )
     ),
     "seallmd.worker": Layer(("seallmd.worker", "seallmd.core.messages", "seallmd.errors")),
     "seallmd.ctl": Layer(("seallmd", "seallmd.ctl", "seallmd.paths", "seallmd.errors"), frozenset({"rich"})),

@@ -3,12 +3,17 @@
 Owns the protocol and who may speak it. Must not know how commands are carried out (`EngineFace` does that).
 
     {"op": "status"}                             -> {"kind": "status", "status": {...}, "daemon": {...}}
+    {"op": "map", "cells": 64}                   -> {"kind": "map", "maps": [...], "latencies": {...}}
     {"op": "show", "service": "a"}               -> {"kind": "service", "service": {...}} or error
     {"op": "requests"}                           -> {"kind": "requests", "requests": [...]}
     {"op": "plan"}                               -> {"kind": "plan", "plan": {...}} (null: nothing is planned)
     {"op": "cancel", "request": 7}               -> ok or error
     {"op": "load", "service": "a"}               -> {"kind": "progress", ...}* then ok or error
-    {"op": "evict", "service": "a", "now": true} -> ok or error
+    {"op": "evict", "service": "a", "now": true} -> {"kind": "progress", ...}* then ok or error
+    {"op": "pin", "service": "a", "on": false}   -> ok or error; "on": false takes back, drains too
+    {"op": "drain", "service": "a"}              -> ok once it is drained; or "device": 0, or neither: all
+    {"op": "events", "last": 9, "follow": true}  -> {"kind": "event", ...}*, then ok unless it follows
+    {"op": "reload"}                             -> {"kind": "reloaded", "changed": [...], "restart": [...]}
     ok is {"kind": "ok"}, error is {"kind": "error", "message": "..."}
 
 A connection may carry several commands, one after the other. What a command has begun goes on when its client
@@ -25,18 +30,28 @@ import os
 import pwd
 import socket
 import struct
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from seallmd import __version__
 from seallmd.api.sockets import claim_socket_path
-from seallmd.core.status import NodeStatus, PlanStatus, RequestStatus, ServiceDetail
-from seallmd.errors import ControlError
+from seallmd.core.events import (
+    DeviceDrainWanted,
+    NodeDrainWanted,
+    OperatorEvent,
+    PinWanted,
+    ServiceDrainWanted,
+)
+from seallmd.core.status import ArenaMap, NodeStatus, PlanStatus, RequestStatus, ServiceDetail
+from seallmd.errors import ConfigError, ControlError
 from seallmd.paths import make_socket_directory
 from seallmd.runtime.face import EngineFace
+from seallmd.runtime.feed import Happening
+from seallmd.runtime.latencies import Latencies
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +67,12 @@ class _Request(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower, forbi
 
 class Status(_Request, frozen=True):
     """The report of this moment."""
+
+
+class Map(_Request, frozen=True):
+    """Who holds which part of each arena, in so many cells; and how long requests took lately."""
+
+    cells: Annotated[int, Meta(ge=1, le=4096)] = 64
 
 
 class Show(_Request, frozen=True):
@@ -85,6 +106,32 @@ class Evict(_Request, frozen=True):
 
     service: str
     now: bool = False
+
+
+class Pin(_Request, frozen=True):
+    """Keep a service from leaving, or no longer."""
+
+    service: str
+    on: bool = True
+
+
+class Drain(_Request, frozen=True):
+    """Take no new requests (of a service, or at all), or have a device empty; or no longer."""
+
+    service: str = ""
+    device: int | None = None
+    on: bool = True
+
+
+class Events(_Request, frozen=True):
+    """What happened last, and with `follow` what happens from now on."""
+
+    last: Annotated[int, Meta(ge=0, le=100000)] = 20
+    follow: bool = False
+
+
+class Reload(_Request, frozen=True):
+    """Read the configuration again."""
 
 
 class _Reply(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
@@ -131,10 +178,30 @@ class Detail(_Reply, frozen=True, tag="service"):
     service: ServiceDetail
 
 
+class Picture(_Reply, frozen=True, tag="map"):
+    """The answer to `Map`. latencies: by service."""
+
+    maps: list[ArenaMap]
+    latencies: dict[str, Latencies]
+
+
 class RequestList(_Reply, frozen=True, tag="requests"):
     """The answer to `Requests`, the most senior first."""
 
     requests: list[RequestStatus]
+
+
+class Event(_Reply, frozen=True, tag="event"):
+    """One answer to `Events`."""
+
+    event: Happening
+
+
+class Reloaded(_Reply, frozen=True, tag="reloaded"):
+    """The configuration was read again: what has changed with it, and what waits for a restart."""
+
+    changed: list[str]
+    restart: list[str]
 
 
 class PlanReport(_Reply, frozen=True, tag="plan"):
@@ -143,13 +210,15 @@ class PlanReport(_Reply, frozen=True, tag="plan"):
     plan: PlanStatus | None
 
 
-Command = Status | Show | Requests | Plan | Cancel | Load | Evict
+Command = Status | Map | Show | Requests | Plan | Cancel | Load | Evict | Pin | Drain | Events | Reload
+Reloader = Callable[[], tuple[list[str], list[str]]]
 
 
 class ControlServer:
     """Serves the control socket from `start` to `close`.
 
-    http: where HTTP is served, for those who ask; to be set once it is known.
+    http: where HTTP is served, for those who ask; to be set once it is known. reload: reads the configuration
+    again; returns what changed and what needs a restart, raises ConfigError and then has changed nothing.
     """
 
     def __init__(
@@ -161,6 +230,7 @@ class ControlServer:
         it set its mode and removes it.
         """
         self.http: tuple[str, ...] = ()
+        self.reload: Reloader | None = None
         self._engine = engine
         self._path = path
         self._group = group
@@ -246,13 +316,17 @@ class ControlServer:
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 await _say(writer, Failed(f"this command is not understood: {error}"[:200]))
                 continue
-            await self._carry_out(request, writer)
+            await self._carry_out(request, reader, writer)
 
-    async def _carry_out(self, request: Command, writer: asyncio.StreamWriter) -> None:
+    async def _carry_out(
+        self, request: Command, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         match request:
             case Status():
                 about = About(__version__, os.getpid(), self.http)
                 await _say(writer, Report(self._engine.status(), about))
+            case Map(cells):
+                await _say(writer, Picture(self._engine.arena_maps(cells), self._engine.latencies()))
             case Show(service):
                 detail = self._engine.detail(service)
                 unknown = Failed(f"there is no service {service[:128]!r}")
@@ -267,12 +341,52 @@ class ControlServer:
                 await self._follow(self._engine.load(service), service, writer)
             case Evict(service, now):
                 await self._follow(self._engine.evict(service, now), service, writer)
+            case Pin(service, on):
+                command = self._engine.operate(lambda ticket: PinWanted(ticket, service, on))
+                await self._follow(command, service, writer)
+            case Drain():
+                await self._follow(self._engine.operate(_drain_event(request)), request.service, writer)
+            case Events():
+                await self._tell_events(request, reader, writer)
+            case Reload():
+                await _say(writer, self._reload())
 
     def _cancel(self, number: int) -> Ok | Failed:
         if all(request.request != number for request in self._engine.requests()):
             return Failed(f"there is no request {number}, or it is over")
         self._engine.cancel(number)
         return Ok()
+
+    def _reload(self) -> Reloaded | Failed:
+        if self.reload is None:
+            return Failed("this daemon cannot read its configuration again")
+        try:
+            return Reloaded(*self.reload())
+        except ConfigError as error:
+            return Failed(f"the configuration stays as it was: {error}")
+
+    async def _tell_events(
+        self, wanted: Events, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """If it follows, until the client hangs up or says anything."""
+        feed = self._engine.feed
+        if not wanted.follow:
+            for happening in feed.recent(wanted.last):
+                await _say(writer, Event(happening))
+            await _say(writer, Ok())
+            return
+
+        async def tell() -> None:
+            async for happening in feed.follow(wanted.last):
+                await _say(writer, Event(happening))
+
+        tasks = (asyncio.create_task(tell()), asyncio.create_task(reader.read(1)))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _follow(
         self, command: Coroutine[Any, Any, None], service: str, writer: asyncio.StreamWriter
@@ -295,6 +409,15 @@ class ControlServer:
             if entry.name == service:
                 return Progress(service, entry.state, entry.stage, entry.device)
         return None
+
+
+def _drain_event(wanted: Drain) -> Callable[[int], OperatorEvent]:
+    if wanted.device is not None:
+        index = wanted.device
+        return lambda ticket: DeviceDrainWanted(ticket, index, wanted.on)
+    if wanted.service:
+        return lambda ticket: ServiceDrainWanted(ticket, wanted.service, wanted.on)
+    return lambda ticket: NodeDrainWanted(ticket, wanted.on)
 
 
 async def _outcome(command: Coroutine[Any, Any, None]) -> Ok | Failed:

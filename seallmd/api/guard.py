@@ -7,11 +7,13 @@ machine could point a name of its own at 127.0.0.1 (DNS rebinding) and use every
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
+from seallmd.api.cors import allows
 from seallmd.api.problems import Handler
 from seallmd.errors import RequestError
 
@@ -28,8 +30,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def make_guard(host: str) -> Middleware:
-    """The middleware for a server that is configured to listen on `host`.
+def make_guard(host: str, origins: Collection[str] = ()) -> Middleware:
+    """The middleware for a server that is configured to listen on `host`. origins: of pages that may call.
 
     Requests that came over loopback TCP must name this machine in Host and, if there is one, in Origin. A
     server that is configured to be reached from elsewhere has names that we cannot know: there, and on Unix
@@ -44,7 +46,7 @@ def make_guard(host: str) -> Middleware:
             if _name_of(f"//{request.headers.get('Host', '')}") not in allowed:
                 raise RequestError("this Host is not served here", status=403, code="forbidden_host")
             origin = request.headers.get("Origin")
-            if origin is not None and _name_of(origin) not in allowed:
+            if origin is not None and _name_of(origin) not in allowed and not allows(origins, origin):
                 raise RequestError(
                     "web pages of this Origin are refused", status=403, code="forbidden_origin"
                 )

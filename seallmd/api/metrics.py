@@ -21,6 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from seallmd import __version__
+from seallmd.api.settings import TierSettings
 from seallmd.core.events import Finish
 from seallmd.core.status import DeviceStatus, NodeStatus, ServiceStatus
 from seallmd.runtime.face import Generation
@@ -49,8 +50,13 @@ _ENDS = {"stop": "stop", "length": "length", "cancelled": "abort"}  # vLLM's wor
 class Metrics:
     """All metrics of one server."""
 
-    def __init__(self, status: Callable[[], NodeStatus], clock: Callable[[], float] = time.monotonic) -> None:
-        """status: the report of this moment. clock: seconds."""
+    def __init__(
+        self,
+        status: Callable[[], NodeStatus],
+        clock: Callable[[], float] = time.monotonic,
+        tiers: Sequence[TierSettings] = (),
+    ) -> None:
+        """status: the report of this moment. clock: seconds. tiers: the targets that are measured by."""
         # A gauge with the moment of creation for every series would double the page.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.clock = clock
@@ -71,6 +77,33 @@ class Metrics:
         self.whole = self._histogram(
             "e2e_request_latency_seconds", "From arrival to the end.", _REQUEST_SECONDS
         )
+        self.each_token = self._histogram(
+            "request_time_per_output_token_seconds",
+            "Mean of a request's tokens after its first.",
+            _BETWEEN_TOKENS_SECONDS,
+        )
+        self.failures = Counter(
+            "seallmd_request_failures",
+            "Requests that failed or were refused by the node, by error code.",
+            (*_MODEL, "code"),
+            registry=self._registry,
+        )
+        self.slo = Counter(
+            "seallmd_slo_requests",
+            "Requests of tiers that have targets, by whether they were met; failed ones were not.",
+            (*_MODEL, "tier", "met"),
+            registry=self._registry,
+        )
+        texts = {
+            "requests": "Requests of a key.",
+            "tokens": "Tokens of a key's prompts and outputs.",
+            "limited": "Requests of a key that were over its limits.",
+        }
+        self.keys = {
+            what: Counter(f"seallmd_key_{what}", text, ("key",), registry=self._registry)
+            for what, text in texts.items()
+        }
+        self.targets: dict[str, TierSettings] = {tier.name: tier for tier in tiers}
         self.prompt = self._histogram("request_prompt_tokens", "Tokens of a request's prompt.", _TOKENS)
         self.output = self._histogram("request_generation_tokens", "Tokens of a request's output.", _TOKENS)
 
@@ -96,6 +129,7 @@ class RequestMeter:
         self._first_token = metrics.first_token.labels(generation.service)
         self._between_tokens = metrics.between_tokens.labels(generation.service)
         self._began = self._last = metrics.clock()
+        self._first_seconds = float("inf")
         self._tokens = 0
         self._stopped = False
 
@@ -106,7 +140,11 @@ class RequestMeter:
     def pushed(self, tokens: int) -> None:
         """So many tokens came."""
         now = self._metrics.clock()
-        (self._between_tokens if self._tokens else self._first_token).observe(now - self._last)
+        if self._tokens:
+            self._between_tokens.observe(now - self._last)
+        else:
+            self._first_seconds = now - self._began
+            self._first_token.observe(self._first_seconds)
         self._last = now
         self._tokens += tokens
 
@@ -115,10 +153,27 @@ class RequestMeter:
         metrics, service = self._metrics, self._generation.service
         reason = "stop" if self._stopped else _ENDS.get(finish.reason, "error")
         metrics.ends.labels(service, reason).inc()
-        if reason != "error":
+        if reason == "error":
+            metrics.failures.labels(service, finish.code or "other").inc()
+        else:
             metrics.whole.labels(service).observe(metrics.clock() - self._began)
             metrics.prompt.labels(service).observe(len(self._generation.prompt))
             metrics.output.labels(service).observe(self._tokens)
+        if reason != "abort":
+            self._judge(failed=reason == "error")
+
+    def _judge(self, *, failed: bool) -> None:
+        """Whether the request got what its tier promises."""
+        each = (
+            (self._last - self._began - self._first_seconds) / (self._tokens - 1) if self._tokens > 1 else 0.0
+        )
+        if self._tokens > 1:
+            self._metrics.each_token.labels(self._generation.service).observe(each)
+        target = self._metrics.targets.get(self._generation.tier)
+        if target is not None:
+            fast = self._first_seconds <= target.first_token_seconds and each <= target.next_token_seconds
+            met = "true" if fast and not failed else "false"
+            self._metrics.slo.labels(self._generation.service, target.name, met).inc()
 
 
 class _Report(Collector):
@@ -158,6 +213,10 @@ def _of_devices(devices: tuple[DeviceStatus, ...]) -> Iterator[Metric]:
         ("device", "kind"),
         arena,
     )
+    yield _gauge("seallmd_device_drained", "1 when it is to be empty.", label, samples(lambda d: d.drained))
+    yield _gauge(
+        "seallmd_host_kv_bytes", "Preempted KV in host memory.", label, samples(lambda d: d.host_kv_bytes)
+    )
     yield _counter("seallmd_steps", "Forward passes.", label, samples(lambda d: d.steps))
 
 
@@ -189,12 +248,29 @@ def _of_services(status: NodeStatus) -> Iterator[Metric]:
         "How full the KV memory is that the service can use, 0 to 1; it shares it with its neighbours.",
         lambda s: max((usage[device] for device in s.devices), default=0.0),
     )
+    yield _gauge(
+        "vllm:num_requests_waiting_by_reason",
+        "Requests that wait, for memory or a turn (capacity) or for their model (deferred).",
+        (*_MODEL, "reason"),
+        [
+            ((s.name, reason), s.waiting if (s.state == "resident") == (reason == "capacity") else 0)
+            for s in services
+            for reason in ("capacity", "deferred")
+        ],
+    )
+    yield counter("vllm:prefix_cache_queries", "Tokens of prompts that arrived.", lambda s: s.prompt_tokens)
+    yield counter("vllm:prefix_cache_hits", "Of these, not computed again.", lambda s: s.cached_tokens)
     yield counter("vllm:num_preemptions", "Requests that lost their memory.", lambda s: s.preemptions)
     yield counter("seallmd_kv_saves", "Preemptions whose KV went to host memory.", lambda s: s.saves)
     yield counter("vllm:prompt_tokens", "Tokens of prompts.", lambda s: s.prompt_tokens)
     yield counter("vllm:generation_tokens", "Tokens generated.", lambda s: s.output_tokens)
     yield _gauge("seallmd_service_state", "1 for the state it is in.", (*_MODEL, "state"), states)
     yield counter("seallmd_swaps", "Times that it was brought in.", lambda s: s.swaps_in)
+    yield counter("seallmd_swap_seconds", "What these took together.", lambda s: s.swap_seconds)
+    yield gauge("seallmd_idle_seconds", "Since its last request.", lambda s: s.idle_seconds)
+    yield gauge("seallmd_coming_seconds", "Estimated until it is resident.", lambda s: s.coming_seconds)
+    yield gauge("seallmd_pinned", "1 when it never leaves for another.", lambda s: s.pinned)
+    yield gauge("seallmd_service_drained", "1 when it takes no new requests.", lambda s: s.drained)
     yield gauge("seallmd_last_swap_seconds", "How long the last one took.", lambda s: s.last_swap_seconds)
     yield gauge("seallmd_kv_bytes", "Its KV on devices.", lambda s: s.kv_bytes)
     yield gauge("seallmd_replicas", "Replicas that are there, or on their way.", lambda s: len(s.groups))

@@ -1,7 +1,6 @@
 """Ollama's API, as far as its clients need it to talk to the models that are served.
 
-Owns the endpoints below /api/. Must not know how requests are generated (`serving`). Models come and go by
-memory, not by time: of keep_alive, 0 alone has a meaning.
+Owns the endpoints below /api/. Must not know how requests are generated (`serving`).
 """
 
 from __future__ import annotations
@@ -57,13 +56,13 @@ class Ollama:
 
     async def tags(self, _request: web.Request) -> web.Response:
         """Every configured service, but those that cannot be served."""
-        views = [view for view in self._engine.services() if not view.reason]
+        views = [view for view in self._serving.views() if not view.reason]
         return json_response({"models": [model_card(view) for view in views]})
 
     async def running(self, _request: web.Request) -> web.Response:
         """Services on a device."""
-        views = {view.settings.name: view for view in self._engine.services()}
-        resident = [s for s in self._engine.status().services if s.state == "resident"]
+        views = {view.settings.name: view for view in self._serving.views()}
+        resident = [s for s in self._engine.status().services if s.state == "resident" and s.name in views]
         return json_response({"models": [running_card(views[s.name], s) for s in resident]})
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
@@ -112,6 +111,7 @@ class Ollama:
         tokens: list[int],
         answer: OllamaAnswer,
     ) -> web.StreamResponse:
+        self._keep(spec, model.name)
         try:
             return await self._serving.generate(request, ours, model, [tokens], answer, LINES)
         finally:
@@ -127,10 +127,15 @@ class Ollama:
                 self._refuse_pinned(name)
                 await self._engine.evict(name, False)
             else:
+                self._keep(spec, name)
                 await self._engine.load(name)
         except ControlError as error:
             raise RequestError(str(error), status=503, code="model_unavailable") from error
         return json_response(answer.nothing("unload" if spec.unloads else "load"))
+
+    def _keep(self, spec: OllamaRequest, name: str) -> None:
+        if spec.keep_seconds is not None:
+            self._engine.keep(name, spec.keep_seconds)
 
     def _refuse_pinned(self, name: str) -> None:
         """A pinned service leaves by an operator's word alone."""
@@ -139,7 +144,8 @@ class Ollama:
 
     def _unload_later(self, name: str) -> None:
         """The client has its answer: whether the model can go now is not its concern."""
-        if self._serving.view(name).settings.pinned:
+        view = self._engine.service(name)
+        if view is None or view.settings.pinned:
             return
         task = asyncio.create_task(self._unload(name))
         self._unloading.add(task)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 import msgspec
@@ -110,7 +110,7 @@ def model_card(view: ServiceView) -> dict[str, Any]:
 
 
 def running_card(view: ServiceView, status: ServiceStatus) -> dict[str, Any]:
-    """A resident service in /api/ps. It has no time at which it leaves."""
+    """A resident service in /api/ps."""
     card = model_card(view)
     del card["modified_at"]
     size = status.weights_bytes * max(1, len(status.groups)) + status.kv_bytes
@@ -118,9 +118,16 @@ def running_card(view: ServiceView, status: ServiceStatus) -> dict[str, Any]:
         **card,
         "size": size,
         "size_vram": size,
-        "expires_at": _NEVER,
+        "expires_at": _expiry(status),
         "context_length": status.context,
     }
+
+
+def _expiry(status: ServiceStatus) -> str:
+    if status.expires_seconds is None:
+        return _NEVER
+    expiry = datetime.now(UTC) + timedelta(seconds=status.expires_seconds)
+    return expiry.isoformat().replace("+00:00", "Z")
 
 
 def _parameters(count: float) -> str:

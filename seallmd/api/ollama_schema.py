@@ -19,6 +19,8 @@ from seallmd.api.structured import JsonSchema, ResponseFormat
 from seallmd.errors import RequestError
 
 _DURATION = re.compile(r"^[+-]?(\d+(\.\d+)?(ns|us|µs|ms|s|m|h)?)+$")  # Go's, and plain seconds
+_PART = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h|)")
+_SECONDS = {"": 1.0, "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,8 +43,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OllamaRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What both have in common. keep_alive: 0 unloads; other durations are accepted, and mean nothing here:
-    how long a model stays depends on who else needs the memory."""
+    """What both have in common. keep_alive: how long the model stays after this request if nobody else needs
+    its memory; 0 unloads, a negative one is for good, none changes nothing."""
 
     model: Annotated[str, Meta(min_length=1, max_length=256)]
     stream: bool | None = None
@@ -71,6 +73,17 @@ class OllamaRequest(msgspec.Struct, frozen=True, kw_only=True):
         if isinstance(self.keep_alive, str):
             return re.search("[1-9]", self.keep_alive) is None
         return self.keep_alive == 0
+
+    @property
+    def keep_seconds(self) -> float | None:
+        """keep_alive in seconds, 0 = for good; None where it was not given, or unloads."""
+        if self.keep_alive is None or self.unloads:
+            return None
+        if isinstance(self.keep_alive, float):
+            return max(0.0, self.keep_alive)
+        parts = _PART.findall(self.keep_alive)
+        seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
+        return 0.0 if self.keep_alive.startswith("-") else seconds
 
 
 class GenerateRequest(OllamaRequest, frozen=True, kw_only=True):

@@ -7,67 +7,99 @@ the engine works (`EngineFace` is all it sees) nor how requests are generated, w
 from __future__ import annotations
 
 import socket
+import ssl
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
 from seallmd import __version__
+from seallmd.api.access import make_access, make_rate_headers
 from seallmd.api.chat_answer import ChatAnswer
 from seallmd.api.completion_answer import CompletionAnswer
 from seallmd.api.conversation import plain_messages
+from seallmd.api.cors import make_cors, tell_origin
 from seallmd.api.guard import make_guard
+from seallmd.api.keys import Keyring
 from seallmd.api.limits import truncated
 from seallmd.api.metrics import CONTENT_TYPE
 from seallmd.api.ollama import Ollama
+from seallmd.api.openapi import document
 from seallmd.api.problems import problems
 from seallmd.api.responses import Answer
 from seallmd.api.responses_answer import ResponsesAnswer
 from seallmd.api.responses_schema import read_responses
 from seallmd.api.schema import ChatRequest, read_chat, read_completion, split_prompts
 from seallmd.api.serving import Serving, ToolUse, json_response, read_body
-from seallmd.api.settings import HttpSettings
+from seallmd.api.settings import HttpSettings, TierSettings
 from seallmd.api.sockets import claim_socket_path
 from seallmd.api.text import TextModel
 from seallmd.api.tokenize import Tokenize
 from seallmd.api.tool_formats import ToolFormat
 from seallmd.api.wire import EVENTS, NAMED_EVENTS, Wire
-from seallmd.core.status import ServiceStatus
+from seallmd.core.status import NodeStatus, ServiceStatus
 from seallmd.errors import ConfigError, ControlError, RequestError
 from seallmd.runtime.face import EngineFace, ServiceView
 
 _SHUTDOWN_SECONDS = 10.0
 
 
-def build_app(engine: EngineFace, settings: HttpSettings) -> web.Application:
-    """The application. Its runner needs handler_cancellation, as `start_http` sets it: without that, a client
-    that leaves before its first token is not noticed."""
-    serving = Serving(engine, settings)
-    middlewares = [problems, make_guard(settings.host)]
+def build_app(
+    engine: EngineFace,
+    settings: HttpSettings,
+    keyring: Keyring | None = None,
+    tiers: Sequence[TierSettings] = (),
+) -> web.Application:
+    """The application. keyring: whose callers it serves, None = everybody. tiers: targets to measure by.
+
+    Its runner needs handler_cancellation, as `start_http` sets it: without that, a client that leaves before
+    its first token is not noticed.
+    """
+    serving = Serving(engine, settings, tiers)
+    origins, keyring = settings.cors_origins, keyring or Keyring()
+    middlewares = [
+        problems,
+        make_guard(settings.host, origins),
+        make_cors(origins),
+        make_access(keyring, settings.open_paths),
+    ]
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
     app.add_routes(Operation(serving).routes())
     app.add_routes(OpenAI(serving).routes())
     app.add_routes(Tokenize(serving).routes())
     app.add_routes(Ollama(serving).routes())
 
+    async def describe(_request: web.Request) -> web.Response:
+        return json_response(document(settings.open_paths, keys=keyring.required))
+
+    app.router.add_get("/openapi.json", describe)
+
     async def close(_app: web.Application) -> None:
         await serving.close()
 
     app.on_cleanup.append(close)
+    app.on_response_prepare.append(make_rate_headers(serving.rates))
+    app.on_response_prepare.append(partial(tell_origin, origins))
     return app
 
 
 async def start_http(
-    engine: EngineFace, settings: HttpSettings, listeners: Sequence[socket.socket] = ()
+    engine: EngineFace,
+    settings: HttpSettings,
+    listeners: Sequence[socket.socket] = (),
+    keyring: Keyring | None = None,
+    tiers: Sequence[TierSettings] = (),
 ) -> web.AppRunner:
     """Listen where the settings say; `cleanup()` of the result ends it. Raises ConfigError.
 
     listeners: sockets that are open already (socket activation), instead of those of the settings; they stay
-    in the file system.
+    in the file system. keyring, tiers: as in `build_app`.
     """
+    tls = tls_context(settings)
     bound: list[Path] = []  # removed at the end, but only if they are ours
-    app = build_app(engine, settings)
+    app = build_app(engine, settings, keyring, tiers)
 
     async def remove_sockets(_app: web.Application) -> None:
         for path in bound:
@@ -84,9 +116,11 @@ async def start_http(
     await runner.setup()
     try:
         for listener in listeners:
-            await web.SockSite(runner, listener).start()
+            await web.SockSite(
+                runner, listener, ssl_context=None if listener.family == socket.AF_UNIX else tls
+            ).start()
         if settings.host and not listeners:
-            await web.TCPSite(runner, settings.host, settings.port).start()
+            await web.TCPSite(runner, settings.host, settings.port, ssl_context=tls).start()
         if settings.socket and not listeners:
             claim_socket_path(Path(settings.socket))
             await web.UnixSite(runner, settings.socket).start()
@@ -100,16 +134,32 @@ async def start_http(
     return runner
 
 
-def http_addresses(runner: web.AppRunner) -> tuple[str, ...]:
+def tls_context(settings: HttpSettings) -> ssl.SSLContext | None:
+    """What TCP speaks; None = plain HTTP. Raises ConfigError."""
+    if not settings.tls_certificate and not settings.tls_key:
+        return None
+    if not settings.tls_certificate or not settings.tls_key:
+        raise ConfigError("http: TLS needs both tls_certificate and tls_key")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(settings.tls_certificate, settings.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        reason = error.strerror or error
+        raise ConfigError(f"http: {settings.tls_certificate} and {settings.tls_key}: {reason}") from error
+    return context
+
+
+def http_addresses(runner: web.AppRunner, *, tls: bool = False) -> tuple[str, ...]:
     """Where HTTP is served: "http://127.0.0.1:8000", "http://[::1]:8000", "unix:/run/seallmd/http.sock"."""
     return tuple(
-        f"unix:{address}" if isinstance(address, str) else _url(address[0], address[1])
+        f"unix:{address}" if isinstance(address, str) else _url(address[0], address[1], tls=tls)
         for address in runner.addresses
     )
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _url(host: str, port: int, *, tls: bool) -> str:
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 class Operation:
@@ -119,6 +169,7 @@ class Operation:
         self._engine = serving.engine
         self._metrics = serving.metrics
         self._begun: set[str] = set()  # preloaded services that have been resident
+        self._ready = False
 
     def routes(self) -> list[web.RouteDef]:
         """GET /health, /ready, /version, /metrics."""
@@ -140,11 +191,17 @@ class Operation:
     async def ready(self, _request: web.Request) -> web.Response:
         """200 once every preloaded or pinned service has been resident; 503 before, and while draining.
 
-        A preloaded service that makes room for another later on is business as usual.
+        A preloaded service that makes room for another later on, or that a reload adds, is business as usual.
         """
         status = self._engine.status()
         if status.draining:
-            raise RequestError("the server is shutting down", status=503, code="shutting_down")
+            raise RequestError("the server takes no new requests", status=503, code="draining")
+        if not self._ready:
+            self._look_at_preloaded(status)
+        return json_response({"status": "ready"})
+
+    def _look_at_preloaded(self, status: NodeStatus) -> None:
+        """Raises RequestError while one of them has not come in yet."""
         states = {service.name: service for service in status.services}
         settings = [view.settings for view in self._engine.services()]
         preloaded = [service.name for service in settings if service.preload or service.pinned]
@@ -152,7 +209,7 @@ class Operation:
         missing = [f"{name} is {states[name].state}" for name in preloaded if name not in self._begun]
         if missing:
             raise RequestError("; ".join(missing), status=503, code="not_ready", retry_after=1.0)
-        return json_response({"status": "ready"})
+        self._ready = True
 
     async def version(self, _request: web.Request) -> web.Response:
         """The daemon's version."""
@@ -181,7 +238,7 @@ class OpenAI:
 
     async def models(self, _request: web.Request) -> web.Response:
         """Every configured service, served or not."""
-        cards = [_card(view) for view in self._serving.engine.services()]
+        cards = [_card(view) for view in self._serving.views()]
         return json_response({"object": "list", "data": cards})
 
     async def model(self, request: web.Request) -> web.Response:

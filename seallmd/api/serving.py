@@ -7,18 +7,21 @@ of bodies (`schema`, `ollama_schema`) and responses (`responses`, `ollama_respon
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
+from seallmd.api.charging import Charge, keyed
 from seallmd.api.choices import Choice, Piece, Run
+from seallmd.api.keys import current_key
 from seallmd.api.limits import Constraints, build_generations
 from seallmd.api.metrics import Metrics
+from seallmd.api.rates import Rates
 from seallmd.api.responses import Answer, Usage, count_usage, join
 from seallmd.api.schema import ChatRequest, CompletionRequest, GenerationRequest
-from seallmd.api.settings import HttpSettings
+from seallmd.api.settings import HttpSettings, TierSettings
 from seallmd.api.structured import Form, Grammars
 from seallmd.api.text import TextModel, TextModels
 from seallmd.api.tool_formats import ToolFormat
@@ -50,11 +53,14 @@ class ToolUse(msgspec.Struct, frozen=True):
 class Serving:
     """The engine and the models' texts, as endpoints use them."""
 
-    def __init__(self, engine: EngineFace, settings: HttpSettings) -> None:
+    def __init__(
+        self, engine: EngineFace, settings: HttpSettings, tiers: Sequence[TierSettings] = ()
+    ) -> None:
         self.engine = engine
-        self.metrics = Metrics(engine.status)
+        self.metrics = Metrics(engine.status, tiers=tiers)
         self.texts = TextModels()
         self._grammars = Grammars()
+        self.rates = Rates()
         self._ping_seconds = settings.ping_seconds
 
     async def close(self) -> None:
@@ -62,10 +68,15 @@ class Serving:
         await self.texts.close()
         await self._grammars.close()
 
+    def views(self) -> list[ServiceView]:
+        """The services that are there for whoever asks."""
+        key = current_key.get()
+        return [view for view in self.engine.services() if key is None or key.allows(view.settings.name)]
+
     def view(self, name: str) -> ServiceView:
         """A service by name. Raises RequestError (404)."""
-        view = self.engine.service(name)
-        if view is None:
+        view, key = self.engine.service(name), current_key.get()
+        if view is None or (key is not None and not key.allows(name)):
             message = f"the model {name[:128]!r} does not exist"
             raise RequestError(message, status=404, code="model_not_found", param="model")
         return view
@@ -118,7 +129,10 @@ class Serving:
         # Everything is checked before anything is started.
         form = spec.form if tools is None else tools.form
         constraints = await self.constraints(spec, model, form)
-        batches = build_generations(spec, model.shape, prompts, constraints)
+        batches = [
+            keyed(generations) for generations in build_generations(spec, model.shape, prompts, constraints)
+        ]
+        charge = Charge(self.rates, self.metrics, batches)
         run = Run(self.engine, self.metrics)
         goes_on = isinstance(spec, CompletionRequest) or bool(spec.continue_final_message)
         try:
@@ -148,6 +162,7 @@ class Serving:
                 )
             return await _whole(spec, run, answer)
         finally:
+            charge.settle(run.choices)
             await run.close()
 
 

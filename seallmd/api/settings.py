@@ -5,10 +5,22 @@ Owns the struct, its units and ranges. Must not know files or aiohttp.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
+
+
+class TierSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One `[[tier]]` table: what requests of a tier are to get; `seallmd_slo_requests` counts how many did.
+
+    name: as API keys have it. first_token_seconds: from arrival. next_token_seconds: mean of all further
+    ones. Nothing is decided by these targets yet.
+    """
+
+    name: Literal["priority", "default", "flex"]
+    first_token_seconds: Annotated[float, Meta(gt=0, le=86400)]
+    next_token_seconds: Annotated[float, Meta(gt=0, le=86400)]
 
 
 class HttpSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -19,7 +31,10 @@ class HttpSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     keep_alive_seconds: how long an idle connection stays open. ping_seconds: a stream that has been silent
     for so long (its request waits for its model, or in the queue) gets a comment, so that proxies keep it
     open; 0 = never, because the first comment takes the headers along, and a failure after that has no HTTP
-    status of its own.
+    status of its own. keys: file with API keys (`api.keys`); empty = the systemd credential "api-keys" if
+    there is one, else none are needed. open_paths: what needs no key; everything else does once there are
+    keys. cors_origins: web pages of these origins may call from browsers, "*" = of any; none may by default.
+    tls_certificate, tls_key: PEM files; with both, TCP speaks TLS alone.
     """
 
     host: str = "127.0.0.1"
@@ -28,3 +43,8 @@ class HttpSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_body_bytes: Annotated[int, Meta(ge=1024, le=1 << 30)] = 16 << 20
     keep_alive_seconds: Annotated[float, Meta(ge=0, le=86400)] = 75.0
     ping_seconds: Annotated[float, Meta(ge=0, le=3600)] = 0.0
+    keys: str = ""
+    open_paths: tuple[str, ...] = ("/health", "/ready", "/version")
+    cors_origins: tuple[str, ...] = ()
+    tls_certificate: str = ""
+    tls_key: str = ""

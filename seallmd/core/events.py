@@ -24,6 +24,7 @@ from seallmd.core.messages import (
     ToWorker,
 )
 from seallmd.core.plan import Demand, Machine, Plan
+from seallmd.core.settings import GroupSettings, ReplacementSettings, SchedulerSettings, ServiceSettings
 
 
 class _Tagged(msgspec.Struct, frozen=True, tag=True, gc=False):
@@ -37,7 +38,8 @@ class Arrived(_Tagged, frozen=True):
     """A request. prompt: token ids. max_tokens: most tokens to generate. stop_ids: ids that end it.
 
     salt: prefixes are shared only among equal salts. leader: a request with the same prompt that arrived just
-    before (n > 1): this one waits for the leader's prefill, to share it; 0 = none.
+    before (n > 1): this one waits for the leader's prefill, to share it; 0 = none. tier: how urgent it is, in
+    OpenAI's words (priority, default, flex).
     """
 
     request: int
@@ -48,6 +50,7 @@ class Arrived(_Tagged, frozen=True):
     stop_ids: tuple[int, ...] = ()
     salt: str = ""
     leader: int = 0
+    tier: str = "default"
 
 
 class Cancelled(_Tagged, frozen=True):
@@ -73,6 +76,57 @@ class EvictWanted(_Tagged, frozen=True):
     ticket: int
     service: str
     now: bool = False
+
+
+class PinWanted(_Tagged, frozen=True):
+    """An operator wants the service to stay, or no longer. Until the configuration says something new."""
+
+    ticket: int
+    service: str
+    pinned: bool = True
+
+
+class ServiceDrainWanted(_Tagged, frozen=True):
+    """An operator wants the service to take no new requests; answered when the last one has ended.
+
+    drained: False takes it back, as in the two below.
+    """
+
+    ticket: int
+    service: str
+    drained: bool = True
+
+
+class DeviceDrainWanted(_Tagged, frozen=True):
+    """An operator wants a device empty: nothing comes in, and what is there leaves once its requests have
+    ended, pinned or not; answered when all are gone."""
+
+    ticket: int
+    device: int
+    drained: bool = True
+
+
+class NodeDrainWanted(_Tagged, frozen=True):
+    """An operator wants the whole node to take no new requests; answered when the last one has ended."""
+
+    ticket: int
+    drained: bool = True
+
+
+class KeepWanted(_Tagged, frozen=True):
+    """A client wants the service to stay for so long after its last request; 0 = for good (Ollama)."""
+
+    service: str
+    seconds: float
+
+
+class Reconfigured(_Tagged, frozen=True):
+    """The configuration was read again: from here on this holds, instead of what `NodeSettings` had."""
+
+    services: tuple[ServiceSettings, ...]
+    groups: tuple[GroupSettings, ...]
+    scheduler: SchedulerSettings
+    replacement: ReplacementSettings
 
 
 class Tick(_Tagged, frozen=True):
@@ -130,11 +184,21 @@ class PlanFound(_Tagged, frozen=True):
     plan: Plan
 
 
+OperatorEvent = (
+    LoadWanted
+    | EvictWanted
+    | PinWanted
+    | ServiceDrainWanted
+    | DeviceDrainWanted
+    | NodeDrainWanted
+    | KeepWanted
+)
+
 Event = (
     Arrived
     | Cancelled
-    | LoadWanted
-    | EvictWanted
+    | OperatorEvent
+    | Reconfigured
     | Tick
     | DrainWanted
     | WorkerUp

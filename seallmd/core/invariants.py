@@ -65,6 +65,10 @@ def _check_device(state: NodeState, device: Device) -> None:
     for replica in device.replicas.values():
         service = state.services[replica.service]
         assert replica.stage is not Stage.COPYING or not replica.running
+        for stranger in state.strangers(device, replica.service):
+            stages = {replica.stage, stranger.stage}
+            assert Stage.DRAINING in stages, f"{replica.service} is beside {stranger.service}"
+        assert not device.closed or replica.stage is Stage.DRAINING, "it stays on a drained device"
         assert device.arena.weights_of(service.name) == sum(service.segment_blocks)
         weights += device.arena.weights_of(service.name)
         rank = replica.devices.index(device.index)

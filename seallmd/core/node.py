@@ -16,18 +16,23 @@ from seallmd.core import messages as msg
 from seallmd.core.arena import Arena
 from seallmd.core.batcher import Batcher
 from seallmd.core.cost import StepCosts
+from seallmd.core.estimate import queue_seconds
 from seallmd.core.host_kv import HostSlots
+from seallmd.core.idle import IdleLimits
 from seallmd.core.images import Images
 from seallmd.core.invariants import check_node
+from seallmd.core.operators import Operators
 from seallmd.core.planner import Planner
 from seallmd.core.profile import ServiceProfile
+from seallmd.core.reconfigure import Reconfigure
 from seallmd.core.report import node_status
 from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
 from seallmd.core.scheduler import POLICIES, charge
 from seallmd.core.settings import NodeSettings
-from seallmd.core.state import Device, Image, NodeState, Replica, SentStep, Service, Stage
+from seallmd.core.sharing import Sharing
+from seallmd.core.state import Device, Image, NodeState, Replica, SentStep, Service
 from seallmd.core.status import NodeStatus, PlanStatus
 
 
@@ -39,11 +44,15 @@ class Node:
             settings,
             devices={index: Device(index) for index in range(settings.devices)},
             services={s.name: Service(s, wanted=s.preload or s.pinned) for s in settings.services},
+            sharing=Sharing(settings.groups),
         )
         self._room = Room(self._state)
         self._images = Images(self._state)
         self._residency = Residency(self._state, self._room, self._images)
         self._planner = Planner(self._state, self._room, self._residency, self._images)
+        self._operators = Operators(self._state, self._room, self._residency, self._planner, self._probe)
+        self._reconfigure = Reconfigure(self._state, self._room, self._images, self._probe)
+        self._idle = IdleLimits(self._state, self._room)
         self._policy = POLICIES[settings.scheduler.policy]()
         self._batcher = Batcher(self._state, self._room, self._policy.admits)
 
@@ -86,11 +95,14 @@ class Node:
         state = self._state
         moved = (self._room.evictions, self._room.kept, state.copies, state.leaves)
         self._room.settle_drains()
+        self._reconfigure.settle()
+        self._idle.settle()
         self._residency.bring_in_wanted()
         self._planner.settle()
         for device in devices:
             self._fill(device)
         self._room.settle_drains()
+        self._operators.settle()
         return moved != (self._room.evictions, self._room.kept, state.copies, state.leaves)
 
     def next_wakeup(self) -> float | None:
@@ -110,13 +122,15 @@ class Node:
                 )
         if (planning := self._planner.next_wakeup()) is not None:
             times.append(planning)
+        if (idle := self._idle.next_wakeup()) is not None:
+            times.append(idle)
         return min((t for t in times if t > state.now), default=None)
 
     def profiles(self) -> dict[str, ServiceProfile]:
         """What was learnt of each service, for a later run's `NodeSettings.profiles`."""
         found = {}
         for service in self._state.services.values():
-            if service.profile is not None:
+            if service.profile is not None and not service.outgoing:
                 rate = service.arrivals.value(self._state.now)
                 found[service.name] = replace(service.profile, requests_per_second=rate)
         return found
@@ -185,10 +199,6 @@ class Node:
                     self._state.finish(self._state.requests[request], "cancelled")
             case ev.FromHostProcess(message):
                 self._on_host(message)
-            case ev.LoadWanted():
-                self._on_load_wanted(event)
-            case ev.EvictWanted():
-                self._on_evict_wanted(event)
             case ev.WorkerUp():
                 self._on_worker_up(event)
             case ev.WorkerLost():
@@ -198,11 +208,16 @@ class Node:
             case ev.HostLost(reason):
                 self._on_host_lost(reason)
             case ev.DrainWanted(now):
-                self._on_drain_wanted(now)
+                self._operators.stop(now=now)
             case ev.PlanFound(plan):
                 self._planner.found(plan)
+            case ev.Reconfigured():
+                self._on_reconfigured(event)
             case ev.Tick():
                 pass
+            case _:
+                self._operators.handle(event)
+                self._idle.changed()
 
     def _on_arrived(self, event: ev.Arrived) -> None:
         refusal = self._refusal(event)
@@ -225,6 +240,7 @@ class Node:
             stop_ids=frozenset(event.stop_ids),
             root=(event.service, event.salt),
             leader=event.leader,
+            tier=event.tier,
         )
         assert service.profile is not None
         request.budget = service.profile.request_seconds(request.prompt)
@@ -242,10 +258,17 @@ class Node:
             return ev.Finish(event.request, "failed", error, code, status, retry_after)
 
         service = state.services.get(event.service)
-        if service is None:
+        if service is None or (service.outgoing and service.successor is None):
             return failed(f"model {event.service!r} does not exist", "model_not_found", 404)
         if state.draining:
-            return failed("the server is shutting down", "shutting_down", 503, 5.0)
+            error = "the server is shutting down" if state.stopping else "the server takes no new requests"
+            return failed(error, "shutting_down" if state.stopping else "draining", 503, 5.0)
+        if service.outgoing:
+            error = f"model {service.name!r} is being replaced"
+            return failed(error, "model_loading", 503, queue_seconds(state, service))
+        if service.closed:
+            error = f"model {service.name!r} takes no new requests: an operator has drained it"
+            return failed(error, "draining", 503, 5.0)
         if service.refused:
             error = f"model {service.name!r} cannot be served: {service.refused}"
             return failed(error, "model_unavailable", 503)
@@ -254,7 +277,7 @@ class Node:
             return failed(error, "model_unavailable", 503, service.retry_at - state.now)
         if len(service.waiting) >= service.settings.max_waiting:
             error = f"{len(service.waiting)} requests wait for model {service.name!r} already"
-            return failed(error, "overloaded", 503, 1.0)
+            return failed(error, "overloaded", 503, queue_seconds(state, service))
         if service.shape is None:
             return failed(f"model {service.name!r} is still being examined", "model_loading", 503, 1.0)
         limit = self._residency.context_limit(service)
@@ -269,55 +292,15 @@ class Node:
             return failed(error, "context_length_exceeded", 400)
         return None
 
-    # ------------------------------------------------------------------------------------ operators
-
-    def _on_drain_wanted(self, now: bool) -> None:
-        self._state.draining = True
-        for request in list(self._state.requests.values()) if now else ():
-            error = "the server is shutting down"
-            self._state.finish(request, "failed", error, code="shutting_down", status=503, retry_after=5.0)
-
-    def _on_load_wanted(self, event: ev.LoadWanted) -> None:
-        service = self._state.services.get(event.service)
-        if service is None:
-            self._state.answer([event.ticket], f"no service is called {event.service!r}")
-        elif self._state.draining:
-            self._state.answer([event.ticket], "the daemon is shutting down")
-        elif service.refused and (service.shape is not None or not self._state.host_up):
-            self._state.answer([event.ticket], f"{service.name} cannot be served: {service.refused}")
-        elif service.refused:  # what was wrong with the files or the network may have been mended
-            service.refused = ""
-            service.load_tickets.append(event.ticket)
-            self._probe(service)
-        elif event.devices:
-            self._planner.load(service, event.devices, event.ticket)
-        elif any(replica.stage is Stage.RESIDENT for replica in service.replicas):
-            self._state.answer([event.ticket])
-        else:
-            service.evicted = False
-            service.retry_at = self._state.now  # an operator's word ends the pause after a failure
-            service.load_tickets.append(event.ticket)
-
-    def _on_evict_wanted(self, event: ev.EvictWanted) -> None:
-        state, service = self._state, self._state.services.get(event.service)
-        if service is None:
-            state.answer([event.ticket], f"no service is called {event.service!r}")
-            return
-        service.wanted, service.evicted = False, True
-        state.answer(service.load_tickets, f"{service.name} was evicted before it was loaded")
-        if event.now:
-            for request in [*service.running, *service.waiting.values()]:
-                error = f"model {service.name!r} was evicted by an operator"
-                state.finish(request, "failed", error, code="model_evicted", status=503, retry_after=1.0)
-        if not service.replicas:
-            state.answer([event.ticket], "" if event.now else f"{service.name} is not loaded")
-            return
-        service.evict_tickets.append(event.ticket)
-        for replica in list(service.replicas):
-            if replica.stage is Stage.COPYING:
-                self._room.evict(replica, "asked by an operator")
-            else:
-                self._room.drain(replica, admit_below=state.orders + 1, seconds=None)
+    def _on_reconfigured(self, event: ev.Reconfigured) -> None:
+        before = self._state.settings.scheduler.policy
+        self._reconfigure.apply(event)
+        self._planner.forget()
+        self._idle.changed()
+        self._operators.fail_misfits()
+        if event.scheduler.policy != before:
+            self._policy = POLICIES[event.scheduler.policy]()
+            self._batcher = Batcher(self._state, self._room, self._policy.admits)
 
     # ------------------------------------------------------------------------------------ workers
 
@@ -346,7 +329,7 @@ class Node:
                 if request.saved is not None and device.index in request.saved.devices:
                     state.drop_saved(request)
         state.note("", f"device {device.index} lost: {event.reason}")
-        state.devices[device.index] = Device(device.index, device.label, state="lost")
+        state.devices[device.index] = Device(device.index, device.label, state="lost", closed=device.closed)
 
     def _void(self, step: SentStep) -> None:
         """The step's rows will never come back."""
@@ -372,7 +355,11 @@ class Node:
                 if replica := self._awaited(device, name, copy):
                     self._residency.copy_failed(replica, reason)
             case msg.JobProgress(name, stage, done, total):
-                self._state.services[name].progress = (stage, done, total)
+                self._on_progress(name, (stage, done, total))
+
+    def _on_progress(self, name: str, progress: tuple[str, int, int]) -> None:
+        if name in self._state.services:  # else it has left the configuration meanwhile
+            self._state.services[name].progress = progress
 
     def _awaited(self, device: Device, name: str, copy: int) -> Replica | None:
         """The replica that a copy is for; None when it was evicted before its copy heard of that."""
@@ -419,6 +406,8 @@ class Node:
     def _on_token(self, request: Request, service: Service, token: int) -> None:
         state = self._state
         state.actions.append(ev.Emit(request.id, (token,), 0 if request.emitted else request.cached))
+        if not request.emitted:
+            service.cached_tokens += request.cached
         request.emitted = True
         charge(request, service)
         service.rate.add(1, state.now)
@@ -486,7 +475,7 @@ class Node:
                 self._state.services[name].image = Image.NONE
                 self._residency.load_failed(self._state.services[name], reason)
             case msg.JobProgress(name, stage, done, total):
-                self._state.services[name].progress = (stage, done, total)
+                self._on_progress(name, (stage, done, total))
 
     # ------------------------------------------------------------------------------------ invariants
 

@@ -74,6 +74,9 @@ class _Predictor:
         }
         self.tries = 0
         self._max_rows = machine.max_rows
+        number = {demand.name: i for i, demand in enumerate(demands)}
+        pairs = ((number.get(one), number.get(other)) for one, other in machine.apart)
+        self._apart = {pair for pair in pairs if None not in pair}
         self._known: dict[tuple[int, int], float] = {}
         self._bits: dict[tuple[int, int, int, bool, int], int] = {}  # keys are guests
         self._guests: list[_Guest] = []  # of each bit
@@ -117,6 +120,9 @@ class _Predictor:
         self.tries += 1
         works = [self.works[guest.service, guest.ranks] for guest in inside]
         residents = [work for work, guest in zip(works, inside, strict=True) if not guest.visiting]
+        names = [guest.service for guest in inside if not guest.visiting]
+        if any((one, other) in self._apart for one in names for other in names):
+            return float("inf")
         weights = sum(work.weights_bytes for work in residents)
         if weights + max((work.spare_bytes for work in residents), default=0) > arena:
             return float("inf")

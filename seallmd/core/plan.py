@@ -7,7 +7,7 @@ running node: whoever has one fills these structs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -80,7 +80,8 @@ class Machine(msgspec.Struct, frozen=True):
 
     arena_bytes: of each device. copy_bytes_per_second: from the host to one device, measured. swap_seconds:
     what a swap takes beside its copy. max_rows: requests in one step. sizes: of groups that may be formed, in
-    ascending order, 1 among them, each a multiple of the one before.
+    ascending order, 1 among them, each a multiple of the one before. apart: pairs of services, each in both
+    orders, that may not be resident on one device.
     """
 
     arena_bytes: tuple[int, ...]
@@ -88,6 +89,7 @@ class Machine(msgspec.Struct, frozen=True):
     swap_seconds: float = 0.2
     max_rows: int = 64
     sizes: tuple[int, ...] = GROUP_SIZES
+    apart: tuple[tuple[str, str], ...] = ()
 
     def swap(self, split: Split) -> float:
         """Seconds until a service is resident: its ranks are copied side by side."""
@@ -115,6 +117,13 @@ class Plan(msgspec.Struct, frozen=True):
     def same(self, other: Plan) -> bool:
         """Whether both have the same replicas, in whatever order they are listed."""
         return set(self.placed()) == set(other.placed())
+
+
+def meet(some: Iterable[Devices], others: Iterable[Devices]) -> bool:
+    """Whether two services' groups have a device in common."""
+    return not {device for group in some for device in group}.isdisjoint(
+        device for group in others for device in group
+    )
 
 
 def groups_of(machine: Machine, ranks: int) -> list[Devices]:
@@ -150,6 +159,9 @@ def broken(plan: Plan, demands: Sequence[Demand], machine: Machine) -> str:
             for device in group:
                 weights[device] += split.weights_bytes
                 least[device] = max(least[device], known[service].least_bytes(split) - split.weights_bytes)
+    for one, other in machine.apart:
+        if meet(plan.of(one), plan.of(other)):
+            return f"{one} and {other} may not be on one device"
     for device, arena in enumerate(machine.arena_bytes):
         if weights[device] + least[device] > arena:
             return f"device {device} has {arena} bytes, {weights[device] + least[device]:.0f} are needed"

@@ -68,6 +68,12 @@ class Planner:
             return self._step_ends
         return self._tick_at if self._state.requests else None
 
+    def forget(self) -> None:
+        """The configuration has changed: begin anew. What has been moved so far stays."""
+        self._replacement, self._tick_at = None, 0.0
+        self._stop()
+        self._state.planned = {}
+
     def found(self, plan: Plan) -> None:
         """The search has ended."""
         self._searching = False
@@ -86,7 +92,8 @@ class Planner:
         return self._replacement.status(now, self._demands(), self._current(), self._running())
 
     def _is_ready(self) -> bool:
-        return all(device.arena is not None for device in self._state.devices.values())
+        """All devices are there to be planned with."""
+        return all(d.arena is not None and not d.closed for d in self._state.devices.values())
 
     def _begin(self) -> Replacement:
         self._replacement = Replacement(self._machine(), self._state.settings.replacement)
@@ -96,7 +103,7 @@ class Planner:
         now, demands, current = self._state.now, self._demands(), self._current()
         if not demands:
             return
-        if not self._searching and replacement.wants_plan(now, demands):
+        if not self._searching and replacement.wants_plan(now, demands) and not self._stuck(demands):
             self._searching = True
             self._state.actions.append(SearchPlan(tuple(demands), self._machine(), current))
         steps = replacement.tick(now, demands, current, self._running())
@@ -104,6 +111,11 @@ class Planner:
             self._state.note("", f"moving to a better plan in {len(steps)} steps")
             self._steps = deque(steps)
             self._begin_step()
+
+    def _stuck(self, demands: list[Demand]) -> bool:
+        """Whether what operators have placed cannot be there all at once: it takes turns, unplanned."""
+        fixed = Plan({demand.name: demand.placed or () for demand in demands})
+        return bool(broken(fixed, demands, self._machine()))
 
     # ------------------------------------------------------------------------------- in planning's words
 
@@ -114,7 +126,14 @@ class Planner:
             arena_bytes=tuple(a.capacity * settings.block_bytes if a is not None else 0 for a in arenas),
             copy_bytes_per_second=settings.roofline.copy_bytes_per_second,
             max_rows=settings.scheduler.max_rows,
+            apart=self._apart(),
         )
+
+    def _apart(self) -> tuple[tuple[str, str], ...]:
+        sharing, names = self._state.sharing, self._state.services
+        if not sharing.groups:
+            return ()
+        return tuple((one, other) for one in names for other in names if sharing.apart(one, other))
 
     def _current(self) -> Plan:
         """Where services are or are going; what is on its way out is gone."""
@@ -129,7 +148,8 @@ class Planner:
         return {service.name: sum(1 for _ in service.running) for service in self._plannable()}
 
     def _plannable(self) -> list[Service]:
-        return [s for s in self._state.services.values() if s.shape is not None and not s.refused]
+        services = self._state.services.values()
+        return [s for s in services if s.shape is not None and not s.refused and not s.outgoing]
 
     def _demands(self) -> list[Demand]:
         return [self._demand(service) for service in self._plannable()]
@@ -226,6 +246,9 @@ class Planner:
         leaving stays.
         """
         self._state.note(service, f"the plan is given up: {why}")
+        self._stop()
+
+    def _stop(self) -> None:
         self._steps.clear()
         for other in self._plannable():
             for replica in other.replicas:
@@ -264,7 +287,7 @@ class Planner:
         busy = any(service.name in self._state.devices[index].replicas for index in devices)
         other_ranks = bool(service.replicas) and len(devices) != service.ranks
         paused = self._state.now < service.retry_at
-        gone = bool(service.refused or service.evict_tickets or service.evicted)
+        gone = bool(service.refused or service.evict_tickets or service.evicted or service.outgoing)
         if not self._is_ready() or busy or other_ranks or paused or gone:
             return False
         return self._residency.holds_waiting(service, [self._state.devices[index] for index in devices])

@@ -5,6 +5,8 @@ Owns the wording of states. Must not change anything.
 
 from __future__ import annotations
 
+from seallmd.core.estimate import coming_seconds
+from seallmd.core.idle import expires_seconds, idle_since
 from seallmd.core.profile import Lengths
 from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
@@ -44,6 +46,7 @@ def _device(state: NodeState, device: Device) -> DeviceStatus:
         cached_bytes=arena.cached * unit if arena else 0,
         host_kv_bytes=(device.host.capacity - device.host.available) * unit,
         steps=device.steps,
+        drained=device.closed,
     )
 
 
@@ -85,6 +88,13 @@ def _service(state: NodeState, residency: Residency, service: Service, now: floa
         groups=tuple(r.devices for r in service.replicas),
         saves=service.saves,
         cost_error=service.profile.costs.error if service.profile else 0.0,
+        coming_seconds=coming_seconds(state, service) if shape and not service.refused else 0.0,
+        cached_tokens=service.cached_tokens,
+        swap_seconds=service.swap_seconds,
+        drained=service.closed,
+        leaving=service.outgoing,
+        idle_seconds=max(0.0, now - idle_since(service, now)),
+        expires_seconds=expires_seconds(service, now),
     )
 
 
@@ -155,6 +165,8 @@ def _request(state: NodeState, request: Request, place: int, now: float) -> Requ
         preemptions=request.epoch,
         place=place,
         reason="" if running else _why_waiting(state, request, place),
+        tier=request.tier,
+        cached_tokens=request.cached,
     )
 
 
@@ -163,7 +175,7 @@ def _why_waiting(state: NodeState, request: Request, place: int) -> str:
     service = state.services[request.service]
     resident = [replica for replica in service.replicas if replica.stage is Stage.RESIDENT]
     if not resident:
-        return _why_absent(service)
+        return _why_absent(state, service)
     if place > 1:
         return f"{place - 1} requests of its service are before it"
     if all(_is_claimed(state, replica, request) for replica in resident):
@@ -178,7 +190,7 @@ def _is_claimed(state: NodeState, replica: Replica, request: Request) -> bool:
     return any(claim is not None and claim.order < request.order for claim in claims)
 
 
-def _why_absent(service: Service) -> str:
+def _why_absent(state: NodeState, service: Service) -> str:
     """Why a service whose requests wait is not resident yet."""
     words = {
         "probing": "its model is being examined",
@@ -186,5 +198,7 @@ def _why_absent(service: Service) -> str:
         "copying": "its model is being copied to a device",
         "draining": "its model is leaving its device",
     }
+    if all(device.closed for device in state.devices.values()):
+        return "all devices are drained"
     failed = f"its model could not be loaded ({service.trouble})" if service.trouble else ""
     return words.get(service_state(service)) or failed or "its model waits for room on a device"

@@ -57,7 +57,8 @@ class Request:
     life are told apart. saved: its KV in host memory, while it waits. indexed: runs of blocks that others may
     share, and parents: what the next one follows, by rank. budget, attained: seconds of execution it may take
     before its rank falls, and that it has taken (SeaLLM's doubling budget). scored: of the prompt's tokens,
-    how many have been told their log-probability or need none, which is true of the first.
+    how many have been told their log-probability or need none, which is true of the first. tier: how urgent
+    it is.
     """
 
     id: int
@@ -71,6 +72,7 @@ class Request:
     stop_ids: frozenset[int]
     root: Hashable
     leader: int
+    tier: str = "default"
     life: Life = Life.WAITING
     replica: Replica | None = None
     tables: Tables = ()

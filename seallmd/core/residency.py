@@ -13,9 +13,10 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 
 from seallmd.core import dedicated
+from seallmd.core.copying import copy_in
 from seallmd.core.cost import StepCosts
 from seallmd.core.images import Images
-from seallmd.core.messages import CopyIn, Extent, Group, MoveBlocks
+from seallmd.core.messages import MoveBlocks
 from seallmd.core.ranks import Ranks
 from seallmd.core.request import Life
 from seallmd.core.room import Room
@@ -39,11 +40,12 @@ class Residency:
 
     # ------------------------------------------------------------------------------- what could fit
 
-    def places(self, service: Service, ranks: int = 0) -> list[Place]:
+    def places(self, service: Service, ranks: int = 0, *, closed: bool = False) -> list[Place]:
         """Groups of running devices that a service may come in on: those configured, else neighbours.
 
         Neighbours alone, because neighbouring indexes are what machines connect best, and because all the
-        combinations of 32 devices are too many.
+        combinations of 32 devices are too many. closed: also those that an operator wants empty, for what
+        must not depend on that.
         """
         ranks, devices = ranks or service.ranks, self._state.devices
         if dedicated.is_dedicated(self._state):
@@ -53,7 +55,11 @@ class Residency:
                 range(first, first + ranks) for first in range(len(devices) - ranks + 1)
             )
             groups = [[devices[index] for index in group if index in devices] for group in wanted]
-        return [g for g in groups if len(g) == ranks and all(device.arena is not None for device in g)]
+        return [
+            group
+            for group in groups
+            if len(group) == ranks and all(d.arena is not None and (closed or not d.closed) for d in group)
+        ]
 
     def _least_kv_blocks(self, service: Service) -> int:
         """KV that must fit beside the weights: one request of an explicit context, or a short one."""
@@ -83,7 +89,7 @@ class Residency:
     def context_limit(self, service: Service) -> int:
         """Most tokens (prompt and output) that a request of the service can ever have."""
         assert service.shape is not None
-        room = [self._most_kv(service, place) for place in self.places(service)]
+        room = [self._most_kv(service, place) for place in self.places(service, closed=True)]
         if not room:
             return service.shape.context
         return min(service.shape.context, max(room) // service.run_blocks * service.run_tokens)
@@ -128,7 +134,7 @@ class Residency:
             return (
                 f"one token's KV takes {service.shape.kv_bytes_per_token // ranks} bytes, a block has {unit}"
             )
-        places = self.places(service)
+        places = self.places(service, closed=True)
         if not places:
             return f"it needs {ranks} devices, and this machine has {len(self._state.devices)} to offer it"
         need = self._need(service)
@@ -173,6 +179,7 @@ class Residency:
             if _available(place) >= need
             and all(
                 service.name not in device.replicas
+                and not self._state.strangers(device, service.name)
                 and is_idle(device)
                 and self._state.claim_on(device) is None
                 for device in place
@@ -198,12 +205,25 @@ class Residency:
         """Seniority of what the service is wanted for."""
         return next(iter(service.waiting), self._state.orders)
 
+    def able_places(self, service: Service) -> list[Place]:
+        """Places where the service has room once all have left that can, and nobody stays that bars it."""
+        least = self._least_kv_blocks(service)
+        return [
+            place
+            for place in self.places(service)
+            if self._most_kv(service, place) >= least and not any(self._barred(d, service) for d in place)
+        ]
+
+    def _barred(self, device: Device, service: Service) -> bool:
+        """Whether a pinned service that it may not be beside is on a device."""
+        strangers = self._state.strangers(device, service.name)
+        return any(self._state.services[replica.service].settings.pinned for replica in strangers)
+
     def _bring_in(self, service: Service) -> None:
         if dedicated.is_dedicated(self._state):
             self._take_turn(service)
             return
-        need, least = self._need(service), self._least_kv_blocks(service)
-        able = [place for place in self.places(service) if self._most_kv(service, place) >= least]
+        need, able = self._need(service), self.able_places(service)
         able = [place for place in able if self.holds_waiting(service, place)] or able
         free = [place for place in able if not any(self._promised(device, service) for device in place)]
         # Where it fits as things are; where only idle services must leave, the longest unused first.
@@ -260,7 +280,11 @@ class Residency:
         """The fewest idle replicas whose leaving lets a service into a device; None if all would not do."""
         arena, idle = device.arena, self._room.idle(device, keep=service.name)
         assert arena is not None
-        for count in range(len(idle) + 1):
+        strangers = self._state.strangers(device, service.name)
+        if not all(replica in idle for replica in strangers):
+            return None
+        idle.sort(key=lambda r: r not in strangers)  # these leave in any case
+        for count in range(len(strangers), len(idle) + 1):
             names = [replica.service for replica in idle[:count]]
             blocks = arena.available + sum(map(arena.weights_of, names))
             if blocks >= need and arena.fits(service.segment_blocks, names, kv_stays=True):
@@ -284,10 +308,12 @@ class Residency:
             place
             for place in able
             if not any(self._loads_another(device, service) for device in place)
-            and all(self._reachable(device) >= need for device in place)
+            and all(self._clearable(device, service, need) for device in place)
         ]
         if not free:
-            return  # who is there has come but now; `next_wakeup` says when that changes
+            if all(self._is_settled(device) for place in able for device in place):
+                self._cannot(service)  # all is free that ever will be, and yet no run is long enough
+            return  # else who is there has come but now; `next_wakeup` says when that changes
         costs = {place[0].index: self._asking_costs(place, service, need) for place in free}
         place = min(free, key=lambda p: costs[p[0].index])
         not_asked, lost, _ = costs[place[0].index]
@@ -311,13 +337,22 @@ class Residency:
 
         return sorted(filter(self._room.may_leave, device.replicas.values()), key=order)
 
-    def _reachable(self, device: Device) -> int:
-        """Blocks that are free once all that can leave has left and all that runs has ended."""
+    def _is_settled(self, device: Device) -> bool:
+        """Whether nothing on a device will ever leave by itself."""
         assert device.arena is not None
-        leaving = sum(
-            device.arena.weights_of(r.service) for r in device.replicas.values() if self._room.may_leave(r)
-        )
-        return device.arena.available + device.arena.kv + leaving
+        names = device.replicas
+        return not device.arena.kv and all(self._state.services[name].settings.pinned for name in names)
+
+    def _clearable(self, device: Device, service: Service, need: int) -> bool:
+        """Whether a device has room once all that can leave has left and all that runs has ended."""
+        assert device.arena is not None
+        movable = [replica for replica in device.replicas.values() if self._room.may_leave(replica)]
+        if any(replica not in movable for replica in self._state.strangers(device, service.name)):
+            return False
+        leaving = [replica.service for replica in movable]
+        freed = sum(device.arena.weights_of(name) for name in leaving)
+        enough = device.arena.available + device.arena.kv + freed >= need
+        return enough and device.arena.fits(service.segment_blocks, leaving, kv_stays=False)
 
     def _asking_costs(self, place: Place, service: Service, need: int) -> tuple[bool, float, int]:
         """What speaks against a place: that another was asked before, and what those who leave lose."""
@@ -327,13 +362,14 @@ class Residency:
         return not asked, lost, place[0].index
 
     def _leavers(self, device: Device, service: Service, need: int) -> list[Replica]:
-        """Who has to leave a device for a service, the least missed first."""
+        """Who has to leave a device for a service: whom it may not be beside, then the least missed first."""
         arena, leaving = device.arena, list[Replica]()
         assert arena is not None
-        coming = arena.available
-        for replica in self._movable(device, service):
+        coming, strangers = arena.available, self._state.strangers(device, service.name)
+        for replica in sorted(self._movable(device, service), key=lambda r: r not in strangers):
             names = [other.service for other in leaving]
-            if coming >= need and arena.fits(service.segment_blocks, names, kv_stays=False):
+            enough = coming >= need and arena.fits(service.segment_blocks, names, kv_stays=False)
+            if enough and replica not in strangers:
                 break
             leaving.append(replica)
             coming += arena.weights_of(replica.service) + len(_kv_blocks(replica, device))
@@ -346,8 +382,6 @@ class Residency:
             if replica.stage is Stage.RESIDENT:
                 self._room.drain(replica, admit_below=0, seconds=drain_seconds(self._state, service))
             replica.admit_below = 0  # its seniors would wait for ever behind the claim
-        if not leaving and not arena.kv and not arena.fits(service.segment_blocks, (), kv_stays=False):
-            self._cannot(service)  # all is free that ever will be, and yet no run is long enough
 
     def _promised(self, device: Device, service: Service) -> bool:
         """Whether the device's memory is somebody else's before it can be the service's."""
@@ -359,7 +393,9 @@ class Residency:
         return claim is not None and claim.load and claim.service != service.name
 
     def _cannot(self, service: Service) -> None:
-        self.load_failed(service, "pinned services leave no room for it on any device")
+        drained = not self.places(service) and self.places(service, closed=True)
+        reason = "pinned services leave no room for it on any device"
+        self.load_failed(service, "an operator has drained its devices" if drained else reason)
 
     def bring(self, service: Service, place: Place) -> bool:
         """Start a replica at a place of the caller's choice, if only idle services have to leave for it."""
@@ -385,7 +421,10 @@ class Residency:
             self._images.drop(service)
 
     def _start(self, service: Service, place: Place) -> bool:
-        """Take the blocks and send the weights on their way. False when no run of blocks is long enough."""
+        """Take the blocks and send the weights on their way. False when no run of blocks is long enough, or
+        somebody is there that it may not be beside."""
+        if any(self._state.strangers(device, service.name) for device in place):
+            return False
         starts = self._take_runs(service, place)
         if starts is None:
             return False
@@ -400,7 +439,7 @@ class Residency:
             device.replicas[service.name] = replica
             if device.claim is not None and device.claim.service == service.name:
                 device.claim = None
-            state.send(device.index, self._copy_in(service, replica, rank))
+            state.send(device.index, copy_in(service, replica, rank, state.settings.block_bytes))
         state.note(service.name, f"copying to {replica.place}")
         return True
 
@@ -419,24 +458,6 @@ class Residency:
             self._move_kv(device, placement.moves)
             starts.append(placement.starts)
         return tuple(starts)
-
-    def _copy_in(self, service: Service, replica: Replica, rank: int) -> CopyIn:
-        assert service.shape is not None
-        unit, size = self._state.settings.block_bytes, len(replica.devices)
-        image_at, extents = rank * sum(service.segments), list[Extent]()
-        for start, bytes_ in zip(replica.starts[rank], service.segments, strict=True):
-            extents.append(Extent(image_at, bytes_, start * unit))
-            image_at += bytes_
-        return CopyIn(
-            service.name,
-            service.directory,
-            service.shape.dtype,
-            service.shape.context,
-            service.image_path,
-            tuple(extents),
-            replica.copy,
-            Group(replica.copy, rank, size) if size > 1 else None,
-        )
 
     def _move_kv(self, device: Device, moves: tuple[tuple[int, int], ...]) -> None:
         if not moves:
@@ -462,6 +483,7 @@ class Residency:
         service.progress, service.trouble, service.failures, service.wanted = None, "", 0, False
         service.swaps_in += 1
         service.last_swap_seconds = self._state.now - replica.began
+        service.swap_seconds += service.last_swap_seconds
         self._state.note(service.name, f"resident on {replica.place}, copied in {seconds:.3f} s")
         self._state.answer(service.load_tickets)
 

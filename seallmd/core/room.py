@@ -160,8 +160,9 @@ class Room:
 
     def _settle(self, service: Service, replica: Replica) -> None:
         claims = [self._state.claim_on(device) for device in self._state.group(replica)]
-        wanted_gone = service.evict_tickets or replica.leaving
-        if not wanted_gone and not any(claim is not None and claim.load for claim in claims):
+        if not self._unwanted(service, replica) and not any(
+            claim is not None and claim.load for claim in claims
+        ):
             replica.move("keep")
             self.kept += 1  # it admits again
             del self._draining[replica.copy]
@@ -173,6 +174,17 @@ class Room:
         seniors = any(order < replica.admit_below for order in service.waiting)
         if not replica.running and not seniors:
             self.evict(replica, _why_gone(service, replica))
+
+    def _unwanted(self, service: Service, replica: Replica) -> bool:
+        """Whether somebody wants a draining replica gone, whoever comes after it."""
+        return bool(
+            service.evict_tickets
+            or replica.leaving
+            or any(
+                device.closed or self._state.strangers(device, service.name)
+                for device in self._state.group(replica)
+            )
+        )
 
     def evict(self, replica: Replica, why: str) -> None:
         """Take a replica without running requests out of its arenas; their memory is free at once."""
@@ -213,7 +225,7 @@ class Room:
         if len(replica.devices) > 1:
             self._distrust_kv(service)
         if not service.replicas:
-            service.wanted = not service.evict_tickets
+            service.wanted = not service.evict_tickets and not service.outgoing
             self._state.answer(service.evict_tickets)
 
 

@@ -25,7 +25,8 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     make room. preload: brought in at start. max_waiting: requests that may wait before new ones are refused.
     tensor_parallel: devices that each replica is split over; 0 = one, or as few as it takes. devices: the
     groups of devices that it may come in on, each as long as tensor_parallel, in rank order; empty = any.
-    tool_parser: how the model writes tool calls; auto goes by its chat template.
+    tool_parser: how the model writes tool calls; auto goes by its chat template. idle_seconds: it leaves its
+    device when nobody has asked it for anything for so long; 0 = never, and a pinned one never does.
     """
 
     name: Name
@@ -38,6 +39,20 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     tensor_parallel: Annotated[int, Meta(ge=0, le=8)] = 0
     devices: tuple[tuple[int, ...], ...] = ()
     tool_parser: Literal["auto", "none", "hermes", "qwen", "llama3_json", "mistral"] = "auto"
+    idle_seconds: Annotated[float, Meta(ge=0, le=31536000)] = 0.0
+
+
+class GroupSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One `[[group]]` table: services that may, or may not, be on one device at the same time.
+
+    services: names of the members. share_members: whether members may be on one device with each other.
+    share_others: whether they may be on one device with services outside the group. Two services may share a
+    device when no group forbids it.
+    """
+
+    services: Annotated[tuple[Name, ...], Meta(min_length=1)]
+    share_members: bool = True
+    share_others: bool = True
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -48,10 +63,10 @@ class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     a request counts by its slowdown so far to this power; 0 lets long ones wait. step_tokens: tokens in
     one step, prefill and decode together. max_rows: requests in one step. pipeline_depth: steps a device
     may hold, running one included. prefix_reuse: share KV blocks of equal prefixes. replicate: a busy
-    service may come in on an idle device too, when its steps would be faster by replicate_gain for
-    replicate_seconds. min_residency_seconds: how long a service that was brought in stays before another
-    may push it out. patience_seconds: how long a request of an absent service waits before a busy service
-    is asked to make room.
+    service may come in on an idle device too, when its steps would be faster. replicate_gain,
+    replicate_seconds: by this factor, for so long. min_residency_seconds: how long a service that was
+    brought in stays before another may push it out. patience_seconds: how long a request of an absent
+    service waits before a busy service is asked to make room.
     """
 
     policy: Literal["budget", "round-robin", "fcfs", "adbs", "dedicated"] = "budget"
@@ -104,3 +119,4 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     host_kv_bytes: int = 0
     kv_layout: Literal["merged", "split"] = "merged"
     replacement: ReplacementSettings = ReplacementSettings()
+    groups: tuple[GroupSettings, ...] = ()

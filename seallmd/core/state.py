@@ -19,6 +19,7 @@ from seallmd.core.ranks import Ranks
 from seallmd.core.rate import Rate
 from seallmd.core.request import IllegalTransition, Life, Request, SavedKv
 from seallmd.core.settings import NodeSettings, ServiceSettings
+from seallmd.core.sharing import Sharing
 
 # ------------------------------------------------------------------------------------------- services
 
@@ -104,7 +105,9 @@ class Service:
     since when another replica would pay. left_at: when a replica of it last left; asks_at: when it is looked
     at next whether others are to leave for it. former: where its weights lay last, by device. tickets:
     operators that wait for it. breaks: how often its ranks fell apart or changed; prefixes from before are
-    not found again.
+    not found again. closed: an operator wants no new requests for it. idle_since: when its last request
+    ended. keep_seconds: what a client wants instead of `idle_seconds`. outgoing: it has left the
+    configuration, and goes when its requests have ended; successor: what then takes its name.
     """
 
     settings: ServiceSettings
@@ -142,8 +145,15 @@ class Service:
     preemptions: int = 0
     saves: int = 0
     breaks: int = 0
+    cached_tokens: int = 0
     swaps_in: int = 0
+    swap_seconds: float = 0.0
     last_swap_seconds: float = 0.0
+    closed: bool = False
+    idle_since: float = 0.0
+    keep_seconds: float | None = None
+    outgoing: bool = False
+    successor: ServiceSettings | None = None
 
     @property
     def name(self) -> str:
@@ -240,7 +250,8 @@ class Claim:
 class Device:
     """One device and all that is on it. arena is None while its worker is starting or lost.
 
-    reserved: a replica on several devices that found one of them full; its step goes next here.
+    reserved: a replica on several devices that found one of them full; its step goes next here. closed: an
+    operator wants it empty.
     """
 
     index: int
@@ -256,13 +267,15 @@ class Device:
     claim: Claim | None = None
     reserved: Replica | None = None
     steps: int = 0
+    closed: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class NodeState:
     """Everything, and the actions that the event at hand has led to so far.
 
-    planned: the groups of each service's replicas by the best plan known.
+    planned: the groups of each service's replicas by the best plan known. sharing: who may not be on one
+    device. draining: no new requests are taken; stopping: for good.
     """
 
     settings: NodeSettings
@@ -274,6 +287,8 @@ class NodeState:
     now: float = 0.0
     host_up: bool = False
     draining: bool = False
+    stopping: bool = False
+    sharing: Sharing = field(default_factory=lambda: Sharing(()))
     orders: int = 0
     steps: int = 0
     copies: int = 0
@@ -301,6 +316,12 @@ class NodeState:
     def group(self, replica: Replica) -> list[Device]:
         """The devices of a replica, in rank order."""
         return [self.devices[index] for index in replica.devices]
+
+    def strangers(self, device: Device, name: str) -> list[Replica]:
+        """Who is on a device and may not be there beside the service of that name."""
+        if not self.sharing.groups:
+            return []
+        return [r for other, r in device.replicas.items() if self.sharing.apart(name, other)]
 
     def most_kv_blocks(self, device: Device, service: Service) -> int:
         """KV blocks that a service could have on a device if all left that can: pinned services stay."""
@@ -392,6 +413,7 @@ class NodeState:
             self.drop_saved(request)
             del self.services[request.service].waiting[request.order]
         request.move("finish")
+        self.services[request.service].idle_since = self.now
         del self.requests[request.id]
         self.actions.append(Finish(request.id, reason, error, code, status, retry_after))
 

@@ -17,7 +17,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     """One device. Bytes add up: capacity = weights + kv + free; `cached` (reusable prefixes) is part of free.
 
     state: starting, up, lost. pid: of its worker, 0 while there is none. steps: steps run since it started.
-    host_kv_bytes: preempted KV of this device that lies in host memory.
+    host_kv_bytes: preempted KV of this device that lies in host memory. drained: an operator wants it empty.
     """
 
     device: int
@@ -31,6 +31,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     cached_bytes: int
     steps: int
     host_kv_bytes: int = 0
+    drained: bool = False
 
 
 class ServiceStatus(msgspec.Struct, frozen=True):
@@ -40,7 +41,11 @@ class ServiceStatus(msgspec.Struct, frozen=True):
     long job (0 to 1), None when none runs. device: where it is or is going, None when nowhere; devices: all
     of these; groups: the same by replica, in rank order. saves: preemptions whose KV went to host memory.
     reason: why it is refused, or why its last load failed. cost_error: how far predicted step times are off,
-    as a share. tokens_per_second: output, over the last seconds.
+    as a share. tokens_per_second: output, over the last seconds. cached_tokens: of prompts, not computed
+    again. swap_seconds: all copies together. drained: an operator wants no new requests for it. leaving: it
+    has left the configuration. idle_seconds: since its last request, 0 while it has one; expires_seconds:
+    until it leaves for being idle, None when it does not. coming_seconds: roughly how long a request has to
+    wait for the model alone, 0 when it is resident.
     """
 
     name: str
@@ -66,6 +71,13 @@ class ServiceStatus(msgspec.Struct, frozen=True):
     devices: tuple[int, ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     saves: int = 0
+    cached_tokens: int = 0
+    swap_seconds: float = 0.0
+    drained: bool = False
+    leaving: bool = False
+    idle_seconds: float = 0.0
+    expires_seconds: float | None = None
+    coming_seconds: float = 0.0
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
@@ -78,11 +90,26 @@ class NodeStatus(msgspec.Struct, frozen=True):
     services: tuple[ServiceStatus, ...]
 
 
+class Cell(msgspec.Struct, frozen=True, array_like=True):
+    """A part of an arena. kind: weights, kv or free (as cached prefixes are). service: whose, else empty."""
+
+    kind: str
+    service: str
+
+
+class ArenaMap(msgspec.Struct, frozen=True):
+    """A device's arena from its first block to its last, in cells of equal size."""
+
+    device: int
+    cells: tuple[Cell, ...]
+
+
 class RequestStatus(msgspec.Struct, frozen=True):
     """One request that is not over.
 
     state: waiting or running. age_seconds: since it arrived. place: in its service's queue, 1 = next, 0 when
-    it runs. device: where it runs, None while it waits. reason: why it waits, in a few words.
+    it runs. device: where it runs, None while it waits. reason: why it waits, in a few words. tier: OpenAI's
+    service_tier. cached_tokens: of the prompt, not computed again.
     """
 
     request: int
@@ -96,6 +123,8 @@ class RequestStatus(msgspec.Struct, frozen=True):
     preemptions: int
     place: int
     reason: str
+    tier: str = "default"
+    cached_tokens: int = 0
 
 
 class Place(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
-from seallmd.core.plan import Demand, Devices, Machine, Plan, broken, by_name, groups_of
+from seallmd.core.plan import Demand, Devices, Machine, Plan, broken, by_name, groups_of, meet
 
 
 class Bring(msgspec.Struct, frozen=True, tag=True):
@@ -159,7 +159,9 @@ class _Lit:
         taken: dict[str, list[Devices]],
         room: list[tuple[float, float]],
     ) -> bool:
-        if any(not set(group).isdisjoint(other) for other in taken[service]):
+        if meet((group,), taken[service]):
+            return False
+        if any(one == service and meet((group,), taken.get(other, ())) for one, other in self._machine.apart):
             return False
         weights, least = self._bytes(service, group)
         return all(room[device][0] - weights >= max(room[device][1], least) for device in group)

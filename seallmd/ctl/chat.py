@@ -34,7 +34,7 @@ class Chat:
         messages = [*self._messages, {"role": "user", "content": prompt}]
         answer: dict[str, Any] = {"content": "", "finish_reason": None, "usage": None}
         with contextlib.closing(
-            http.stream_chat(self._address, {**self._body, "messages": messages})
+            http.stream(self._address, "/v1/chat/completions", {**self._body, "messages": messages})
         ) as chunks:
             for chunk in chunks:
                 answer["usage"] = chunk.get("usage") or answer["usage"]

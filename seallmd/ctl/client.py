@@ -25,6 +25,11 @@ def status(path: Path) -> Reply:
     return {**reply["status"], "daemon": reply["daemon"]}
 
 
+def picture(path: Path, cells: int) -> Reply:
+    """Arena maps in so many cells, and recent latencies by service. Raises Unreachable or ControlError."""
+    return _answer(path, {"op": "map", "cells": cells})
+
+
 def show(path: Path, service: str) -> Reply:
     """All that is known of a service. Raises Unreachable or ControlError."""
     return dict(_answer(path, {"op": "show", "service": service})["service"])
@@ -54,6 +59,31 @@ def load(path: Path, service: str, told: Callable[[Reply], None]) -> None:
 def evict(path: Path, service: str, now: bool, told: Callable[[Reply], None]) -> None:
     """Take a service out and wait; `told` gets each progress line. Raises Unreachable or ControlError."""
     _ask(path, {"op": "evict", "service": service, "now": now}, told, None)
+
+
+def pin(path: Path, service: str, on: bool) -> None:
+    """Keep a service from leaving, or no longer. Raises Unreachable or ControlError."""
+    _answer(path, {"op": "pin", "service": service, "on": on})
+
+
+def drain(path: Path, target: Reply, on: bool, told: Callable[[Reply], None]) -> None:
+    """Drain a service ({"service": name}), a device ({"device": index}) or all ({}), and wait.
+
+    on: False takes it back. Raises Unreachable or ControlError.
+    """
+    _ask(path, {"op": "drain", **target, "on": on}, told, None)
+
+
+def reload(path: Path) -> Reply:
+    """Have the configuration read again: {"changed": [...], "restart": [...]}. Raises as `pin`."""
+    reply = _answer(path, {"op": "reload"})
+    return {key: reply[key] for key in ("changed", "restart")}
+
+
+def events(path: Path, last: int, follow: bool, told: Callable[[Reply], None]) -> None:
+    """The last events and, if wanted, all that follow until the daemon ends. Raises as `pin`."""
+    request = {"op": "events", "last": last, "follow": follow}
+    _ask(path, request, lambda reply: told(reply["event"]), None if follow else ANSWER_SECONDS)
 
 
 def _answer(path: Path, request: Reply) -> Reply:
@@ -93,7 +123,7 @@ def _last_reply(lines: Any, told: Callable[[Reply], None]) -> Reply:
             raise Unreachable("what answers on this socket is not seallmd") from None
         if kind == "error":
             raise ControlError(reply["message"])
-        if kind != "progress":
+        if kind not in ("progress", "event"):
             return dict(reply)
         told(reply)
     raise Unreachable("the daemon hung up before the command ended")

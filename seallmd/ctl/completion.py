@@ -17,16 +17,21 @@ _seallmctl() {
     done
     case "$previous" in
         --socket|--config) COMPREPLY=($(compgen -f -- "$word")); return ;;
-        --url|--system|--max-tokens|--temperature|--interval) return ;;
+        --url|--system|--max-tokens|--temperature|--interval|--last|--device) return ;;
+        --requests|--clients|--prompt-tokens|--output-tokens) return ;;
     esac
     local common="--socket --json --help"
-    local verbs="cancel chat completion doctor evict list load plan requests show status top"
+    local verbs="bench cancel chat completion doctor drain events evict list load pin plan reload requests"
+    verbs+=" show status top undrain unpin"
     if [[ -z "$verb" ]]; then
         COMPREPLY=($(compgen -W "$common --version $verbs" -- "$word"))
     elif [[ "$word" == -* ]]; then
         case "$verb" in
             chat) common+=" --url --system --max-tokens --temperature" ;;
+            bench) common+=" --url --requests --clients --prompt-tokens --output-tokens" ;;
             doctor) common+=" --config" ;;
+            drain|undrain) common+=" --device" ;;
+            events) common+=" --follow --last" ;;
             evict) common+=" --now" ;;
             list) common+=" --quiet" ;;
             top) common+=" --interval" ;;
@@ -34,14 +39,20 @@ _seallmctl() {
         COMPREPLY=($(compgen -W "$common" -- "$word"))
     else
         case "$verb" in
-            chat|evict|load|show)
+            bench|chat|drain|evict|load|pin|show|undrain|unpin)
                 COMPREPLY=($(compgen -W "$(seallmctl "${given[@]}" list --quiet 2>/dev/null)" -- "$word"))
                 __ltrimcolon_completions "$word" 2>/dev/null ;;
-            completion) COMPREPLY=($(compgen -W "bash" -- "$word")) ;;
+            completion) COMPREPLY=($(compgen -W "bash zsh" -- "$word")) ;;
         esac
     fi
 }
 complete -F _seallmctl seallmctl
 """
 
-SCRIPTS = {"bash": BASH}
+# zsh runs the completions of bash.
+ZSH = """# zsh completion of seallmctl: eval "$(seallmctl completion zsh)"
+autoload -U +X compinit && compinit
+autoload -U +X bashcompinit && bashcompinit
+""" + BASH.partition("\n")[2]
+
+SCRIPTS = {"bash": BASH, "zsh": ZSH}

@@ -33,13 +33,15 @@ def show_list(out: Console, services: list[Record]) -> None:
 def show_requests(out: Console, requests: list[Record]) -> None:
     """Every request that is not over, and why it waits if it does."""
     table = plain_table()
-    for title in ("ID", "SERVICE", "STATE", "DEV", "AGE", "PROMPT", "OUTPUT", "PLACE", "WAITS BECAUSE"):
+    titles = ("ID", "SERVICE", "TIER", "STATE", "DEV", "AGE", "PROMPT", "OUTPUT", "PLACE", "WAITS BECAUSE")
+    for title in titles:
         right = title in ("ID", "AGE", "PROMPT", "OUTPUT", "PLACE")
         table.add_column(title, justify="right" if right else "left", overflow="fold")
     for request in requests:
         table.add_row(
             str(request["request"]),
             Text(request["service"]),
+            request["tier"],
             state_text(request["state"]),
             "-" if request["device"] is None else str(request["device"]),
             human_seconds(request["age_seconds"]),
@@ -101,6 +103,10 @@ def _configured(settings: Record) -> list[tuple[str, str]]:
         ("preload", _yes(settings["preload"])),
         ("pinned", _yes(settings["pinned"])),
         ("max_waiting", str(settings["max_waiting"])),
+        (
+            "idle_seconds",
+            f"{settings['idle_seconds']:g}" if settings["idle_seconds"] else "never leaves idle",
+        ),
     ]
 
 

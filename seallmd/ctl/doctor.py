@@ -127,8 +127,10 @@ def _http(report: client.Reply) -> list[Finding]:
             findings.append(Finding("http", "bad", str(error), remedy))
             continue
         text = f"{address} answers" if status == 200 else f"{address}: {_message(body)}"
-        findings.append(Finding("http", "ok" if status == 200 else "bad", text))
-    return findings or [Finding("http", "warn", "the daemon does not tell where it serves HTTP")]
+        remedy = "" if status == 200 else "seallmctl status tells which device is not up, the log why"
+        findings.append(Finding("http", "bad" if remedy else "ok", text, remedy))
+    nowhere = Finding("http", "warn", "HTTP is served nowhere", "set host or socket of [http]")
+    return findings or [nowhere]
 
 
 def _message(body: bytes) -> str:
@@ -233,9 +235,8 @@ def _model(name: str, model: str, base: Path) -> Finding:
         relative = model.startswith((".", "~", "/")) or model.endswith(".gguf") or path.parent.is_dir()
         if relative and "/" in model:
             return Finding("model", "bad", f"{name}: {model} is not there", "fetch it, or correct the path")
-        return Finding(
-            "model", "warn", f"{name}: {model} is fetched from Hugging Face when it is first needed"
-        )
+        text = f"{name}: {model} is fetched from Hugging Face when it is first needed"
+        return Finding("model", "warn", text, "see that this machine may reach it, or name a directory")
     with contextlib.suppress(OSError):
         weights = [file for pattern in _WEIGHTS for file in path.glob(pattern)]
         if not weights:

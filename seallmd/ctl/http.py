@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
+import ssl
 from collections.abc import Generator
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +18,9 @@ from urllib.parse import urlsplit
 from seallmd.errors import ControlError, Unreachable
 
 CONNECT_SECONDS = 10.0
+KEY_VARIABLE = "SEALLMD_API_KEY"  # in the environment: arguments can be read by others
 _UNIX = "unix:"
+_HERE = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0", "::"})
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -46,9 +50,9 @@ def get(address: str, path: str) -> tuple[int, bytes]:
         return response.status, response.read()
 
 
-def stream_chat(address: str, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
-    """The chunks of a chat completion as they come. Raises Unreachable, or ControlError for a refusal."""
-    with _Call(address, "POST", "/v1/chat/completions", {**body, "stream": True}) as response:
+def stream(address: str, path: str, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+    """The chunks of a completion as they come. Raises Unreachable, or ControlError for a refusal."""
+    with _Call(address, "POST", path, {**body, "stream": True}) as response:
         if response.status != 200:
             raise ControlError(_message(response.read()) or f"HTTP status {response.status}")
         for line in response:
@@ -72,6 +76,8 @@ class _Call:
 
     def __enter__(self) -> http.client.HTTPResponse:
         headers = {} if self._body is None else {"Content-Type": "application/json"}
+        if key := os.environ.get(KEY_VARIABLE):
+            headers["Authorization"] = f"Bearer {key}"
         try:
             self._connection.connect()
             assert self._connection.sock is not None
@@ -97,11 +103,24 @@ def _connection(address: str) -> http.client.HTTPConnection:
         return _UnixConnection(address.removeprefix(_UNIX))
     url = urlsplit(address)
     try:
-        if url.scheme != "http" or not url.hostname:
+        if url.scheme not in ("http", "https") or not url.hostname:
             raise ValueError
+        if url.scheme == "https":
+            context = _tls(url.hostname)
+            port = url.port or 443
+            return http.client.HTTPSConnection(url.hostname, port, timeout=CONNECT_SECONDS, context=context)
         return http.client.HTTPConnection(url.hostname, url.port or 80, timeout=CONNECT_SECONDS)
     except ValueError:
         raise ControlError(f"no address of seallmd: {address!r} (http://HOST:PORT or unix:PATH)") from None
+
+
+def _tls(host: str) -> ssl.SSLContext:
+    """Certificates are verified, but on this machine: there they are for the name that others use."""
+    context = ssl.create_default_context()
+    if host in _HERE:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def _message(body: bytes) -> str:

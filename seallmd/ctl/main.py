@@ -1,8 +1,8 @@
 """seallmctl: the operator's command line.
 
-Owns arguments and exit codes: 0 done, 1 the doctor found something bad, 2 wrong name, state or usage, 3 no
-daemon answers, 130 interrupted. Must not know the daemon beyond its control socket and its HTTP side. What
-draws or connects is imported only by the verbs that do: the others start faster.
+Owns arguments and exit codes (docs/exit-codes.md): 0 done, 1 doctor or bench found something bad, 2 wrong
+name, state or usage, 3 no daemon answers, 130 interrupted. Must not know the daemon beyond its control socket
+and its HTTP side. What draws or connects is imported only by the verbs that do: the others start faster.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ EXIT_UNREACHABLE = 3
 EXIT_INTERRUPTED = 130
 
 _EPILOG = (
-    "exit codes: 0 done, 1 doctor found something bad, 2 wrong name, state or usage, 3 no daemon answers"
+    "exit codes: 0 done, 1 doctor or bench found something bad, 2 wrong name, state or usage, "
+    "3 no daemon answers"
 )
 
 
@@ -81,12 +82,35 @@ def make_parser() -> argparse.ArgumentParser:
     evict = verb("evict", "take a service out once its work is done")
     evict.add_argument("service", metavar="NAME")
     evict.add_argument("--now", action="store_true", help="end its requests")
+    verb("pin", "keep a service from leaving; brings it in").add_argument("service", metavar="NAME")
+    verb("unpin", "let it leave again").add_argument("service", metavar="NAME")
+    _add_target(verb("drain", "take no new requests, finish those there are, and wait for their end"))
+    _add_target(verb("undrain", "take a drain back"))
+    events = verb("events", "what happened last")
+    events.add_argument("--follow", action="store_true", help="and what happens from now on")
+    events.add_argument("--last", type=_count, default=20, metavar="N", help="default: 20")
+    verb("reload", "read the configuration again; a wrong one changes nothing")
+    _add_bench(verb("bench", "a quick load test, and its report"))
     _add_chat(verb("chat", "talk to a service"))
     doctor = verb("doctor", "look for what keeps seallmd from running; needs no daemon")
     doctor.add_argument("--config", type=Path, metavar="FILE", help="configuration to examine")
     completion = verb("completion", 'completion for a shell: eval "$(seallmctl completion bash)"')
-    completion.add_argument("shell", choices=["bash"])
+    completion.add_argument("shell", choices=["bash", "zsh"])
     return parser
+
+
+def _add_target(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("service", nargs="?", metavar="NAME", help="a service; without any: the whole daemon")
+    verb.add_argument("--device", type=int, metavar="N", help="a device: everything leaves it, pinned or not")
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("services", nargs="*", metavar="NAME", help="services in turn; default: all")
+    bench.add_argument("--requests", type=_count, default=32, metavar="N", help="default: 32")
+    bench.add_argument("--clients", type=_count, default=4, metavar="N", help="at the same time; default: 4")
+    bench.add_argument("--prompt-tokens", type=_count, default=128, metavar="N", help="default: 128")
+    bench.add_argument("--output-tokens", type=_count, default=64, metavar="N", help="default: 64")
+    bench.add_argument("--url", default="", help="HTTP address, http://HOST:PORT or unix:PATH")
 
 
 def _add_chat(chat: argparse.ArgumentParser) -> None:
@@ -105,6 +129,13 @@ def _seconds(text: str) -> float:
     if not 0.1 <= seconds <= 3600:
         raise argparse.ArgumentTypeError("0.1 to 3600 seconds")
     return seconds
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if not 1 <= count <= 100000:
+        raise argparse.ArgumentTypeError("1 to 100000")
+    return count
 
 
 def _as_json(arguments: argparse.Namespace) -> bool:
@@ -148,11 +179,15 @@ def _show(path: Path, arguments: argparse.Namespace) -> None:
 
 def _top(path: Path, arguments: argparse.Namespace) -> None:
     if _as_json(arguments):
-        _status(path, arguments)
+        report, picture = client.status(path), client.picture(path, 64)
+        print(json.dumps({**report, "maps": picture["maps"], "latencies": picture["latencies"]}))
         return
     from seallmd.ctl import top, view
 
-    top.run(view.console(), lambda: client.status(path), arguments.interval)
+    def ask(cells: int) -> tuple[client.Reply, client.Reply]:
+        return client.status(path), client.picture(path, cells)
+
+    top.run(view.console(), ask, arguments.interval)
 
 
 def _plan(path: Path, arguments: argparse.Namespace) -> None:
@@ -186,6 +221,68 @@ def _load(path: Path, arguments: argparse.Namespace) -> None:
 
 def _evict(path: Path, arguments: argparse.Namespace) -> None:
     _follow(arguments, lambda told: client.evict(path, arguments.service, arguments.now, told), "is evicted")
+
+
+def _pin(path: Path, arguments: argparse.Namespace) -> None:
+    on = arguments.verb == "pin"
+    client.pin(path, arguments.service, on)
+    _done(arguments, f"{arguments.service} is {'pinned' if on else 'no longer pinned'}")
+
+
+def _drain(path: Path, arguments: argparse.Namespace) -> None:
+    on, service, device = arguments.verb == "drain", arguments.service, arguments.device
+    if service is not None and device is not None:
+        raise ControlError("name a service or a device, not both")
+    target = {"service": service} if service is not None else {} if device is None else {"device": device}
+    arguments.service = service or ("the daemon" if device is None else f"device {device}")
+    _follow(
+        arguments,
+        lambda told: client.drain(path, target, on, told),
+        "is drained" if on else "is no longer drained",
+    )
+
+
+def _events(path: Path, arguments: argparse.Namespace) -> None:
+    if _as_json(arguments):  # a document for each line: there is no end to wait for
+        client.events(
+            path, arguments.last, arguments.follow, lambda event: print(json.dumps(event), flush=True)
+        )
+        return
+    from seallmd.ctl import feed, view
+
+    out = view.console()
+    client.events(path, arguments.last, arguments.follow, lambda event: feed.show_event(out, event))
+
+
+def _reload(path: Path, arguments: argparse.Namespace) -> None:
+    reply = client.reload(path)
+    if _as_json(arguments):
+        print(json.dumps(reply))
+        return
+    print("changed: " + (", ".join(reply["changed"]) or "nothing"))
+    if reply["restart"]:
+        print("needs a restart: " + ", ".join(reply["restart"]))
+
+
+def _bench(path: Path, arguments: argparse.Namespace) -> int:
+    from seallmd.ctl import bench, feed, http, view
+
+    report = client.status(path)
+    services = arguments.services or [s["name"] for s in report["services"] if s["state"] != "refused"]
+    if not services:
+        raise ControlError("there is no service to ask")
+    load = bench.Load(
+        services, arguments.requests, arguments.clients, arguments.prompt_tokens, arguments.output_tokens
+    )
+    address = arguments.url or http.choose(report["daemon"]["http"])
+    if _as_json(arguments):
+        found = bench.run(address, load, lambda _: None, bench.default_clock)
+        print(json.dumps(found))
+    else:
+        with view.CountView(view.console(stderr=True), "requests", load.requests) as count:
+            found = bench.run(address, load, count.told, bench.default_clock)
+        feed.show_bench(view.console(), found)
+    return EXIT_BAD if found["total"]["failed"] else 0
 
 
 def _follow(
@@ -240,18 +337,25 @@ def _completion(_path: Path, arguments: argparse.Namespace) -> None:
 
 
 _VERBS: dict[str, Callable[[Path, argparse.Namespace], int | None]] = {
+    "bench": _bench,
     "cancel": _cancel,
     "chat": _chat,
     "completion": _completion,
     "doctor": _doctor,
+    "drain": _drain,
+    "events": _events,
     "evict": _evict,
     "list": _list,
     "load": _load,
+    "pin": _pin,
     "plan": _plan,
+    "reload": _reload,
     "requests": _requests,
     "show": _show,
     "status": _status,
     "top": _top,
+    "undrain": _drain,
+    "unpin": _pin,
 }
 
 

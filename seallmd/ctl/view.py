@@ -93,7 +93,7 @@ def _devices(out: Console, devices: list[Record]) -> Table:
         keys = ("weights", "kv", "free", "cached", "capacity") if detailed else ("free", "capacity")
         table.add_row(
             Text(f"{device['device']} {device['label']}" if out.width >= _NARROW else str(device["device"])),
-            state_text(device["state"]),
+            _device_state(device),
             *([str(device["pid"] or "-")] if detailed else []),
             _arena(device, cells, out),
             *(human_bytes(device[f"{key}_bytes"]) for key in keys),
@@ -142,8 +142,16 @@ def state_text(state: str) -> Text:
     return Text(state, _STATE_STYLES.get(state, ""))
 
 
+def _device_state(device: Record) -> Text:
+    state = state_text(device["state"])
+    return state.append(" drained", "yellow") if device["drained"] else state
+
+
 def _service_state(service: Record) -> Text:
     state = state_text(service["state"])
+    for flag in ("drained", "leaving"):
+        if service[flag]:
+            state.append(f" {flag}", "yellow")
     if service["stage"] is not None:
         state.append(f" {service['stage']:.0%}")
     return state
@@ -158,6 +166,12 @@ def _swaps(service: Record) -> str:
     return f"{service['last_swap_seconds']:.2f} s" if service["swaps_in"] else "-"
 
 
+def _leaves(service: Record) -> str:
+    """When it leaves for being idle."""
+    seconds = service["expires_seconds"]
+    return "-" if seconds is None else f"{seconds:.0f} s"
+
+
 # Title, the terminal width from which it is shown, whether it is a number, and its cell.
 _COLUMNS: tuple[tuple[str, int, bool, Any], ...] = (
     ("SERVICE", 0, False, lambda s: Text(s["name"])),
@@ -170,10 +184,39 @@ _COLUMNS: tuple[tuple[str, int, bool, Any], ...] = (
     ("KV", 80, True, lambda s: human_bytes(s["kv_bytes"])),
     ("CONTEXT", _MEDIUM, True, lambda s: str(s["context"])),
     ("PINNED", 100, False, lambda s: "yes" if s["pinned"] else "-"),
+    ("LEAVES", 115, True, _leaves),
     ("DTYPE", 105, False, lambda s: s["dtype"]),
     ("PREEMPTED", _WIDE, True, lambda s: str(s["preemptions"])),
     ("LAST SWAP", _WIDE, True, _swaps),
 )
+
+
+class CountView:
+    """Counts up to a known number: a bar on a terminal, nothing elsewhere. A context manager."""
+
+    def __init__(self, out: Console, what: str, total: int) -> None:
+        self._out = out
+        self._bar = Progress(
+            TextColumn("{task.completed:.0f} of {task.total:.0f} {task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=out,
+            transient=True,
+        )
+        self._task = self._bar.add_task(what, total=total)
+
+    def __enter__(self) -> CountView:
+        if self._out.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._out.is_terminal:
+            self._bar.stop()
+
+    def told(self, count: int) -> None:
+        """So many are done."""
+        self._bar.update(self._task, completed=count)
 
 
 class JobView:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import faulthandler
 import logging
 import os
@@ -21,7 +22,8 @@ import uvloop
 
 from seallmd import __version__
 from seallmd.api.control import ControlServer
-from seallmd.api.server import http_addresses, start_http
+from seallmd.api.keys import Key, Keyring, locate_keys, read_keys
+from seallmd.api.server import http_addresses, start_http, tls_context
 from seallmd.config import Config, Size, load, reloaded
 from seallmd.core.settings import NodeSettings
 from seallmd.core.status import NodeStatus
@@ -49,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = _configure(options)
         if options.check:
+            _read_keys(config)
+            tls_context(config.http)
             print(f"{options.config}: {len(config.service)} services, nothing wrong")
             return 0
         set_up(config.log, os.environ)
@@ -107,12 +111,18 @@ def _build_engine(config: Config) -> Engine:
         roofline=plan.roofline,
         host_kv_bytes=plan.host_kv_bytes,
         kv_layout=config.devices.kv_layout,
+        groups=config.group,
         profiles=profiles.load(plan.cache / PROFILES, config.service, plan.roofline.name),
     )
     journal = None
     if config.journal.path:
         journal = Journal(Path(config.journal.path), Size(config.journal.limit).bytes_, settings)
     return Engine(settings, plan, run_worker, run_host, journal, config.hung_seconds)
+
+
+def _read_keys(config: Config) -> tuple[Key, ...]:
+    """The API keys that the configuration asks for. Raises ConfigError."""
+    return read_keys(locate_keys(config.http.keys, os.environ))
 
 
 class Daemon:
@@ -135,6 +145,7 @@ class Daemon:
         self._options = options
         self._notifier = notifier
         self._listeners = listeners
+        self._keyring = Keyring(_read_keys(config))
         self._engine = _build_engine(config)
         self._stop = asyncio.Event()
         self._telling: asyncio.TimerHandle | None = None
@@ -143,15 +154,18 @@ class Daemon:
         """Serve until a signal says stop."""
         self._handle_signals()
         watch = LoopWatch(self._config.log.stall_seconds)
-        settings = self._config.control
-        path = Path(settings.socket or default_control_socket())
+        path = Path(self._config.control.socket or default_control_socket())
         listener = next(iter(self._listeners["control"]), None)
-        control = ControlServer(self._engine, path, group=settings.group, listener=listener)
+        control = ControlServer(self._engine, path, group=self._config.control.group, listener=listener)
         # The control socket first: it tells whether another daemon of this user is running.
         await control.start()
         try:
-            http = await start_http(self._engine, self._config.http, self._listeners["http"])
-            control.http = http_addresses(http)
+            settings = self._config.http
+            http = await start_http(
+                self._engine, settings, self._listeners["http"], self._keyring, self._config.tier
+            )
+            control.http = http_addresses(http, tls=bool(settings.tls_certificate))
+            control.reload = self._reload
             try:
                 await self._engine.start()
                 watch.start()
@@ -210,23 +224,40 @@ class Daemon:
         self._stop.set()
 
     def _on_reload(self) -> None:
-        """Read the configuration again; one that is wrong changes nothing."""
+        """SIGHUP: nobody is told but the log."""
+        with contextlib.suppress(ConfigError):  # it is in the log
+            self._reload()
+
+    def _reload(self) -> tuple[list[str], list[str]]:
+        """Read the configuration again; what has changed with that, and what waits for a restart.
+
+        Raises ConfigError for one that is wrong, and has then changed nothing.
+        """
         self._notifier.reloading()
         try:
             new = _configure(self._options)
+            keys = _read_keys(new)
         except ConfigError as error:
             log.error("the configuration stays as it was: %s", error)
+            raise
         else:
-            self._adopt(new)
-        self._notifier.ready()
+            return self._adopt(new, keys)
+        finally:
+            self._notifier.ready()
 
-    def _adopt(self, new: Config) -> None:
+    def _adopt(self, new: Config, keys: tuple[Key, ...]) -> tuple[list[str], list[str]]:
         self._config, changed, waiting = reloaded(self._config, new)
-        set_up(self._config.log, os.environ)
-        self._engine.set_hung_seconds(self._config.hung_seconds)
-        log.info("configuration read again, changed: %s", ", ".join(changed) or "nothing")
+        config = self._config
+        set_up(config.log, os.environ)
+        self._keyring.replace(keys)
+        self._engine.set_hung_seconds(config.hung_seconds)
+        self._engine.reconfigure(config.service, config.group, config.scheduler, config.replacement)
+        said = f"configuration read again, changed: {', '.join(changed) or 'nothing'}"
+        log.info("%s", said)
+        self._engine.feed.tell("configuration", "", said)
         if waiting:
             log.warning("these changes need a restart: %s", ", ".join(waiting))
+        return changed, waiting
 
     def _on_report(self) -> None:
         """Write the status to the log."""

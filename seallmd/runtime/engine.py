@@ -18,18 +18,27 @@ import msgspec
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
+from seallmd.core.arena_map import arena_maps
 from seallmd.core.node import Node
 from seallmd.core.placement import place
 from seallmd.core.report import request_statuses, service_detail
-from seallmd.core.settings import NodeSettings
+from seallmd.core.settings import (
+    GroupSettings,
+    NodeSettings,
+    ReplacementSettings,
+    SchedulerSettings,
+    ServiceSettings,
+)
 from seallmd.core.state import Service
-from seallmd.core.status import NodeStatus, PlanStatus, RequestStatus, ServiceDetail
+from seallmd.core.status import ArenaMap, NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 from seallmd.errors import ControlError, RequestError
 from seallmd.runtime import profiles, rendezvous
 from seallmd.runtime.children import Child, Entry
 from seallmd.runtime.devices import DevicePlan
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
+from seallmd.runtime.feed import EventFeed
 from seallmd.runtime.journal import Journal
+from seallmd.runtime.latencies import Latencies, RecentLatencies
 from seallmd.runtime.log import RequestRecord
 from seallmd.runtime.pulse import Pulse
 
@@ -56,6 +65,8 @@ class Engine:
     ) -> None:
         """hung_seconds: how long a child may be silent while it owes an answer."""
         self.node = Node(settings)
+        self.feed = EventFeed()
+        self._latencies = RecentLatencies()
         self._settings = settings
         self._plan = plan
         self._journal = journal
@@ -146,7 +157,7 @@ class Engine:
         if self._journal is not None:
             self._journal.close()
         path = self._plan.cache / PROFILES
-        profiles.save(path, self._settings.services, self._plan.roofline.name, self.node.profiles())
+        profiles.save(path, self.node.state.settings.services, self._plan.roofline.name, self.node.profiles())
 
     # --------------------------------------------------------------------------------- the loop
 
@@ -189,7 +200,12 @@ class Engine:
                 self._streams[request].score(scores)
             case ev.Finish(request):
                 self._streams.pop(request).end(action)
-                self._records.pop(request).finished(action, self._now())
+                record = self._records.pop(request)
+                record.finished(action, self._now())
+                if action.reason in ("stop", "length") and record.first:
+                    taken = record.first - record.arrived, self._now() - record.arrived
+                    self._latencies.add(record.service, self._now(), *taken, record.output)
+                self.feed.tell("request", record.service, record.summary(action, self._now()))
                 if not self._streams:
                     self._quiet.set()
             case ev.ToHostProcess(message):
@@ -200,6 +216,7 @@ class Engine:
                 self._search = asyncio.create_task(self._search_plan(action))
             case ev.Note(service, text):
                 log.info("%s%s", f"{service}: " if service else "", text)
+                self.feed.tell("service", service, text)
 
     async def _search_plan(self, wanted: ev.SearchPlan) -> None:
         """Beside the loop: up to a second of computing."""
@@ -231,12 +248,13 @@ class Engine:
 
     def services(self) -> list[ServiceView]:
         """Every configured service, in the order of the configuration."""
-        return [self._view(service) for service in self.node.state.services.values()]
+        services = self.node.state.services.values()
+        return [self._view(service) for service in services if not _has_left(service)]
 
     def service(self, name: str) -> ServiceView | None:
         """One service by name."""
         service = self.node.state.services.get(name)
-        return None if service is None else self._view(service)
+        return None if service is None or _has_left(service) else self._view(service)
 
     def _view(self, service: Service) -> ServiceView:
         shape = service.shape
@@ -269,6 +287,7 @@ class Engine:
                     generation.stop_ids,
                     generation.salt,
                     leader,
+                    generation.tier,
                 )
             )
             leader = leader or stream.request
@@ -290,6 +309,14 @@ class Engine:
                 return service_detail(self.node.state, status, self._now())
         return None
 
+    def arena_maps(self, cells: int) -> list[ArenaMap]:
+        """Who holds which part of each device's arena, in so many cells."""
+        return arena_maps(self.node.state, cells)
+
+    def latencies(self) -> dict[str, Latencies]:
+        """How long requests took lately, by service."""
+        return self._latencies.report(self._now())
+
     def plan(self) -> PlanStatus | None:
         """The plan in force and the best one known; None while nothing is planned."""
         return self.node.plan_status(self._now())
@@ -300,20 +327,65 @@ class Engine:
 
     async def load(self, service: str) -> None:
         """Bring a service in; returns when it is resident. Raises ControlError with the reason."""
-        await self._command(lambda ticket: ev.LoadWanted(ticket, service))
+        await self.operate(lambda ticket: ev.LoadWanted(ticket, service))
 
     async def evict(self, service: str, now: bool) -> None:
         """Take a service out; returns when its memory is free. Raises ControlError with the reason."""
-        await self._command(lambda ticket: ev.EvictWanted(ticket, service, now))
+        await self.operate(lambda ticket: ev.EvictWanted(ticket, service, now))
 
-    async def _command(self, make: Callable[[int], ev.Event]) -> None:
+    def keep(self, service: str, seconds: float) -> None:
+        """Have a service stay for so long after its last request; 0 = for good."""
+        self._happen(ev.KeepWanted(service, seconds))
+
+    def reconfigure(
+        self,
+        services: tuple[ServiceSettings, ...],
+        groups: tuple[GroupSettings, ...],
+        scheduler: SchedulerSettings,
+        replacement: ReplacementSettings,
+    ) -> None:
+        """From here on these settings hold; who is being served is not cut off."""
+        now = self.node.state.settings
+        event = ev.Reconfigured(services, groups, scheduler, replacement)
+        if event != ev.Reconfigured(now.services, now.groups, now.scheduler, now.replacement):
+            self._happen(event)
+
+    async def operate(self, make: Callable[[int], ev.OperatorEvent]) -> None:
+        """Carry out what an operator asks for; returns when it is done. Raises ControlError."""
         self._ticket_count += 1
         ticket = self._ticket_count
         answer = self._tickets[ticket] = asyncio.get_running_loop().create_future()
-        self._happen(make(ticket))
+        event = make(ticket)
+        self.feed.tell("operator", getattr(event, "service", ""), _in_words(event))
+        self._happen(event)
         # Whoever waits may leave; the command goes on.
         if error := await asyncio.shield(answer):
             raise ControlError(error)
+
+
+def _has_left(service: Service) -> bool:
+    """Whether it is there only to end what it has begun, and nothing will take its name."""
+    return service.outgoing and service.successor is None
+
+
+def _in_words(event: ev.OperatorEvent) -> str:
+    """What an operator asked for: "pin", "undrain device 0"."""
+    match event:
+        case ev.LoadWanted():
+            return "load"
+        case ev.EvictWanted():
+            return "evict now" if event.now else "evict"
+        case ev.PinWanted():
+            return "pin" if event.pinned else "unpin"
+        case ev.KeepWanted():
+            return f"keep for {event.seconds:g} s"
+    verb = "drain" if event.drained else "undrain"
+    match event:
+        case ev.DeviceDrainWanted():
+            return f"{verb} device {event.device}"
+        case ev.NodeDrainWanted():
+            return f"{verb} everything"
+    return verb
 
 
 class Supervised:

@@ -7,15 +7,17 @@ a stand-in. Must not know HTTP.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 import msgspec
 
-from seallmd.core.events import Finish
+from seallmd.core.events import Finish, OperatorEvent
 from seallmd.core.messages import ModelShape, Sampling, Scores
 from seallmd.core.settings import ServiceSettings
-from seallmd.core.status import NodeStatus, PlanStatus, RequestStatus, ServiceDetail
+from seallmd.core.status import ArenaMap, NodeStatus, PlanStatus, RequestStatus, ServiceDetail
+from seallmd.runtime.feed import EventFeed
+from seallmd.runtime.latencies import Latencies
 
 
 class ServiceView(msgspec.Struct, frozen=True):
@@ -41,6 +43,7 @@ class Generation(msgspec.Struct, frozen=True):
     sampling: Sampling
     stop_ids: tuple[int, ...] = ()
     salt: str = ""
+    tier: str = "default"
 
 
 class StreamWatcher(Protocol):
@@ -131,6 +134,19 @@ class EngineFace(Protocol):
     def detail(self, service: str) -> ServiceDetail | None:
         """All that is known of one service; None when there is no such service."""
 
+    def arena_maps(self, cells: int) -> list[ArenaMap]:
+        """Who holds which part of each device's arena, in so many cells."""
+
+    def latencies(self) -> dict[str, Latencies]:
+        """How long requests took lately, by service."""
+
+    @property
+    def feed(self) -> EventFeed:
+        """What happens."""
+
+    def keep(self, service: str, seconds: float) -> None:
+        """Have a service stay for so long after its last request; 0 = for good."""
+
     def requests(self) -> list[RequestStatus]:
         """Every request that is not over, the most senior first."""
 
@@ -142,3 +158,9 @@ class EngineFace(Protocol):
 
     async def evict(self, service: str, now: bool) -> None:
         """Take a service out; returns when its memory is free. Raises ControlError with the reason."""
+
+    async def operate(self, make: Callable[[int], OperatorEvent]) -> None:
+        """Carry out what an operator asks for; `make` gets the ticket. Returns when it is done.
+
+        Raises ControlError with the reason.
+        """

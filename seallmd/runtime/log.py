@@ -129,6 +129,12 @@ class RequestRecord:
         self.cached = cached or self.cached
         self.output += tokens
 
+    def summary(self, finish: Finish, now: float) -> str:
+        """Its end in a sentence."""
+        why = f" ({finish.error})" if finish.error else ""
+        tokens = f"{self.prompt} + {self.output} tokens"
+        return f"request {self.request} ended: {finish.reason}{why}, {tokens} in {now - self.arrived:.2f} s"
+
     def finished(self, finish: Finish, now: float) -> None:
         """Write the line."""
         if not _REQUESTS.isEnabledFor(logging.INFO):

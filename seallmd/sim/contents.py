@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from zlib import crc32
 
 from seallmd.core import messages as msg
 
@@ -29,7 +30,9 @@ class _Known:
     done: int = 0
 
     def append(self, token: int) -> None:
-        before = self.digests[-1] if self.digests else hash(self.service)
+        before = (
+            self.digests[-1] if self.digests else crc32(self.service.encode())
+        )  # hash() of a text differs from run to run
         self.tokens.append(token)
         self.digests.append(hash((before, token)))
 

@@ -9,17 +9,27 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from seallmd.core.events import Finish
+from seallmd.core.events import Finish, OperatorEvent
 from seallmd.core.messages import LayerShape, ModelShape, Scores
 from seallmd.core.settings import ServiceSettings
-from seallmd.core.status import DeviceStatus, NodeStatus, RequestStatus, ServiceDetail, ServiceStatus
+from seallmd.core.status import (
+    ArenaMap,
+    DeviceStatus,
+    NodeStatus,
+    RequestStatus,
+    ServiceDetail,
+    ServiceStatus,
+)
 from seallmd.errors import ControlError
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
+from seallmd.runtime.feed import EventFeed
+from seallmd.runtime.latencies import Latencies
 
 SPOKEN = "Hello wörld, 日本語 and 👩‍👩‍👧 at last."
 CORPUS = ["hello world, the quick brown fox jumps over the lazy dog", "wörld ünïcode 日本"] * 3
@@ -106,6 +116,8 @@ class FakeEngine:
         self.live: set[int] = set()
         self.states: dict[str, dict[str, object]] = {}
         self.draining = False
+        self.kept: dict[str, float] = {}
+        self.feed = EventFeed()
         self.loaded: list[str] = []
         self.evicted: list[str] = []
         self.streams: dict[int, TokenStream] = {}
@@ -161,6 +173,18 @@ class FakeEngine:
 
     def plan(self) -> None:
         """Nothing is planned."""
+
+    def keep(self, service: str, seconds: float) -> None:
+        self.kept[service] = seconds
+
+    async def operate(self, make: Callable[[int], OperatorEvent]) -> None:
+        raise NotImplementedError
+
+    def arena_maps(self, cells: int) -> list[ArenaMap]:
+        raise NotImplementedError
+
+    def latencies(self) -> dict[str, Latencies]:
+        raise NotImplementedError
 
     def requests(self) -> list[RequestStatus]:
         raise NotImplementedError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,26 @@ async def test_curl_without_a_type(
     ):
         assert response.status == status
     assert len(engine.submitted) == (status == 200)
+
+
+@pytest.mark.parametrize(
+    ("keep_alive", "seconds"),
+    [("10m", 600.0), ("1h30m", 5400.0), (3600, 3600.0), (-1, 0.0), ("-1s", 0.0), ("250ms", 0.25)],
+)
+async def test_keep_alive(url: str, engine: FakeEngine, keep_alive: object, seconds: float) -> None:
+    """How long the model stays is the client's to say; negative is for good, none says nothing."""
+    body = {"model": "m", "prompt": "x", "stream": False, "options": {"num_predict": 2}}
+    assert (await call(f"{url}/api/generate", {**body, "keep_alive": keep_alive}))[0] == 200
+    assert engine.kept == {"m": seconds}
+    engine.kept.clear()
+    assert (await call(f"{url}/api/generate", body))[0] == 200
+    assert engine.kept == {}
+
+
+async def test_ps_tells_when_a_model_leaves(url: str, engine: FakeEngine) -> None:
+    """As `ollama ps` shows it."""
+    engine.states["m"] = {"expires_seconds": 60.0}
+    _, answer = await call(f"{url}/api/ps")
+    (model,) = [model for model in answer["models"] if model["name"] == "m"]
+    left = datetime.fromisoformat(model["expires_at"]) - datetime.now(UTC)
+    assert timedelta(seconds=50) < left <= timedelta(seconds=60)

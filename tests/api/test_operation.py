@@ -7,17 +7,21 @@ from pathlib import Path
 import aiohttp
 import openai
 import pytest
+from msgspec.structs import replace
 from openai import AsyncOpenAI
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from seallmd import __version__
 from seallmd.api.metrics import SERVICE_STATES, Metrics
+from seallmd.api.settings import TierSettings
 from seallmd.core.events import Finish
 from seallmd.core.messages import Sampling
+from seallmd.core.status import NodeStatus
 from seallmd.runtime.face import Generation, TokenStream
 from tests.api.engine_double import FakeEngine, view
 
+WAITS = ("capacity", "deferred")
 GENERATION = Generation("m", (1, 2, 3), 10, Sampling())
 
 
@@ -147,3 +151,40 @@ async def test_ready(url: str, engine: FakeEngine, model: Path) -> None:
 async def test_version(url: str) -> None:
     """Clients and dashboards ask."""
     assert await get(url + "/version") == (200, f'{{"version":"{__version__}"}}')
+
+
+def test_targets_of_tiers_are_measured() -> None:
+    """Met, missed, failed; a client that leaves says nothing about us, a tier without targets neither."""
+    now = [0.0]
+    targets = [TierSettings(name="priority", first_token_seconds=1.0, next_token_seconds=0.5)]
+    metrics = Metrics(lambda: NodeStatus("budget", False, 1, (), ()), lambda: now[0], targets)
+
+    def request(first: float, each: float, reason: str, tier: str = "priority") -> None:
+        meter = metrics.request(replace(GENERATION, tier=tier))
+        for pause in (first, each, each):
+            now[0] += pause
+            meter.pushed(1)
+        meter.ended(Finish(1, reason, code="worker_lost" if reason == "failed" else ""))
+
+    request(0.9, 0.4, "stop")
+    request(1.1, 0.4, "stop")
+    request(0.9, 0.6, "length")
+    request(0.1, 0.1, "failed")
+    request(9.0, 9.0, "cancelled")
+    request(9.0, 9.0, "stop", tier="flex")
+    page = parse(metrics.page())
+    assert value(page, "seallmd_slo_requests_total", tier="priority", met="true") == 1
+    assert value(page, "seallmd_slo_requests_total", tier="priority", met="false") == 3
+    assert value(page, "seallmd_request_failures_total", code="worker_lost") == 1
+    assert value(page, "vllm:request_time_per_output_token_seconds_count") == 5
+
+
+async def test_why_requests_wait(url: str, engine: FakeEngine) -> None:
+    """vLLM's two reasons; prefix cache and swaps as counters."""
+    engine.states["m"] = {"waiting": 6, "state": "copying", "cached_tokens": 7, "swap_seconds": 2.5}
+    page = await scrape(url)
+    reasons = {r: value(page, "vllm:num_requests_waiting_by_reason", model_name="m", reason=r) for r in WAITS}
+    assert reasons == {"capacity": 0, "deferred": 6}
+    assert value(page, "vllm:prefix_cache_queries_total", model_name="m") == 11
+    assert value(page, "vllm:prefix_cache_hits_total", model_name="m") == 7
+    assert value(page, "seallmd_swap_seconds_total", model_name="m") == 2.5

@@ -7,7 +7,13 @@ from typing import Literal
 
 from seallmd.core import events as ev
 from seallmd.core.messages import LayerShape, ModelShape, Sampling, Shard
-from seallmd.core.settings import NodeSettings, ReplacementSettings, SchedulerSettings, ServiceSettings
+from seallmd.core.settings import (
+    GroupSettings,
+    NodeSettings,
+    ReplacementSettings,
+    SchedulerSettings,
+    ServiceSettings,
+)
 from seallmd.sim.world import Costs, World, expected_output
 
 BLOCK = 256
@@ -121,9 +127,13 @@ def world(
     groups: dict[str, tuple[tuple[int, ...], ...]] | None = None,
     replacement: ReplacementSettings | None = None,
     costs: Costs | None = None,
+    sharing: tuple[GroupSettings, ...] = (),
+    idle_seconds: dict[str, float] | None = None,
+    absent: tuple[str, ...] = (),
     **scheduler: object,
 ) -> Recorder:
-    """A started world. arenas: blocks of each device. host_kv: blocks of host memory for KV of each."""
+    """A started world. arenas: blocks of each device. host_kv: blocks of host memory for KV of each. absent:
+    services that are known, but not configured yet."""
     settings = NodeSettings(
         services=tuple(
             ServiceSettings(
@@ -134,9 +144,12 @@ def world(
                 context=context,
                 tensor_parallel=(tensor_parallel or {}).get(name, 0),
                 devices=(groups or {}).get(name, ()),
+                idle_seconds=(idle_seconds or {}).get(name, 0.0),
             )
             for name in services
+            if name not in absent
         ),
+        groups=sharing,
         devices=len(arenas),
         block_bytes=BLOCK,
         host_bytes=host_bytes,

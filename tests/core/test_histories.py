@@ -17,12 +17,13 @@ from collections.abc import Callable, Sequence
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from seallmd.core import events as ev
 from seallmd.core.messages import ModelShape
 from seallmd.core.placement import place
 from seallmd.core.plan import Demand, Machine, Plan
-from seallmd.core.settings import ReplacementSettings
+from seallmd.core.settings import GroupSettings, ReplacementSettings
 from seallmd.core.transition import Bring, Change, Drop
 from tests.core.helpers import Recorder, shape, world
 
@@ -81,6 +82,7 @@ class History:
         )
         self.world = self.recorder.world
         self.world.search = search
+        self.first = {service.name: service for service in self.world.node.state.settings.services}
         self.count = 0
         self.tickets = 0
 
@@ -118,6 +120,53 @@ class History:
         self.tickets += 1
         now = self.random.random() < 0.5
         self.world.happen(ev.EvictWanted(self.tickets, self.random.choice([*self.services, "nobody"]), now))
+
+    def _ticket(self) -> int:
+        self.tickets += 1
+        return self.tickets
+
+    def pin(self) -> None:
+        name = self.random.choice([*self.services, "nobody"])
+        self.world.happen(ev.PinWanted(self._ticket(), name, self.random.random() < 0.4))
+
+    def drain(self) -> None:
+        """A service, a device or everything, or taken back."""
+        on = self.random.random() < 0.4
+        match self.random.randrange(3):
+            case 0:
+                name = self.random.choice([*self.services, "nobody"])
+                self.world.happen(ev.ServiceDrainWanted(self._ticket(), name, on))
+            case 1:
+                index = self.random.randint(0, len(self.world.devices))
+                self.world.happen(ev.DeviceDrainWanted(self._ticket(), index, on))
+            case _:
+                self.world.happen(ev.NodeDrainWanted(self._ticket(), on and self.random.random() < 0.3))
+
+    def keep(self) -> None:
+        seconds = self.random.choice((0.0, 0.05, 1.0))
+        self.world.happen(ev.KeepWanted(self.random.choice([*self.services, "nobody"]), seconds))
+
+    def reconfigure(self) -> None:
+        """Services leave, come, become other models; rules change."""
+        draw, settings = self.random, self.world.node.state.settings
+        names = [name for name in self.services if draw.random() < 0.9]
+        old = {service.name: service for service in settings.services}
+        services = [replace(self.first[name], **draw.choice(CHANGES)) for name in names]
+        services = [old.get(s.name, s) if draw.random() < 0.5 else s for s in services]
+        group = GroupSettings(
+            services=tuple(draw.sample(self.services, 2)),
+            share_members=draw.random() < 0.5,
+            share_others=draw.random() < 0.7,
+        )
+        groups = (group,) if draw.random() < 0.6 else ()
+        self.world.happen(ev.Reconfigured(tuple(services), groups, settings.scheduler, settings.replacement))
+
+    def undrain_all(self) -> None:
+        self.world.happen(ev.NodeDrainWanted(self._ticket(), drained=False))
+        for index in range(len(self.world.devices)):
+            self.world.happen(ev.DeviceDrainWanted(self._ticket(), index, drained=False))
+        for name in self.services:
+            self.world.happen(ev.ServiceDrainWanted(self._ticket(), name, drained=False))
 
     def kill_worker(self) -> None:
         self.random.choice(self.world.devices).kill(restart_after=self.random.random() * 3)
@@ -170,6 +219,7 @@ class History:
         for device in self.world.devices:
             device.fail_steps = device.fail_copies = 0
         self.world.host.fail_images = 0
+        self.undrain_all()
         self.world.run()
         recorder = self.recorder
         assert set(recorder.finished) == set(recorder.prompts), "a request never ended"
@@ -188,6 +238,19 @@ ACTIONS = (
     + ["cancel"] * 3
     + ["load", "evict", "kill_worker", "kill_host", "fail_step", "fail_copy", "fail_image"]
     + ["move"] * 3
+)
+
+
+OPERATIONS = ["pin", "drain", "keep", "reconfigure"]
+
+# What a new configuration may say of a service: other rules, or another model under its name.
+CHANGES: tuple[dict[str, object], ...] = (
+    {},
+    {"idle_seconds": 0.1},
+    {"pinned": True},
+    {"preload": True, "max_waiting": 3},
+    {"model": "another"},
+    {"devices": ((0,),)},
 )
 
 
@@ -270,6 +333,35 @@ def test_history_with_the_real_search(seed: int) -> None:
     assert found > 5
 
 
+@pytest.mark.parametrize("seed", seeds(4))
+def test_operators_at_work(seed: int) -> None:
+    """Pins, drains, idle limits, groups and reloads among requests and faults: nothing is lost or stays."""
+    history = History(
+        seed, arenas=(48, 44, 46)[: 1 + seed % 3], pipeline_depth=1 + seed % 2, host_kv=seed * 4
+    )
+    for _ in range(1000):
+        history.act(history.random.choice(ACTIONS + OPERATIONS * 2))
+    history.finish()
+    notes = set(history.recorder.notes)
+    assert {"gone", "added to the configuration", "configured anew"} <= notes
+    assert any(note.endswith("it has left the configuration") for note in notes)
+    assert any("idle for" in note for note in notes)
+    good = [f for f in history.recorder.finished.values() if f.reason in ("stop", "length")]
+    assert len(good) > 0.1 * len(history.recorder.finished)
+
+
+@pytest.mark.parametrize("seed", seeds(2))
+def test_operators_at_work_on_groups_of_devices(seed: int) -> None:
+    """The same where replicas span devices: one that is drained takes whole groups with it."""
+    history = History(
+        seed, (48, 44, 46), PARALLEL, tensor_parallel={"pair": 2, "trio": 3}, step_tokens=16, host_kv=20
+    )
+    for _ in range(900):
+        history.act(history.random.choice(ACTIONS + OPERATIONS * 2))
+    history.finish()
+    assert {"gone", "configured anew"} <= set(history.recorder.notes)
+
+
 @settings(
     max_examples=int(os.environ.get("HISTORIES", 60)),
     deadline=None,
@@ -277,7 +369,7 @@ def test_history_with_the_real_search(seed: int) -> None:
 )
 @given(
     seed=st.integers(0, 2**32),
-    actions=st.lists(st.sampled_from(sorted(set(ACTIONS))), max_size=60),
+    actions=st.lists(st.sampled_from(sorted({*ACTIONS, *OPERATIONS})), max_size=60),
     policy=st.sampled_from(("budget", "round-robin", "fcfs", "adbs", "dedicated")),
     parallel=st.booleans(),
     split=st.booleans(),
@@ -314,7 +406,7 @@ def test_same_history_gives_same_actions() -> None:
 
         history.world._observe = observe
         for _ in range(150):
-            history.act(history.random.choice(ACTIONS))
+            history.act(history.random.choice(ACTIONS + OPERATIONS))
         history.finish()
         return history.recorder, seen
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
 import pytest
+from aiohttp import web
 
 from seallmd.api.control import ControlServer
+from seallmd.api.server import http_addresses, start_http
+from seallmd.api.settings import HttpSettings
 from seallmd.core.cost import StepCosts
+from seallmd.core.events import OperatorEvent
 from seallmd.core.messages import LayerShape, ModelShape
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.settings import ServiceSettings
 from seallmd.core.status import (
+    ArenaMap,
+    Cell,
     DeviceStatus,
     NodeStatus,
     Place,
@@ -25,6 +31,9 @@ from seallmd.core.status import (
 )
 from seallmd.errors import ControlError
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
+from seallmd.runtime.feed import EventFeed
+from seallmd.runtime.latencies import Latencies
+from tests.api.engine_double import SPOKEN, FakeEngine, view, write_model
 
 MIB = 1 << 20
 
@@ -97,6 +106,8 @@ class FakeNode:
         self.loaded: list[str] = []
         self.evicted: list[tuple[str, bool]] = []
         self.cancelled: list[int] = []
+        self.operated: list[OperatorEvent] = []
+        self.feed = EventFeed(clock=lambda: 1_800_000_000.0)
         self.waiting = [RUNNING, WAITING]
         self.planned: PlanStatus | None = None
         self.table = {
@@ -154,8 +165,29 @@ class FakeNode:
     def requests(self) -> list[RequestStatus]:
         return self.waiting
 
+    def arena_maps(self, cells: int) -> list[ArenaMap]:
+        parts = [Cell("weights", "busy[red]"), Cell("kv", "busy[red]"), Cell("kv", "quick")]
+        return [ArenaMap(0, (*parts, *[Cell("free", "")] * (cells - 3)))]
+
+    def latencies(self) -> dict[str, Latencies]:
+        return {"busy[red]": Latencies(17, 0.25, 2.5, 0.04, 0.125)}
+
     def status(self) -> NodeStatus:
         return NodeStatus("round-robin", False, 2 * MIB, (UP, LOST), tuple(self.table.values()))
+
+    async def operate(self, make: Callable[[int], OperatorEvent]) -> None:
+        """Remembers the event; a drain of "slow" ends when `go` is set."""
+        event = make(1)
+        name = getattr(event, "service", "")
+        if name and name not in self.table:
+            raise ControlError(f"there is no service {name!r}")
+        self.operated.append(event)
+        if name == "slow":
+            self.begun.set()
+            await self.go.wait()
+
+    def keep(self, service: str, seconds: float) -> None:
+        raise NotImplementedError
 
     async def load(self, name: str) -> None:
         if name not in self.table:
@@ -194,3 +226,21 @@ async def server(node: FakeNode, tmp_path: Path) -> AsyncIterator[ControlServer]
 def control(server: ControlServer, tmp_path: Path) -> Path:  # noqa: ARG001 - it is served
     """Its path."""
     return tmp_path / "run" / "control.sock"
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[FakeEngine]:
+    tokenizer = write_model(tmp_path)
+    answer = [*tokenizer.encode(SPOKEN, add_special_tokens=False).ids, 1]
+    engine = FakeEngine([view("m", tmp_path)], answer)
+    yield engine
+    await engine.close()
+
+
+@pytest.fixture
+async def runner(engine: FakeEngine, server: ControlServer, tmp_path: Path) -> AsyncIterator[web.AppRunner]:
+    """HTTP on both kinds of sockets, and the control socket tells where."""
+    runner = await start_http(engine, HttpSettings(port=0, socket=str(tmp_path / "http.sock")))
+    server.http = http_addresses(runner)
+    yield runner
+    await runner.cleanup()

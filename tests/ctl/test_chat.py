@@ -8,40 +8,19 @@ import json
 import os
 import pty
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from aiohttp import web
 
-from seallmd.api.control import ControlServer
-from seallmd.api.server import http_addresses, start_http
-from seallmd.api.settings import HttpSettings
+from seallmd.api.server import http_addresses
 from seallmd.core.events import Finish
 from seallmd.ctl import http
 from seallmd.ctl.chat import Chat
 from seallmd.errors import ControlError
-from tests.api.engine_double import SPOKEN, FakeEngine, view, write_model
+from tests.api.engine_double import SPOKEN, FakeEngine, write_model
 from tests.ctl import terminal
 from tests.ctl.test_seallmctl import run
-
-
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[FakeEngine]:
-    tokenizer = write_model(tmp_path)
-    answer = [*tokenizer.encode(SPOKEN, add_special_tokens=False).ids, 1]
-    engine = FakeEngine([view("m", tmp_path)], answer)
-    yield engine
-    await engine.close()
-
-
-@pytest.fixture
-async def runner(engine: FakeEngine, server: ControlServer, tmp_path: Path) -> AsyncIterator[web.AppRunner]:
-    """HTTP on both kinds of sockets, and the control socket tells where."""
-    runner = await start_http(engine, HttpSettings(port=0, socket=str(tmp_path / "http.sock")))
-    server.http = http_addresses(runner)
-    yield runner
-    await runner.cleanup()
 
 
 async def chat(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
@@ -77,7 +56,7 @@ async def test_stdin_and_json(runner: web.AppRunner, engine: FakeEngine) -> None
 def test_answers_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that was talked into escape codes could write anywhere on the screen."""
     chunk = {"choices": [{"delta": {"content": "a\x1b[2J\x9bb\tc\n"}, "finish_reason": "stop"}]}
-    monkeypatch.setattr(http, "stream_chat", lambda *_: (part for part in [chunk]))
+    monkeypatch.setattr(http, "stream", lambda *_: (part for part in [chunk]))
     out = io.StringIO()
     assert Chat("", "m", "", {}).say("x", out)["content"] == "a\x1b[2J\x9bb\tc\n"
     assert out.getvalue() == "a[2Jb\tc\n"
@@ -110,7 +89,7 @@ async def test_failures(control: Path, runner: web.AppRunner, engine: FakeEngine
 async def test_leaving_ends_the_generation(runner: web.AppRunner, engine: FakeEngine) -> None:
     """Ctrl-C hangs up: nothing is generated for nobody."""
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 150}
-    chunks = http.stream_chat(http_addresses(runner)[0], body)
+    chunks = http.stream(http_addresses(runner)[0], "/v1/chat/completions", body)
     await asyncio.to_thread(next, chunks)
     engine.pause()
     await asyncio.to_thread(chunks.close)

@@ -1,0 +1,95 @@
+"""Limits of requests and tokens per minute, for each API key.
+
+Owns the buckets. Must not know HTTP headers, nor what a request is. A bucket holds one minute's worth and
+fills evenly, so that a burst is served and the mean is kept. Tokens are charged as if the output were as long
+as it may be; what was not used is given back when the request ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from seallmd.api.keys import Key
+from seallmd.errors import RequestError
+
+_MINUTE = 60.0
+
+
+class Bucket:
+    """One limit of one key."""
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self.per_minute = per_minute
+        self._level = float(per_minute)
+        self._at = now
+
+    def level(self, now: float) -> float:
+        """What may be taken now."""
+        self._level = min(self.per_minute, self._level + (now - self._at) * self.per_minute / _MINUTE)
+        self._at = now
+        return self._level
+
+    def wait_seconds(self, amount: float, now: float) -> float:
+        """Until so much may be taken; inf when it never may."""
+        if amount > self.per_minute:
+            return float("inf")
+        return max(0.0, (amount - self.level(now)) * _MINUTE / self.per_minute)
+
+    def take(self, amount: float) -> None:
+        """Take, or with a negative amount give back."""
+        self._level = min(self.per_minute, self._level - amount)
+
+
+class Rates:
+    """The buckets of all keys."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._buckets: dict[tuple[str, str], Bucket] = {}
+
+    def charge(self, key: Key | None, requests: int, tokens: int) -> None:
+        """Take from the key's limits, or from none of them. Raises RequestError (429)."""
+        now = self._clock()
+        wanted = [(what, self._bucket(key, what, now), amount) for what, amount in _amounts(requests, tokens)]
+        limited = [(what, bucket, amount) for what, bucket, amount in wanted if bucket is not None]
+        for what, bucket, amount in limited:
+            if seconds := bucket.wait_seconds(amount, now):
+                raise _refusal(what, bucket, amount, seconds)
+        for _, bucket, amount in limited:
+            bucket.take(amount)
+
+    def give_back(self, key: Key | None, tokens: int) -> None:
+        """Tokens that were charged and not used."""
+        bucket = self._bucket(key, "tokens", self._clock())
+        if bucket is not None:
+            bucket.take(-tokens)
+
+    def left(self, key: Key) -> dict[str, tuple[int, int]]:
+        """Limit and what is left of it, by "requests" and "tokens"; what has no limit is not there."""
+        now = self._clock()
+        buckets = {what: self._bucket(key, what, now) for what in ("requests", "tokens")}
+        return {w: (b.per_minute, max(0, int(b.level(now)))) for w, b in buckets.items() if b is not None}
+
+    def _bucket(self, key: Key | None, what: str, now: float) -> Bucket | None:
+        """The key's bucket; a limit that was configured anew begins full."""
+        per_minute = 0 if key is None else getattr(key, f"{what}_per_minute")
+        if key is None or not per_minute:
+            return None
+        bucket = self._buckets.get((key.name, what))
+        if bucket is None or bucket.per_minute != per_minute:
+            bucket = self._buckets[key.name, what] = Bucket(per_minute, now)
+        return bucket
+
+
+def _amounts(requests: int, tokens: int) -> tuple[tuple[str, int], ...]:
+    return ("requests", requests), ("tokens", tokens)
+
+
+def _refusal(what: str, bucket: Bucket, amount: float, seconds: float) -> RequestError:
+    limit = f"the limit of this key is {bucket.per_minute} {what} per minute"
+    if seconds == float("inf"):
+        return RequestError(
+            f"{limit}; this asks for {amount:g} at once", status=429, code="rate_limit_exceeded"
+        )
+    return RequestError(limit, status=429, code="rate_limit_exceeded", retry_after=seconds)
