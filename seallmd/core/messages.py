@@ -395,7 +395,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, gc=False):
     device: "cpu" or "cuda:N". arena_bytes: size of the arena, 0 = what the GPU has free, less `reserve_bytes`
     (activations, workspaces, CUDA context). block_bytes: the arena's unit. threads: CPU threads for math.
     cache: directory for downloaded and converted models and for compiled operations. host_kv_bytes: host
-    memory for preempted KV, in slots of one block. kv_layout: "merged" (a block holds all layers of its tokens) or "split" (one layer).
+    memory for preempted KV, in slots of one block. kv_layout: "merged" (a block holds all layers of its
+    tokens) or "split" (one layer).
     rendezvous: a private directory in which the members of tensor-parallel groups find each other.
     """
 
