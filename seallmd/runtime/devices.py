@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pynvml
@@ -53,7 +54,8 @@ def plan(settings: DeviceSettings) -> DevicePlan:
     if settings.host_kv:  # "0 B" is a choice too
         host_kv = Size(settings.host_kv).bytes_
     meeting = rendezvous.directory_of(Path(cache))
-    common = {"host_kv_bytes": host_kv, "kv_layout": settings.kv_layout, "rendezvous": str(meeting)}
+    common: dict[str, Any] = {"host_kv_bytes": host_kv, "kv_layout": settings.kv_layout}
+    common |= {"cache": cache, "rendezvous": str(meeting)}
     workers = tuple(msgspec.structs.replace(worker, **common) for worker in workers)
     return DevicePlan(
         workers=workers,
