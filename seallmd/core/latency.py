@@ -235,7 +235,7 @@ def _drawn(here: _On, rows: list[float], arena: float, max_rows: int) -> tuple[f
     load = sum(x.work.load() * x.share for _, x in here) / _MOST_LOAD - 1
     free = arena - sum(x.work.weights_bytes for _, x in here if not x.visiting)
     kv = sum(min(rows[i], max_rows) * x.work.row_bytes for i, x in here)
-    memory = kv / free - 1 if free > 0 else 1 - free / arena
+    memory = kv / free - 1 if free > 0 else 1 - free / max(arena, 1)  # a lost device has no memory at all
     return load, memory
 
 

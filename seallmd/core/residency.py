@@ -338,10 +338,10 @@ class Residency:
         return sorted(filter(self._room.may_leave, device.replicas.values()), key=order)
 
     def _is_settled(self, device: Device) -> bool:
-        """Whether nothing on a device will ever leave by itself."""
+        """Whether a device is as empty as it will ever be: those that are there stay for good."""
         assert device.arena is not None
-        names = device.replicas
-        return not device.arena.kv and all(self._state.services[name].settings.pinned for name in names)
+        stay = all(self._state.services[name].settings.pinned for name in device.replicas)
+        return stay and not device.arena.kv and self._state.claim_on(device) is None
 
     def _clearable(self, device: Device, service: Service, need: int) -> bool:
         """Whether a device has room once all that can leave has left and all that runs has ended."""
