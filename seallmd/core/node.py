@@ -21,6 +21,7 @@ from seallmd.core.host_kv import HostSlots
 from seallmd.core.idle import IdleLimits
 from seallmd.core.images import Images
 from seallmd.core.invariants import check_node
+from seallmd.core.loads import Loads
 from seallmd.core.operators import Operators
 from seallmd.core.planner import Planner
 from seallmd.core.profile import ServiceProfile
@@ -48,7 +49,8 @@ class Node:
         )
         self._room = Room(self._state)
         self._images = Images(self._state)
-        self._residency = Residency(self._state, self._room, self._images)
+        self._loads = Loads(self._state, self._room)
+        self._residency = Residency(self._state, self._room, self._images, self._loads)
         self._planner = Planner(self._state, self._room, self._residency, self._images)
         self._operators = Operators(self._state, self._room, self._residency, self._planner, self._probe)
         self._reconfigure = Reconfigure(self._state, self._room, self._images, self._probe)
@@ -350,10 +352,10 @@ class Node:
                 self._on_step_failed(device, device.inflight.pop(step), reason)
             case msg.CopyDone(name, seconds, copy):
                 if replica := self._awaited(device, name, copy):
-                    self._residency.copied(replica, device, seconds)
+                    self._loads.copied(replica, device, seconds)
             case msg.CopyFailed(name, reason, copy):
                 if replica := self._awaited(device, name, copy):
-                    self._residency.copy_failed(replica, reason)
+                    self._loads.copy_failed(replica, reason)
             case msg.JobProgress(name, stage, done, total):
                 self._on_progress(name, (stage, done, total))
 
@@ -454,7 +456,7 @@ class Node:
         for service in self._state.services.values():
             was, service.image = service.image, Image.NONE
             if was is Image.BUILDING:
-                self._residency.load_failed(service, "the loader process died while it read the weights")
+                self._loads.failed(service, "the loader process died while it read the weights")
 
     def _on_host(self, message: object) -> None:
         match message:
@@ -468,12 +470,12 @@ class Node:
                 service.arrivals.begin(service.profile.requests_per_second, self._state.now)
                 self._residency.look_at_sizes()
             case msg.ProbeFailed(name, reason):
-                self._residency.refuse(self._state.services[name], reason)
+                self._loads.refuse(self._state.services[name], reason)
             case msg.ImageReady(name, path, _, _):
                 self._images.built(self._state.services[name], path)
             case msg.ImageFailed(name, reason):
                 self._state.services[name].image = Image.NONE
-                self._residency.load_failed(self._state.services[name], reason)
+                self._loads.failed(self._state.services[name], reason)
             case msg.JobProgress(name, stage, done, total):
                 self._on_progress(name, (stage, done, total))
 

@@ -1,7 +1,7 @@
 """Which services come into which arenas.
 
-Owns placing, the number of ranks, and the outcome of copies. Must not form steps, nor know how room is made
-(`room`) or why a service is wanted beyond the requests and tickets it has. All waiters of one model share one
+Owns placing and the number of ranks. Must not form steps, nor know how room is made (`room`), how a load ends
+(`loads`) or why a service is wanted beyond the requests and tickets it has. All waiters of one model share one
 swap; a busy service is asked to make room only after somebody has waited `patience_seconds` for it.
 
 A place is a group of devices, in rank order; for most services a group of one.
@@ -16,15 +16,13 @@ from seallmd.core import dedicated
 from seallmd.core.copying import copy_in
 from seallmd.core.cost import StepCosts
 from seallmd.core.images import Images
+from seallmd.core.loads import Loads
 from seallmd.core.messages import MoveBlocks
 from seallmd.core.ranks import Ranks
-from seallmd.core.request import Life
 from seallmd.core.room import Room
 from seallmd.core.scaling import is_idle, wants_replica, watch_pressure
 from seallmd.core.state import Claim, Device, Image, NodeState, Replica, Service, Stage
 from seallmd.core.worth import asks_at, drain_seconds, loss
-
-MAX_RETRY_SECONDS = 60.0
 
 Place = Sequence[Device]
 
@@ -32,8 +30,9 @@ Place = Sequence[Device]
 class Residency:
     """Moves services in and out on the shared state."""
 
-    def __init__(self, state: NodeState, room: Room, images: Images) -> None:
+    def __init__(self, state: NodeState, room: Room, images: Images, loads: Loads) -> None:
         self._state = state
+        self._loads = loads
         self._room = room
         self._images = images
         self._look_at = 0.0
@@ -119,7 +118,7 @@ class Residency:
                 self._look_at_image(service)
                 return
             reason = reason or misfit
-        self.refuse(service, reason)
+        self._loads.refuse(service, reason)
 
     def _misfit(self, service: Service, ranks: int) -> str:
         """Why no place can ever hold the service split over so many ranks; empty when one can."""
@@ -395,7 +394,7 @@ class Residency:
     def _cannot(self, service: Service) -> None:
         drained = not self.places(service) and self.places(service, closed=True)
         reason = "pinned services leave no room for it on any device"
-        self.load_failed(service, "an operator has drained its devices" if drained else reason)
+        self._loads.failed(service, "an operator has drained its devices" if drained else reason)
 
     def bring(self, service: Service, place: Place) -> bool:
         """Start a replica at a place of the caller's choice, if only idle services have to leave for it."""
@@ -469,56 +468,6 @@ class Residency:
                 table = request.tables[rank]
                 table[:] = [renamed.get(block, block) for block in table]
         self._state.send(device.index, MoveBlocks(tuple(renamed), tuple(renamed.values())))
-
-    # ------------------------------------------------------------------------------- outcomes
-
-    def copied(self, replica: Replica, device: Device, seconds: float) -> None:
-        """A device has its part of a service; with the last part it is resident."""
-        replica.arrived.add(device.index)
-        if len(replica.arrived) < len(replica.devices):
-            return
-        service = self._state.services[replica.service]
-        replica.move("copied")
-        replica.since = replica.used = self._state.now
-        service.progress, service.trouble, service.failures, service.wanted = None, "", 0, False
-        service.swaps_in += 1
-        service.last_swap_seconds = self._state.now - replica.began
-        service.swap_seconds += service.last_swap_seconds
-        self._state.note(service.name, f"resident on {replica.place}, copied in {seconds:.3f} s")
-        self._state.answer(service.load_tickets)
-
-    def copy_failed(self, replica: Replica, reason: str) -> None:
-        """A copy came to nothing: its blocks are free again."""
-        service = self._room.remove(replica)
-        if service.replicas:  # only the replica more came to nothing
-            self._state.note(service.name, f"no replica on {replica.place}: {reason}")
-            service.pressed_since = None
-        else:
-            self.load_failed(service, reason)
-
-    def load_failed(self, service: Service, reason: str) -> None:
-        """Tell all who wait, once; the next try is allowed after a pause that doubles."""
-        service.failures += 1
-        pause = min(MAX_RETRY_SECONDS, 2.0 ** (service.failures - 1))
-        service.trouble, service.retry_at = reason, self._state.now + pause
-        service.wanted, service.progress = False, None
-        self._give_up(service, f"model {service.name!r} could not be loaded: {reason}", pause)
-
-    def refuse(self, service: Service, reason: str) -> None:
-        """The service can never be served here."""
-        service.refused = reason
-        service.wanted = False
-        service.progress = None
-        self._give_up(service, f"model {service.name!r} cannot be served: {reason}", 0.0)
-
-    def _give_up(self, service: Service, error: str, retry_after: float) -> None:
-        self._state.note(service.name, error)
-        self._state.answer(service.load_tickets, error)
-        for request in list(service.waiting.values()):
-            assert request.life is Life.WAITING
-            self._state.finish(
-                request, "failed", error, code="model_unavailable", status=503, retry_after=retry_after
-            )
 
 
 def _available(place: Place) -> int:
