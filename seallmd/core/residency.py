@@ -1,8 +1,8 @@
 """Which services come into which arenas.
 
-Owns placing and the number of ranks. Must not form steps, nor know how room is made (`room`), how a load ends
-(`loads`) or why a service is wanted beyond the requests and tickets it has. All waiters of one model share one
-swap; a busy service is asked to make room only after somebody has waited `patience_seconds` for it.
+Owns placing and the number of ranks. Must not form steps, nor know how room is made (`room`), how a load
+ends (`loads`) or why a service is wanted beyond the requests and tickets it has. All waiters of one model
+share one swap; busy services are asked to make room when that is worth it (`worth`).
 
 A place is a group of devices, in rank order; for most services a group of one.
 """
