@@ -345,10 +345,11 @@ class StepDone(Message, frozen=True):
 
 
 class StepFailed(Message, frozen=True):
-    """The step raised; no row of it counts."""
+    """The step raised; no row of it counts. memory: for lack of memory, which fewer rows may not lack."""
 
     step: int
     reason: str
+    memory: bool = False
 
 
 ToHost = Probe | BuildImage | DropImage | Shutdown

@@ -19,6 +19,7 @@ from seallmd.core.images import Images
 from seallmd.core.invariants import check_node
 from seallmd.core.planner import Planner
 from seallmd.core.profile import ServiceProfile
+from seallmd.core.recovery import Recovery
 from seallmd.core.report import node_status
 from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
@@ -27,6 +28,8 @@ from seallmd.core.scheduler import POLICIES, charge
 from seallmd.core.settings import NodeSettings
 from seallmd.core.state import Device, Image, NodeState, Replica, SentStep, Service, Stage
 from seallmd.core.status import NodeStatus, PlanStatus
+
+KNOWN_STEPS = 50  # of a service, before its steps' times count as known
 
 
 class Node:
@@ -41,6 +44,7 @@ class Node:
         self._room = Room(self._state)
         self._images = Images(self._state)
         self._residency = Residency(self._state, self._room, self._images)
+        self._recovery = Recovery(self._state, self._room, self._residency)
         self._planner = Planner(self._state, self._room, self._residency, self._images)
         self._policy = POLICIES[settings.scheduler.policy]()
         self._batcher = Batcher(self._state, self._room, self._policy.admits)
@@ -148,12 +152,20 @@ class Node:
                 return False
             steps = self._batcher.form(replica)
             for member, step in steps:
-                self._state.send(member.index, step)
+                self._state.actions.append(ev.ToDevice(member.index, step, self._expected(member, step)))
                 if member.reserved is replica:
                     member.reserved = None
             if steps:
                 return True
         return False
+
+    def _expected(self, device: Device, step: msg.Step) -> float:
+        """Seconds that a step should take; 0 while too few of its service were seen to tell."""
+        sent, profile = device.inflight[step.step], self._state.services[step.service].profile
+        assert profile is not None
+        if profile.costs.steps < KNOWN_STEPS:
+            return 0.0
+        return profile.costs.predict(sent.tokens, sent.context, len(sent.rows))
 
     def _in_turn(self, device: Device, ready: list[Replica]) -> list[Replica]:
         """The policy's order; a replica on several devices that has been waiting for another goes first."""
@@ -187,12 +199,12 @@ class Node:
                 self._on_evict_wanted(event)
             case ev.WorkerUp():
                 self._on_worker_up(event)
-            case ev.WorkerLost():
-                self._on_worker_lost(event)
+            case ev.WorkerLost(device, reason):
+                self._recovery.worker_lost(device, reason)
             case ev.HostUp():
                 self._on_host_up()
             case ev.HostLost(reason):
-                self._on_host_lost(reason)
+                self._recovery.host_lost(reason)
             case ev.DrainWanted(now):
                 self._on_drain_wanted(now)
             case ev.PlanFound(plan):
@@ -322,30 +334,6 @@ class Node:
         device.host = HostSlots(settings.host_kv_bytes // settings.block_bytes)
         self._residency.look_at_sizes()
 
-    def _on_worker_lost(self, event: ev.WorkerLost) -> None:
-        state, device = self._state, self._state.devices[event.device]
-        device.state = "lost"
-        error = "the worker process that served this request died; it is being restarted"
-        for replica in list(device.replicas.values()):
-            self._room.break_up(replica, error, "worker_lost")
-        for step in device.inflight.values():
-            if step.leader == device.index:
-                self._void(step)
-        for service in state.services.values():
-            service.former.pop(device.index, None)
-            for request in service.waiting.values():
-                if request.saved is not None and device.index in request.saved.devices:
-                    state.drop_saved(request)
-        state.note("", f"device {device.index} lost: {event.reason}")
-        state.devices[device.index] = Device(device.index, device.label, state="lost")
-
-    def _void(self, step: SentStep) -> None:
-        """The step's rows will never come back."""
-        for row in step.rows:
-            if row.request.life is not Life.DONE:
-                row.request.inflight -= 1
-                row.request.drawn -= row.sample
-
     def _on_device(self, device: Device, message: object) -> None:
         match message:
             case msg.StepDone(step, tokens, seconds):
@@ -353,8 +341,8 @@ class Node:
                 device.steps += 1
                 if sent.leader == device.index:  # the other ranks have nothing to tell
                     self._on_step_done(sent, tokens, seconds)
-            case msg.StepFailed(step, reason):
-                self._on_step_failed(device, device.inflight.pop(step), reason)
+            case msg.StepFailed(step, reason, memory):
+                self._recovery.step_failed(device, device.inflight.pop(step), reason, memory=memory)
             case msg.CopyDone(name, seconds, copy):
                 if replica := self._awaited(device, name, copy):
                     self._residency.copied(replica, device, seconds)
@@ -370,8 +358,10 @@ class Node:
         return replica if replica is not None and replica.copy == copy else None
 
     def _on_step_done(self, step: SentStep, tokens: tuple[int, ...], seconds: float) -> None:
-        profile = self._state.services[step.service].profile
+        service = self._state.services[step.service]
+        profile = service.profile
         assert profile is not None
+        self._recovery.stepped(service)
         profile.stepped(step.tokens, len(step.rows), step.context, seconds)
         drawn = iter(tokens)
         for row in step.rows:
@@ -380,6 +370,9 @@ class Node:
             if request.life is Life.DONE:
                 continue
             request.inflight -= 1
+            if row.epoch < request.trusted:
+                request.drawn -= row.sample
+                continue
             if token is not None:
                 request.tokens.append(token)
             if row.epoch == request.epoch and request.life is Life.RUNNING:
@@ -407,6 +400,7 @@ class Node:
         state, service = self._state, self._state.services[request.service]
         state.actions.append(ev.Emit(request.id, (token,), 0 if request.emitted else request.cached))
         request.emitted = True
+        self._recovery.advanced(request)
         charge(request, service)
         service.rate.add(1, state.now)
         service.output_tokens += 1
@@ -417,40 +411,17 @@ class Node:
         service.profile.ended(request.prompt, output)
         state.finish(request, "stop" if token in request.stop_ids else "length")
 
-    def _on_step_failed(self, device: Device, step: SentStep, reason: str) -> None:
-        error = "the model failed on this request"
-        replica = self._awaited(device, step.service, step.copy)
-        if step.leader == device.index:
-            self._void(step)
-            for row in step.rows:
-                if row.request.life is not Life.DONE:
-                    self._state.finish(row.request, "failed", error, code="step_failed", status=500)
-        elif replica is None:
-            return  # its group is gone already
-        self._state.note(step.service, f"step failed: {reason}")
-        if replica is not None and len(replica.devices) > 1:
-            self._room.break_up(replica, error, "step_failed")  # its ranks are out of step for good
-
     # ------------------------------------------------------------------------------------ host process
 
     def _on_host_up(self) -> None:
         self._state.host_up = True
-        for service in self._state.services.values():
-            if service.shape is None and not service.refused:
-                self._probe(service)
+        for service in self._recovery.unexamined():
+            self._probe(service)
 
     def _probe(self, service: Service) -> None:
         settings = service.settings
         probe = msg.Probe(service.name, settings.model, settings.dtype, settings.context)
         self._state.actions.append(ev.ToHostProcess(probe))
-
-    def _on_host_lost(self, reason: str) -> None:
-        self._state.host_up = False
-        self._state.note("", f"host process lost: {reason}")
-        for service in self._state.services.values():
-            was, service.image = service.image, Image.NONE
-            if was is Image.BUILDING:
-                self._residency.load_failed(service, "the loader process died while it read the weights")
 
     def _on_host(self, message: object) -> None:
         match message:

@@ -56,7 +56,9 @@ class Request:
     way included. inflight: rows in steps on their way. epoch: counts preemptions, so that rows of an earlier
     life are told apart. saved: its KV in host memory, while it waits. indexed: runs of blocks that others may
     share, and parents: what the next one follows, by rank. budget, attained: seconds of execution it may take
-    before its rank falls, and that it has taken (SeaLLM's doubling budget).
+    before its rank falls, and that it has taken (SeaLLM's doubling budget). failures: of steps with it, in a
+    row; alone_until: after one, it has steps to itself until it has more tokens than that. trusted: rows of
+    earlier epochs no longer count, not even their tokens.
     """
 
     id: int
@@ -87,6 +89,9 @@ class Request:
     budget: float = 0.0
     attained: float = 0.0
     doublings: int = 0
+    failures: int = 0
+    alone_until: int = 0
+    trusted: int = 0
 
     def move(self, event: str) -> None:
         """Take one step of the life cycle. Raises IllegalTransition."""
@@ -99,6 +104,11 @@ class Request:
     def pending(self) -> int:
         """Tokens known to the worker whose KV no step has been asked to write."""
         return self.prompt + self.drawn - self.scheduled
+
+    @property
+    def suspect(self) -> bool:
+        """Whether a step with it failed, and it has not shown yet that it was not the cause."""
+        return len(self.tokens) <= self.alone_until
 
     @property
     def runnable(self) -> bool:

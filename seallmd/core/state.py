@@ -102,8 +102,9 @@ class Service:
     load failed, and retry_at when the next may be tried. wanted: bring it in unasked (preload, or it was
     resident when its worker died). evicted: by an operator, and nobody has asked for it since. pressed_since:
     since when another replica would pay. former: where its weights lay last, by device. tickets: operators
-    that wait for it. breaks: how often its ranks fell apart or changed; prefixes from before are not found
-    again.
+    that wait for it. suspects: requests that were in a step that failed. crashes: how often in a row a
+    process died of it, lastly at crashed_at. breaks: how often its ranks fell apart or changed; prefixes from
+    before are not found again. restarts: of its requests, after failures.
     """
 
     settings: ServiceSettings
@@ -137,7 +138,11 @@ class Service:
     prompt_tokens: int = 0
     output_tokens: int = 0
     preemptions: int = 0
+    restarts: int = 0
     saves: int = 0
+    suspects: set[int] = field(default_factory=set)
+    crashes: int = 0
+    crashed_at: float = 0.0
     breaks: int = 0
     swaps_in: int = 0
     last_swap_seconds: float = 0.0
@@ -379,17 +384,27 @@ class NodeState:
         """Take a running request's memory; it waits, keeps its tokens, and its KV where that is cheaper."""
         service = self.services[request.service]
         saved = self._save(request, service)
-        self.leave(request)
-        request.move("preempt")
+        self._queue_again(request, service)
         request.saved = saved
-        request.epoch += 1
-        request.scheduled = request.computed = request.indexed = 0
-        request.parents = []
-        service.waiting = dict(sorted([*service.waiting.items(), (request.order, request)]))
         service.preemptions += 1
         service.saves += saved is not None
         kept = "its KV goes to host memory" if saved else "its KV will be computed again"
         self.note(service.name, f"request {request.id} preempted, {kept}: {why}")
+
+    def restart(self, request: Request) -> None:
+        """Have a running request's KV computed again: what its worker held is lost or not to be trusted."""
+        service = self.services[request.service]
+        self._queue_again(request, service)
+        request.trusted = request.epoch
+        service.restarts += 1
+
+    def _queue_again(self, request: Request, service: Service) -> None:
+        self.leave(request)
+        request.move("preempt")
+        request.epoch += 1
+        request.scheduled = request.computed = request.indexed = 0
+        request.parents = []
+        service.waiting = dict(sorted([*service.waiting.items(), (request.order, request)]))
 
     def _save(self, request: Request, service: Service) -> SavedKv | None:
         """Send a request's KV to host memory, if it has room and computing it again would take longer."""

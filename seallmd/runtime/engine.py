@@ -178,8 +178,8 @@ class Engine:
 
     def _carry_out(self, action: ev.Action) -> None:
         match action:
-            case ev.ToDevice(device, message):
-                self._workers[device].send(message)
+            case ev.ToDevice(device, message, expects):
+                self._workers[device].send(message, expects)
             case ev.Emit(request, tokens, cached):
                 stream = self._streams[request]
                 stream.cached = cached or stream.cached
@@ -347,10 +347,10 @@ class Supervised:
         self._child = self._make(self._on_message, self._on_exit)
         await self._child.start()
 
-    def send(self, message: msg.Message) -> None:
-        """Send a message, if the process is there."""
+    def send(self, message: msg.Message, expects: float = 0.0) -> None:
+        """Send a message, if the process is there. expects: seconds until its answer, 0 = unknown."""
         if self._child is not None:
-            self.pulse.sent(message, time.monotonic())
+            self.pulse.sent(message, time.monotonic(), expects)
             self._child.send(message)
 
     def look(self) -> None:

@@ -21,32 +21,38 @@ from seallmd.core import messages as msg
 log = logging.getLogger(__name__)
 
 STARTING_SECONDS = 900.0  # a first start may compile kernels on a busy machine
+STEP_SECONDS, STEP_FACTOR = 30.0, 50.0  # a step that takes longer than both, by its prediction, hangs
 _START = ("start", "", 0)
 
 
 class Pulse:
     """One child's debts: what it was sent and has not answered. Times are seconds of one clock.
 
-    Only what is answered without fail counts: a probe may download or convert for hours without a word.
+    Only what is answered without fail counts: a probe may download or convert for hours without a word. A
+    step whose like is known may take STEP_FACTOR times what it should, or `limit_seconds` where that is less.
     """
 
     def __init__(self, limit_seconds: float) -> None:
         self.limit_seconds = limit_seconds
         self._owed: dict[tuple[str, str, int], float] = {}
+        self._deadlines: dict[int, float] = {}  # seconds that steps may take, by their number
         self._heard = 0.0
         self._late = False
 
     def started(self, now: float) -> None:
         """A new process, which owes its Hello."""
         self._owed = {_START: now}
+        self._deadlines.clear()
         self._heard = now
         self._late = False
 
-    def sent(self, message: msg.Message, now: float) -> None:
-        """The child was sent something."""
+    def sent(self, message: msg.Message, now: float, expects: float = 0.0) -> None:
+        """The child was sent something. expects: seconds that it should take, 0 = unknown."""
         match message:
             case msg.Step(step):
                 self._owed["step", "", step] = now
+                if expects:
+                    self._deadlines[step] = max(STEP_SECONDS, STEP_FACTOR * expects)
             case msg.CopyIn():
                 self._owed["copy", message.service, message.copy] = now
             case msg.BuildImage(service):
@@ -61,6 +67,7 @@ class Pulse:
         match message:
             case msg.StepDone(step) | msg.StepFailed(step):
                 self._owed.pop(("step", "", step), None)
+                self._deadlines.pop(step, None)
             case msg.CopyDone(service, _, copy) | msg.CopyFailed(service, _, copy):
                 self._owed.pop(("copy", service, copy), None)
             case msg.ImageReady(service) | msg.ImageFailed(service):
@@ -83,8 +90,15 @@ class Pulse:
     def _is_late(self, now: float) -> bool:
         if not self._owed:
             return False
-        limit = max(self.limit_seconds, STARTING_SECONDS) if _START in self._owed else self.limit_seconds
-        return now - self._heard_or_asked() > limit
+        return now - self._heard_or_asked() > self._limit()
+
+    def _limit(self) -> float:
+        """How long the child may be silent. Debts are paid in order: the most patient one counts."""
+        if _START in self._owed:
+            return max(self.limit_seconds, STARTING_SECONDS)
+        if len(self._deadlines) < len(self._owed):  # something of unknown length is among them
+            return self.limit_seconds
+        return min(self.limit_seconds, max(self._deadlines.values()))
 
     def _heard_or_asked(self) -> float:
         return max(self._heard, min(self._owed.values()))

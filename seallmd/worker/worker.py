@@ -44,7 +44,7 @@ from seallmd.worker.layout import Layout, bind, layout_of, unbind
 from seallmd.worker.ops.model import FastModel, runs_wide, wide_skeleton
 from seallmd.worker.paged import PagedBatch
 from seallmd.worker.parallel import Seat, divide, sit
-from seallmd.worker.process import one_line
+from seallmd.worker.process import is_out_of_memory, one_line
 from seallmd.worker.requests import Packed, Requests
 from seallmd.worker.sampler import sample
 from seallmd.worker.skeleton import DTYPES, build_skeleton, fix_rope, load_config
@@ -181,7 +181,10 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - a failed step is reported, the other services go on
             self._requests.fail([admit.request for admit in step.admit] + [row.request for row in step.rows])
             self._leave(step.service)  # others may be waiting for this rank, and would for long
-            self._send(StepFailed(step.step, one_line(error)))
+            memory = is_out_of_memory(error)
+            if memory:
+                self._device.release_caches()
+            self._send(StepFailed(step.step, one_line(error), memory))
         else:
             self._send(StepDone(step.step, tokens, time.perf_counter() - started))
 
