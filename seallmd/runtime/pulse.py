@@ -108,6 +108,7 @@ class LoopWatch:
     """A thread that notices when the event loop stands still, and says in the log where.
 
     limit_seconds: what the loop may take for one turn. Whoever holds it up longer holds up every stream.
+    longest_lag: seconds by which the loop's own timer came too late, at worst.
     """
 
     def __init__(self, limit_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -116,6 +117,7 @@ class LoopWatch:
         self._turned = clock()
         self._looked = self._turned
         self._reported = False
+        self.longest_lag = 0.0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="loop watch", daemon=True)
         self._timer: asyncio.TimerHandle | None = None
@@ -140,6 +142,7 @@ class LoopWatch:
     def turned(self) -> None:
         """The loop has come round."""
         now = self._clock()
+        self.longest_lag = max(self.longest_lag, now - self._turned - self._limit / 2)
         if self._reported:
             self._reported = False
             log.warning("the event loop turns again after %.1f s", now - self._turned)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2 as httpx
-import openai
 import psutil
 import pytest
 
