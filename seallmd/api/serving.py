@@ -45,6 +45,7 @@ class Serving:
         self.metrics = Metrics(engine.status)
         self.texts = TextModels()
         self._ping_seconds = settings.ping_seconds
+        self._write_seconds = settings.write_seconds
 
     async def close(self) -> None:
         """Called when the application ends."""
@@ -105,7 +106,8 @@ class Serving:
                     )
                     run.choices.append(choice)
             if spec.stream:
-                return await send_stream(request, _documents(spec, run, answer), wire, self._ping_seconds)
+                documents = _documents(spec, run, answer)
+                return await send_stream(request, documents, wire, self._ping_seconds, self._write_seconds)
             return await _whole(spec, run, answer)
         finally:
             await run.close()

@@ -19,7 +19,7 @@ class HttpSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     keep_alive_seconds: how long an idle connection stays open. ping_seconds: a stream that has been silent
     for so long (its request waits for its model, or in the queue) gets a comment, so that proxies keep it
     open; 0 = never, because the first comment takes the headers along, and a failure after that has no HTTP
-    status of its own.
+    status of its own. write_seconds: a client that takes nothing of its stream for so long is cut off.
     """
 
     host: str = "127.0.0.1"
@@ -28,3 +28,4 @@ class HttpSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_body_bytes: Annotated[int, Meta(ge=1024, le=1 << 30)] = 16 << 20
     keep_alive_seconds: Annotated[float, Meta(ge=0, le=86400)] = 75.0
     ping_seconds: Annotated[float, Meta(ge=0, le=3600)] = 0.0
+    write_seconds: Annotated[float, Meta(gt=0, le=86400)] = 120.0

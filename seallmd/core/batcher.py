@@ -199,7 +199,7 @@ class _StepFormer:
         return not any(replica.running for device in self._group for replica in device.replicas.values())
 
     def _enter(self, request: Request, shared: Tables) -> None:
-        del self._service.waiting[request.order]
+        self._service.dequeue(request)
         request.move("admit")
         request.replica = self._replica
         request.tables = tuple(list(table) for table in shared)

@@ -239,7 +239,7 @@ class Node:
         service.arrivals.add(1, state.now)
         service.evicted = False
         state.requests[request.id] = request
-        service.waiting[request.order] = request
+        service.enqueue(request)
         service.prompt_tokens += request.prompt
 
     def _refusal(self, event: ev.Arrived) -> ev.Finish | None:
@@ -263,6 +263,9 @@ class Node:
         if len(service.waiting) >= service.settings.max_waiting:
             error = f"{len(service.waiting)} requests wait for model {service.name!r} already"
             return failed(error, "overloaded", 503, 1.0)
+        tokens = sum(each.waiting_tokens for each in state.services.values())
+        if tokens and tokens + len(event.prompt) > state.settings.scheduler.max_waiting_tokens:
+            return failed(f"{tokens} tokens wait for models already", "overloaded", 503, 1.0)
         if service.shape is None:
             return failed(f"model {service.name!r} is still being examined", "model_loading", 503, 1.0)
         limit = self._residency.context_limit(service)
@@ -375,6 +378,7 @@ class Node:
                 continue
             if token is not None:
                 request.tokens.append(token)
+                service.waiting_tokens += request.life is Life.WAITING
             if row.epoch == request.epoch and request.life is Life.RUNNING:
                 request.computed += row.count
                 self._index_blocks(request)

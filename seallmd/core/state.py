@@ -128,6 +128,7 @@ class Service:
     pressed_since: float | None = None
     replicas: list[Replica] = field(default_factory=list)
     waiting: dict[int, Request] = field(default_factory=dict)  # by order, most senior first
+    waiting_tokens: int = 0
     former: dict[int, tuple[int, ...]] = field(default_factory=dict)
     load_tickets: list[int] = field(default_factory=list)
     evict_tickets: list[int] = field(default_factory=list)
@@ -156,6 +157,19 @@ class Service:
     def running(self) -> Iterator[Request]:
         """Requests that hold blocks, on any device."""
         return (request for replica in self.replicas for request in replica.running.values())
+
+    def enqueue(self, request: Request) -> None:
+        """Have a request wait, among the others by seniority."""
+        last = next(reversed(self.waiting), 0)
+        self.waiting[request.order] = request
+        if last > request.order:
+            self.waiting = dict(sorted(self.waiting.items()))
+        self.waiting_tokens += len(request.tokens)
+
+    def dequeue(self, request: Request) -> None:
+        """It waits no longer."""
+        del self.waiting[request.order]
+        self.waiting_tokens -= len(request.tokens)
 
     def share(self, replica: Replica) -> int:
         """Requests that a replica may run at most while others could run the rest."""
@@ -375,7 +389,7 @@ class NodeState:
             self.leave(request)
         else:
             self.drop_saved(request)
-            del self.services[request.service].waiting[request.order]
+            self.services[request.service].dequeue(request)
         request.move("finish")
         del self.requests[request.id]
         self.actions.append(Finish(request.id, reason, error, code, status, retry_after))
@@ -404,7 +418,7 @@ class NodeState:
         request.epoch += 1
         request.scheduled = request.computed = request.indexed = 0
         request.parents = []
-        service.waiting = dict(sorted([*service.waiting.items(), (request.order, request)]))
+        service.enqueue(request)
 
     def _save(self, request: Request, service: Service) -> SavedKv | None:
         """Send a request's KV to host memory, if it has room and computing it again would take longer."""

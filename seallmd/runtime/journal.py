@@ -79,7 +79,7 @@ class Journal:
 
 
 class FlightRecorder:
-    """The last minutes, in memory, for when something goes wrong: a checkpoint of the node, and what came after.
+    """The last minutes, in memory, for when things go wrong: a checkpoint of the node, and what came after.
 
     Two stretches are kept, each of at most half the limit; the older one goes when the newer one is full. So
     a dump has between half and all of the limit, if that much has happened. A checkpoint takes time in
