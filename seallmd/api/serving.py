@@ -117,6 +117,8 @@ async def read_body(request: web.Request) -> bytes:
     """The body. Raises RequestError for what says it is not JSON: a web page's form needs no permission."""
     if "Content-Type" in request.headers and request.content_type != "application/json":
         raise RequestError("the body must be application/json", status=415)
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise RequestError("the body must not be compressed", status=415)
     return await request.read()
 
 

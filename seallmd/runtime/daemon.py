@@ -248,7 +248,8 @@ class Daemon:
             log.info("status of a service", extra=fields(**msgspec.structs.asdict(service)))
         for request in self._engine.requests():
             log.info("status of a request", extra=fields(**msgspec.structs.asdict(request)))
-        log.info("status of the event loop", extra=fields(longest_lag_seconds=self._watch.longest_lag))
+        loop = fields(tasks=len(asyncio.all_tasks()), longest_lag_seconds=self._watch.longest_lag)
+        log.info("status of the event loop", extra=loop)
         log.info("status of invariants: %s", self._engine.broken_invariant() or "all hold")
         self._engine.dump_flight()
 

@@ -35,6 +35,7 @@ from seallmd.core.messages import (
 from seallmd.errors import ModelRefused
 from seallmd.worker.channel import Channel, Closed
 from seallmd.worker.image import Image
+from seallmd.worker.plausible import check_files
 from seallmd.worker.probe import Probed as Model
 from seallmd.worker.probe import probe
 from seallmd.worker.process import begin, one_line
@@ -96,6 +97,7 @@ class Host:
     def _probe(self, wanted: Probe, directory: Path) -> None:
         service, settings = wanted.service, self._settings
         try:
+            check_files(directory)
             complete = with_tokenizer(directory, settings.cache)
             model = probe(complete, wanted.dtype, wanted.context, settings.device)
         except Exception as error:  # noqa: BLE001 - no model may end the process that serves the others
