@@ -302,6 +302,14 @@ class Forget(Message, frozen=True):
     requests: tuple[int, ...]
 
 
+class Ping(Message, frozen=True):
+    """Say Pong: sent to who has been silent for long, to tell an idle process from one that hangs."""
+
+
+class Pong(Message, frozen=True):
+    """The answer to Ping."""
+
+
 class Shutdown(Message, frozen=True):
     """End the process once everything before this message is done."""
 
@@ -352,12 +360,21 @@ class StepFailed(Message, frozen=True):
     memory: bool = False
 
 
-ToHost = Probe | BuildImage | DropImage | Shutdown
-FromHost = Hello | Probed | ProbeFailed | JobProgress | ImageReady | ImageFailed
+ToHost = Probe | BuildImage | DropImage | Ping | Shutdown
+FromHost = Hello | Pong | Probed | ProbeFailed | JobProgress | ImageReady | ImageFailed
 ToWorker = (
-    CopyIn | DropWeights | DropImage | MoveBlocks | SaveBlocks | RestoreBlocks | Step | Forget | Shutdown
+    CopyIn
+    | DropWeights
+    | DropImage
+    | MoveBlocks
+    | SaveBlocks
+    | RestoreBlocks
+    | Step
+    | Forget
+    | Ping
+    | Shutdown
 )
-FromWorker = Hello | JobProgress | CopyDone | CopyFailed | StepDone | StepFailed
+FromWorker = Hello | Pong | JobProgress | CopyDone | CopyFailed | StepDone | StepFailed
 
 _ENCODER = msgspec.msgpack.Encoder()
 

@@ -397,6 +397,8 @@ class Supervised:
             else:
                 self._killed = reason
                 self._child.broken(reason)
+        elif self._is_up and self.pulse.wants_ping(time.monotonic()):
+            self.send(msg.Ping())
 
     async def stop(self) -> None:
         """End the process for good."""
@@ -411,7 +413,7 @@ class Supervised:
         if isinstance(message, msg.Hello):
             self._is_up = True
             self._up(message)
-        else:
+        elif not isinstance(message, msg.Pong):
             self._said(message)
 
     def _on_exit(self, reason: str) -> None:

@@ -2,8 +2,9 @@
 
 Owns two measures of silence. Must not know what is done about it (`engine` restarts, `daemon` tells systemd).
 
-A child is not asked whether it lives: it owes an answer to each step, copy and image, and one that is silent
-too long while it owes something hangs. So this costs nothing but a table entry per message on its way.
+A child that works is not asked whether it lives: it owes an answer to each step, copy and image, and one that
+is silent too long while it owes something hangs. So this costs nothing but a table entry per message on its
+way. Only one that owes nothing and has been silent for long is asked (`wants_ping`).
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class Pulse:
                 self._owed["copy", message.service, message.copy] = now
             case msg.BuildImage(service):
                 self._owed["image", service, 0] = now
+            case msg.Ping():
+                self._owed["ping", "", 0] = now
             case msg.DropWeights(service):  # ends a copy without an answer
                 for key in [key for key in self._owed if key[:2] == ("copy", service)]:
                     del self._owed[key]
@@ -72,8 +75,14 @@ class Pulse:
                 self._owed.pop(("copy", service, copy), None)
             case msg.ImageReady(service) | msg.ImageFailed(service):
                 self._owed.pop(("image", service, 0), None)
+            case msg.Pong():
+                self._owed.pop(("ping", "", 0), None)
             case msg.Hello():
                 self._owed.pop(_START, None)
+
+    def wants_ping(self, now: float) -> bool:
+        """Whether the child owes nothing and has been silent for so long that it should be asked."""
+        return not self._owed and now - self._heard > self.limit_seconds / 2
 
     def look(self, now: float) -> str:
         """Why the child counts as hung; empty while it does not. To be called from time to time.

@@ -25,6 +25,8 @@ from seallmd.core.messages import (
     ImageReady,
     JobProgress,
     Message,
+    Ping,
+    Pong,
     Probe,
     Probed,
     ProbeFailed,
@@ -72,7 +74,7 @@ class Host:
         # It lives as long as the process: the kernel ends a conversion with the thread that started it.
         threading.Thread(target=self._fetch_all, name="fetch", daemon=True).start()
 
-    def handle(self, item: Probe | BuildImage | DropImage | Fetched) -> None:
+    def handle(self, item: Probe | BuildImage | DropImage | Ping | Fetched) -> None:
         """Carry out one job; its result, good or bad, goes to `send`."""
         match item:
             case Probe():
@@ -93,6 +95,8 @@ class Host:
                 self._build(item)
             case DropImage():
                 self._drop_image(item.service)
+            case Ping():
+                self._send(Pong())
 
     def _probe(self, wanted: Probe, directory: Path) -> None:
         service, settings = wanted.service, self._settings

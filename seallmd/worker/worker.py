@@ -28,6 +28,8 @@ from seallmd.core.messages import (
     LayerShape,
     Message,
     MoveBlocks,
+    Ping,
+    Pong,
     RestoreBlocks,
     SaveBlocks,
     Step,
@@ -167,6 +169,8 @@ class Worker:
                 self._device.restore(src, dst)
             case Forget():
                 self._requests.forget(message.requests)
+            case Ping():
+                self._send(Pong())
             case _:
                 raise RuntimeError(f"no worker message: {type(message).__name__}")
 
