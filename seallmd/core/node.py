@@ -88,6 +88,7 @@ class Node:
         state = self._state
         moved = (self._room.evictions, state.copies, state.leaves)
         self._room.settle_drains()
+        self._recovery.settle()
         self._residency.bring_in_wanted()
         self._planner.settle()
         for device in devices:
@@ -112,8 +113,8 @@ class Node:
                     for d in state.devices.values()
                     for r in d.replicas.values()
                 )
-        if (planning := self._planner.next_wakeup()) is not None:
-            times.append(planning)
+        wakeups = (self._planner.next_wakeup(), self._recovery.next_wakeup())
+        times.extend(wakeup for wakeup in wakeups if wakeup is not None)
         return min((t for t in times if t > state.now), default=None)
 
     def profiles(self) -> dict[str, ServiceProfile]:
@@ -335,6 +336,7 @@ class Node:
         settings = self._state.settings
         device.arena = Arena(event.arena_bytes // settings.block_bytes)
         device.host = HostSlots(settings.host_kv_bytes // settings.block_bytes)
+        self._recovery.worker_up(event.device)
         self._residency.look_at_sizes()
 
     def _on_device(self, device: Device, message: object) -> None:

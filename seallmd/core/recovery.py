@@ -21,6 +21,7 @@ from seallmd.core.state import Device, Image, NodeState, SentStep, Service, Stag
 
 CRASHES_ALLOWED = 1  # of a service, in a row, before it pauses
 CALM_SECONDS = 10.0  # a service that steps so long after a crash has recovered from it
+DOWN_SECONDS, DOWN_RETRY_SECONDS = 30.0, 5.0  # requests wait so long for a device to come back; Retry-After
 FAILURES_ALLOWED = 3  # of steps in company, in a row, before a request ends all the same
 
 
@@ -31,12 +32,14 @@ class Recovery:
         self._state = state
         self._room = room
         self._residency = residency
+        self._lost_at: dict[int, float] = {}  # devices that are down, and since when
 
     # ------------------------------------------------------------------------------- devices
 
     def worker_lost(self, index: int, reason: str) -> None:
         """A worker is gone with all that it held. It carried out one step at a time: the oldest one."""
         state, device = self._state, self._state.devices[index]
+        self._lost_at.setdefault(index, state.now)
         device.state = "lost"
         step = next(iter(device.inflight.values()), None)
         guilty = step is not None and self._blame(step, "its worker process died", "worker_lost", 500)
@@ -55,6 +58,22 @@ class Recovery:
         state.devices[index] = Device(index, device.label, state="lost")
         if cause is not None and not guilty:
             self._crashed(cause, f"its worker process died ({reason})")
+
+    def worker_up(self, index: int) -> None:
+        """The device is there again."""
+        self._lost_at.pop(index, None)
+
+    def settle(self) -> None:
+        """Have nobody wait for ever for devices that do not come back."""
+        if not self._lost_at or self._state.now < max(self._lost_at.values()) + DOWN_SECONDS:
+            return
+        for service in self._state.services.values():
+            if service.waiting and not service.replicas and not self._residency.places(service):
+                self._residency.pause(service, "no device that it could run on is up", DOWN_RETRY_SECONDS)
+
+    def next_wakeup(self) -> float | None:
+        """When `settle` may have something to do."""
+        return max(self._lost_at.values()) + DOWN_SECONDS if self._lost_at else None
 
     def _cause(self, device: Device, step: SentStep | None) -> Service | None:
         """The service that the worker was busy with, as far as is known here."""
@@ -137,8 +156,10 @@ class Recovery:
     def host_lost(self, reason: str) -> None:
         """The host process is gone, with the images that nobody has mapped and the job it was busy with."""
         state = self._state
-        state.host_up = False
         state.note("", f"host process lost: {reason}")
+        if not state.host_up:
+            return  # it died while it was starting, of itself
+        state.host_up = False
         for service in state.services.values():
             was, service.image = service.image, Image.NONE
             if was is Image.BUILDING:

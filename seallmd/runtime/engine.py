@@ -423,9 +423,8 @@ class Supervised:
         if time.monotonic() - self._started > SETTLED_SECONDS:
             self._pause = RESTART_SECONDS
         log.warning("a child process is gone (%s); starting another in %.1f s", reason, self._pause)
-        if self._is_up:
-            self._is_up = False
-            self._lost(reason)
+        self._is_up = False
+        self._lost(reason)
         self._restart = asyncio.get_running_loop().create_task(self._start_again())
 
     async def _start_again(self) -> None:

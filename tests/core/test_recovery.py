@@ -152,3 +152,38 @@ def test_the_loader_dies_twice_of_a_model() -> None:
     again.world.host.kill(restart_after=0.01)
     assert "died twice" in state.services["a"].refused
     assert not state.services["b"].refused
+
+
+def test_nobody_waits_for_a_device_that_does_not_come_back() -> None:
+    """After a while: 503 with Retry-After, at once for those who come later; then service as before."""
+    recorder = world({"a": shape()})
+    recorder.world.devices[0].kill(restart_after=100.0)
+    recorder.arrive(1, "a", (1, 2), 3)
+    wait(recorder, 29.0)
+    assert not recorder.finished
+    wait(recorder, 2.0)
+    assert (recorder.finished[1].status, recorder.finished[1].retry_after) == (503, 5.0)
+    recorder.arrive(2, "a", (1, 2), 3)
+    assert 0 < recorder.finished[2].retry_after <= 5.0
+    wait(recorder, 10.0)
+    recorder.arrive(3, "a", (1, 2), 3)
+    assert recorder.finished[3].status == 503
+    wait(recorder, 80.0)
+    recorder.arrive(4, "a", (1, 2), 3)
+    recorder.world.run()
+    recorder.assert_output(4)
+
+
+def test_processes_that_die_while_they_start_are_nobodys_fault() -> None:
+    """No service is blamed for a worker or a loader that never was up."""
+    recorder = world({"a": shape()})
+    recorder.world.devices[0].kill(restart_after=1.0)
+    recorder.world.host.kill(restart_after=1.0)
+    for _ in range(3):
+        recorder.world.happen(ev.WorkerLost(0, "exited with code 1"))
+        recorder.world.happen(ev.HostLost("exited with code 1"))
+    service = recorder.world.node.state.services["a"]
+    assert (service.crashes, service.refused) == (0, "")
+    recorder.arrive(1, "a", (1, 2), 3)
+    recorder.world.run()
+    recorder.assert_output(1)
