@@ -132,14 +132,16 @@ class Storm:
 
     # --------------------------------------------------------------------------------- the run
 
-    async def run(self, faults: int) -> None:
-        """So many faults. Raises Broken at the first promise that does not hold."""
-        before = _leavings()
+    async def run(self, faults: int, seconds: float = float("inf")) -> None:
+        """So many faults, or as many as fit. Raises Broken at the first promise that does not hold."""
+        before, until = _leavings(), time.monotonic() + seconds
         async with Traffic(self.daemon.url, asks_of(self.services, self.random), self.seed) as self.traffic:
             await self.traffic.learn()
             self.traffic.start(CLIENTS)
             for number in range(1, faults + 1):
                 await self._one(number)
+                if time.monotonic() > until:
+                    break
             await self._all_answer()
             await self.traffic.quiet()
         if self.daemon.stop() != 0:
@@ -253,12 +255,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Faults for a real daemon under load.")
     parser.add_argument("--faults", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="end after the fault at hand")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args(arguments)
     directory = Path(tempfile.mkdtemp(prefix="seallmd-storm-"))
     storm = Storm(directory, options.seed)
     try:
-        asyncio.run(storm.run(options.faults))
+        asyncio.run(storm.run(options.faults, options.seconds))
     except Broken as error:
         print(f"{error}\nlogs: {directory}", file=sys.stderr)
         return 1
