@@ -64,7 +64,7 @@ class Storm:
         self.runs += 1
         config = f"hung_seconds = {HUNG_SECONDS}\nrestart_seconds = 0.5\nstop_seconds = 20\n"
         config += '[devices]\nkind = "cpu"\ncpu_workers = 2\nthreads = 1\nmemory = "640 KiB"\n'
-        config += f'block = "8 KiB"\nhost_kv = "64 KiB"\ncache = "{self.directory / "cache"}"\n'
+        config += 'block = "8 KiB"\nhost_kv = "64 KiB"\n'
         config += '[journal]\nlimit = "1 GiB"\n'
         config += "[scheduler]\nstep_tokens = 32\npatience_seconds = 0.3\nmin_residency_seconds = 0.2\n"
         for name in self.services:

@@ -23,7 +23,6 @@ def test_a_burst_is_refused_early_and_leaves_nothing(tmp_path: Path) -> None:
     """Who is admitted gets the right answer, whoever else came; the others a 503 with Retry-After."""
     save_tiny(tmp_path / "a")
     config = '[devices]\nkind = "cpu"\ncpu_workers = 1\nthreads = 1\nmemory = "768 KiB"\nblock = "8 KiB"\n'
-    config += f'cache = "{tmp_path / "cache"}"\n'
     config += f'[[service]]\nname = "a"\nmodel = "{tmp_path / "a"}"\nmax_waiting = {WAITING}\n'
     daemon = Daemon(tmp_path, config)
     try:

@@ -34,7 +34,7 @@ def test_growth_is_found() -> None:
 def test_a_short_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three tiny models, of which two fit: everything of the long one but its length."""
     config = '[http]\nport = 0\n[devices]\nkind = "cpu"\ncpu_workers = 1\nthreads = 1\n'
-    config += f'memory = "512 KiB"\nblock = "8 KiB"\ncache = "{tmp_path / "cache"}"\n'
+    config += 'memory = "512 KiB"\nblock = "8 KiB"\n'
     config += "[scheduler]\npatience_seconds = 0.3\nmin_residency_seconds = 0.2\n"
     for name in ("a", "b", "c"):
         save_tiny(tmp_path / name)
