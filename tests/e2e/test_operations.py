@@ -129,7 +129,7 @@ def check_hung_worker(daemon: Daemon, manager: Manager, config: str) -> None:
     """A worker that is stopped is killed and started again; its stream goes on where it was."""
     victim = daemon.status()["devices"][0]["pid"]
     stream = daemon.client().completions.create(
-        model=SMOL, prompt="Go on:", max_tokens=150, stream=True, extra_body={"ignore_eos": True}
+        model=SMOL, prompt="Go on:", max_tokens=40, stream=True, extra_body={"ignore_eos": True}
     )
     chunks = iter(stream)
     next(chunks)
