@@ -74,11 +74,13 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 class JournalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The `[journal]` table: what happened, for `tools/replay.py`.
 
-    path: empty = none. limit: size of the file at which recording stops.
+    path: empty = none. limit: size of the file at which recording stops. flight: memory for the last minutes,
+    which are written to the cache directory when the node fails, or on SIGUSR1; "0 B" = none.
     """
 
     path: str = ""
     limit: str = "64 MiB"
+    flight: str = "16 MiB"
 
 
 class LogSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -98,6 +100,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     stop_seconds: how long requests in flight may take when the daemon is told to stop. hung_seconds: how long
     a worker may be silent while it owes the answer to a step or a copy, before it is killed and restarted.
+    restart_seconds: the longest pause before a process that keeps dying is started again.
     """
 
     http: HttpSettings = HttpSettings()
@@ -112,6 +115,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     tier: tuple[TierSettings, ...] = ()
     stop_seconds: Annotated[float, Meta(ge=0, le=86400)] = 30.0
     hung_seconds: Annotated[float, Meta(ge=0.5, le=86400)] = 120.0
+    restart_seconds: Annotated[float, Meta(ge=0.5, le=3600)] = 30.0
 
 
 # What a running daemon can change: services, groups, and these. All else is built into processes, arenas and
@@ -210,7 +214,8 @@ def _check(config: Config, path: Path, text: str) -> None:
     devices = config.devices
     for key in ("memory", "reserve", "block", "host_memory", "host_kv"):
         _check_size(getattr(devices, key), f"`$.devices.{key}`", path, text)
-    _check_size(config.journal.limit, "`$.journal.limit`", path, text)
+    for key in ("limit", "flight"):
+        _check_size(getattr(config.journal, key), f"`$.journal.{key}`", path, text)
     if devices.block and not 4096 <= Size(devices.block).bytes_ <= 1 << 30:
         line = _line_of(text, "`$.devices.block`", "")
         raise ConfigError(f"{path}:{line}: a block has 4 KiB to 1 GiB, not {devices.block}")

@@ -67,12 +67,13 @@ class DemoError(SeallmdError):
 
 
 class Daemon:
-    """A seallmd of our own, from `running` to `stop`. base_url: for OpenAI clients. more: arguments to it."""
+    """A seallmd of our own, from `running` to `stop`. base_url: for OpenAI clients. more: arguments to it.
+    log: what it says."""
 
     def __init__(self, configuration: Path, folder: Path, *more: str) -> None:
         self._port = _free_port(config.load(configuration).http.port)
         self._control = folder / "control.sock"
-        self._log = folder / "daemon.log"
+        self.log = folder / "daemon.log"
         self.base_url = f"http://{HOST}:{self._port}/v1"
         command = [
             str(BIN / "seallmd"),
@@ -84,7 +85,7 @@ class Daemon:
             str(self._port),
             *more,
         ]
-        with self._log.open("w") as log:
+        with self.log.open("w") as log:
             # A session of its own: a Ctrl-C here reaches it as the one SIGTERM of `stop`. Should this process
             # be killed, the kernel ends the daemon (and the daemon's end its workers).
             self._process = subprocess.Popen(
@@ -125,7 +126,7 @@ class Daemon:
 
     def end_of_log(self) -> str:
         """Its last lines."""
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
 
     def stop(self) -> None:
         """SIGTERM. Raises DemoError unless it exits with 0 in time and leaves no process behind."""

@@ -1,15 +1,16 @@
-"""Runs a journal again: the same events into a new node, and the same actions out of it.
+"""Runs a journal, or a dump of the flight recorder, again: the same events, and the same actions out of them.
 
     python tools/replay.py FILE [--show N] [--check]
 
-Exit code 0 when every event led to the actions that the daemon recorded, 1 at the first that did not (with
-the event, the actions, and the node's report), 2 when the file is not a journal.
+Exit code 0 when every event led to the actions that the daemon recorded, 1 at the first that failed or did
+not (with the event, the actions, and the node's report), 2 when the file is not a journal.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections import deque
 from pathlib import Path
 
@@ -28,16 +29,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="check every invariant after every event (slow)")
     options = parser.parse_args(arguments)
     try:
-        settings, records = read(options.file)
+        node, records = read(options.file)
     except (OSError, ValueError) as error:
         print(f"replay: {error}", file=sys.stderr)
         return 2
-    node = Node(settings)
     recent: deque[Record] = deque(maxlen=options.show)
     count = 0
     now = 0.0
     for record in records:
-        actions = node.handle(record.event, record.now)
+        try:
+            actions = node.handle(record.event, record.now)
+        except Exception as error:  # noqa: BLE001 - what the daemon died of, most likely
+            print(f"event {count + 1} at {record.now:.6f} s: {type(error).__name__}: {error}")
+            print(f"  event: {record.event}")
+            traceback.print_exc()
+            return 1
         count, now = count + 1, record.now
         recent.append(record)
         if checksum(actions) != record.actions:

@@ -56,6 +56,7 @@ from seallmd.runtime.latencies import Latencies
 _log = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 1 << 16
+MAX_MESSAGE_CHARACTERS = 400
 PROGRESS_SECONDS = 0.25
 LINGER_SECONDS = 1.0
 _CREDENTIALS = struct.Struct("3i")
@@ -425,7 +426,7 @@ async def _outcome(command: Coroutine[Any, Any, None]) -> Ok | Failed:
     try:
         await command
     except ControlError as error:
-        return Failed(str(error))
+        return Failed(str(error)[:MAX_MESSAGE_CHARACTERS])
     except Exception:  # noqa: BLE001 - the edge of the process: the operator gets an answer, the log why
         _log.exception("a command failed")
         return Failed("the daemon failed on this command; its log says why")

@@ -62,6 +62,7 @@ class Serving:
         self._grammars = Grammars()
         self.rates = Rates()
         self._ping_seconds = settings.ping_seconds
+        self._write_seconds = settings.write_seconds
 
     async def close(self) -> None:
         """Called when the application ends."""
@@ -157,9 +158,8 @@ class Serving:
                     leader = leader or choice
                     run.choices.append(choice)
             if spec.stream:
-                return await send_stream(
-                    request, _documents(spec, run, answer, wire), wire, self._ping_seconds
-                )
+                documents = _documents(spec, run, answer, wire)
+                return await send_stream(request, documents, wire, self._ping_seconds, self._write_seconds)
             return await _whole(spec, run, answer)
         finally:
             charge.settle(run.choices)
@@ -170,6 +170,8 @@ async def read_body(request: web.Request) -> bytes:
     """The body. Raises RequestError for what says it is not JSON: a web page's form needs no permission."""
     if "Content-Type" in request.headers and request.content_type != "application/json":
         raise RequestError("the body must be application/json", status=415)
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise RequestError("the body must not be compressed", status=415)
     return await request.read()
 
 

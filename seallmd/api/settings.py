@@ -31,10 +31,11 @@ class HttpSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     keep_alive_seconds: how long an idle connection stays open. ping_seconds: a stream that has been silent
     for so long (its request waits for its model, or in the queue) gets a comment, so that proxies keep it
     open; 0 = never, because the first comment takes the headers along, and a failure after that has no HTTP
-    status of its own. keys: file with API keys (`api.keys`); empty = the systemd credential "api-keys" if
-    there is one, else none are needed. open_paths: what needs no key; everything else does once there are
-    keys. cors_origins: web pages of these origins may call from browsers, "*" = of any; none may by default.
-    tls_certificate, tls_key: PEM files; with both, TCP speaks TLS alone.
+    status of its own. write_seconds: a client that takes nothing of its stream for so long is cut off. keys:
+    file with API keys (`api.keys`); empty = the systemd credential "api-keys" if there is one, else none are
+    needed. open_paths: what needs no key; everything else does once there are keys. cors_origins: web pages
+    of these origins may call from browsers, "*" = of any; none may by default. tls_certificate, tls_key: PEM
+    files; with both, TCP speaks TLS alone.
     """
 
     host: str = "127.0.0.1"
@@ -43,6 +44,7 @@ class HttpSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_body_bytes: Annotated[int, Meta(ge=1024, le=1 << 30)] = 16 << 20
     keep_alive_seconds: Annotated[float, Meta(ge=0, le=86400)] = 75.0
     ping_seconds: Annotated[float, Meta(ge=0, le=3600)] = 0.0
+    write_seconds: Annotated[float, Meta(gt=0, le=86400)] = 120.0
     keys: str = ""
     open_paths: tuple[str, ...] = ("/health", "/ready", "/version")
     cors_origins: tuple[str, ...] = ()

@@ -95,32 +95,48 @@ async def with_pings(source: AsyncIterator[Item], seconds: float) -> AsyncGenera
 
 
 async def send_stream(
-    request: web.Request, documents: AsyncIterator[bytes], wire: Wire, ping_seconds: float = 0.0
+    request: web.Request,
+    documents: AsyncIterator[bytes],
+    wire: Wire,
+    ping_seconds: float = 0.0,
+    write_seconds: float | None = None,
 ) -> web.StreamResponse:
     """Send documents as they come.
 
     Headers wait for the first one, so that an earlier failure has a status of its own; or for the first ping,
-    after which a failure can only be a document. ping_seconds: 0 = no pings.
+    after which a failure can only be a document. ping_seconds: 0 = no pings. write_seconds: how long a client
+    may take nothing before its connection is cut, and with it its request; None = for ever.
     """
     async with contextlib.aclosing(with_pings(documents, ping_seconds if wire.ping else 0.0)) as parts:
         first = await anext(parts)
         response = web.StreamResponse(headers=_headers(wire))
+
+        async def write(data: bytes) -> None:
+            try:
+                async with asyncio.timeout(write_seconds):
+                    await response.write(data)
+            except TimeoutError:
+                _log.info("a client that does not read its stream is cut off")
+                if request.transport is not None:
+                    request.transport.abort()
+                raise ConnectionError("the client does not read") from None
+
         # A client that leaves is no failure: there is nobody left to tell.
         with contextlib.suppress(ConnectionError):
             await response.prepare(request)
-            await response.write(_framed(first, wire))
+            await write(_framed(first, wire))
             try:
                 async for part in parts:
-                    await response.write(_framed(part, wire))
+                    await write(_framed(part, wire))
             except RequestError as error:
-                await response.write(wire.frame(wire.error(error)))
+                await write(wire.frame(wire.error(error)))
             except ConnectionError:
                 raise
             except Exception:  # noqa: BLE001 - headers are sent: the middleware could not answer any more
                 _log.exception("%s failed in mid-stream", request.path)
-                await response.write(wire.frame(wire.error(INTERNAL)))
+                await write(wire.frame(wire.error(INTERNAL)))
             if wire.end:
-                await response.write(wire.end)
+                await write(wire.end)
             await response.write_eof()
         return response
 

@@ -58,11 +58,29 @@ class Batcher:
 
     def form(self, replica: Replica) -> list[tuple[Device, Step]]:
         """The replica's next step for each of its devices, with its memory taken; empty if none can run."""
+        return self._form_for_suspect(replica) or self._form_for_all(replica)
+
+    def _form_for_suspect(self, replica: Replica) -> list[tuple[Device, Step]]:
+        """A step for one request alone that was in a step that failed, if there is such a request."""
+        suspects = self._state.services[replica.service].suspects
+        suspects &= self._state.requests.keys()
+        if not suspects:
+            return []
+        former = _StepFormer(self._state, self._room, self._admits, replica)
+        running = [r for r in replica.running.values() if r.suspect and r.runnable]
+        if running:
+            former.add(min(running, key=lambda r: r.order))
+        elif request := next((r for r in self._admissible(replica) if r.suspect), None):
+            former.admit(request)
+        return former.steps()
+
+    def _form_for_all(self, replica: Replica) -> list[tuple[Device, Step]]:
         former = _StepFormer(self._state, self._room, self._admits, replica)
         for request in sorted(replica.running.values(), key=lambda r: r.order):
-            former.add(request)
+            if not request.suspect:
+                former.add(request)
         for request in list(self._admissible(replica)):
-            if not former.admit(request):
+            if not request.suspect and not former.admit(request):
                 break
         return former.steps()
 
@@ -178,7 +196,7 @@ class _StepFormer:
         return not any(replica.running for device in self._group for replica in device.replicas.values())
 
     def _enter(self, request: Request, shared: Tables) -> None:
-        del self._service.waiting[request.order]
+        self._service.dequeue(request)
         request.move("admit")
         request.replica = self._replica
         request.tables = tuple(list(table) for table in shared)

@@ -214,10 +214,14 @@ Event = (
 
 
 class ToDevice(_Tagged, frozen=True):
-    """Send this to a device's worker."""
+    """Send this to a device's worker.
+
+    expects: seconds that a step should take, by what was learnt of its like; 0 = not known well enough.
+    """
 
     device: int
     message: ToWorker
+    expects: float = 0.0
 
 
 class ToHostProcess(_Tagged, frozen=True):

@@ -52,6 +52,11 @@ class Loads:
         service.wanted, service.progress = False, None
         self._give_up(service, f"model {service.name!r} could not be loaded: {reason}", pause)
 
+    def pause(self, service: Service, reason: str, seconds: float) -> None:
+        """Tell all who wait that it cannot be served for so long; it comes back by itself."""
+        service.trouble, service.retry_at = reason, self._state.now + seconds
+        self._give_up(service, f"model {service.name!r} cannot be served: {reason}", seconds)
+
     def refuse(self, service: Service, reason: str) -> None:
         """The service can never be served here."""
         service.refused = reason

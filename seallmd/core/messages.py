@@ -334,6 +334,14 @@ class Forget(Message, frozen=True):
     requests: tuple[int, ...]
 
 
+class Ping(Message, frozen=True):
+    """Say Pong: sent to who has been silent for long, to tell an idle process from one that hangs."""
+
+
+class Pong(Message, frozen=True):
+    """The answer to Ping."""
+
+
 class Shutdown(Message, frozen=True):
     """End the process once everything before this message is done."""
 
@@ -410,18 +418,28 @@ class StepDone(Message, frozen=True):
 
 
 class StepFailed(Message, frozen=True):
-    """The step raised; no row of it counts."""
+    """The step raised; no row of it counts. memory: for lack of memory, which fewer rows may not lack."""
 
     step: int
     reason: str
+    memory: bool = False
 
 
-ToHost = Probe | BuildImage | DropImage | Shutdown
-FromHost = Hello | Probed | ProbeFailed | JobProgress | ImageReady | ImageFailed
+ToHost = Probe | BuildImage | DropImage | Ping | Shutdown
+FromHost = Hello | Pong | Probed | ProbeFailed | JobProgress | ImageReady | ImageFailed
 ToWorker = (
-    CopyIn | DropWeights | DropImage | MoveBlocks | SaveBlocks | RestoreBlocks | Step | Forget | Shutdown
+    CopyIn
+    | DropWeights
+    | DropImage
+    | MoveBlocks
+    | SaveBlocks
+    | RestoreBlocks
+    | Step
+    | Forget
+    | Ping
+    | Shutdown
 )
-FromWorker = Hello | JobProgress | CopyDone | CopyFailed | StepDone | StepFailed
+FromWorker = Hello | Pong | JobProgress | CopyDone | CopyFailed | StepDone | StepFailed
 
 _ENCODER = msgspec.msgpack.Encoder()
 

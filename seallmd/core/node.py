@@ -26,6 +26,7 @@ from seallmd.core.operators import Operators
 from seallmd.core.planner import Planner
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.reconfigure import Reconfigure
+from seallmd.core.recovery import Recovery
 from seallmd.core.report import node_status
 from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
@@ -35,6 +36,8 @@ from seallmd.core.settings import NodeSettings
 from seallmd.core.sharing import Sharing
 from seallmd.core.state import Device, Image, NodeState, Replica, SentStep, Service
 from seallmd.core.status import NodeStatus, PlanStatus
+
+KNOWN_STEPS = 50  # of a service, before its steps' times count as known
 
 
 class Node:
@@ -51,6 +54,7 @@ class Node:
         self._images = Images(self._state)
         self._loads = Loads(self._state, self._room)
         self._residency = Residency(self._state, self._room, self._images, self._loads)
+        self._recovery = Recovery(self._state, self._room, self._residency, self._loads)
         self._planner = Planner(self._state, self._room, self._residency, self._images)
         self._operators = Operators(self._state, self._room, self._residency, self._planner, self._probe)
         self._reconfigure = Reconfigure(self._state, self._room, self._images, self._probe)
@@ -97,6 +101,7 @@ class Node:
         state = self._state
         moved = (self._room.evictions, self._room.kept, state.copies, state.leaves)
         self._room.settle_drains()
+        self._recovery.settle()
         self._reconfigure.settle()
         self._idle.settle()
         self._residency.bring_in_wanted()
@@ -122,10 +127,8 @@ class Node:
                     for d in state.devices.values()
                     for r in d.replicas.values()
                 )
-        if (planning := self._planner.next_wakeup()) is not None:
-            times.append(planning)
-        if (idle := self._idle.next_wakeup()) is not None:
-            times.append(idle)
+        wakeups = (self._planner.next_wakeup(), self._idle.next_wakeup(), self._recovery.next_wakeup())
+        times.extend(wakeup for wakeup in wakeups if wakeup is not None)
         return min((t for t in times if t > state.now), default=None)
 
     def profiles(self) -> dict[str, ServiceProfile]:
@@ -168,12 +171,20 @@ class Node:
                 return False
             steps = self._batcher.form(replica)
             for member, step in steps:
-                self._state.send(member.index, step)
+                self._state.actions.append(ev.ToDevice(member.index, step, self._expected(member, step)))
                 if member.reserved is replica:
                     member.reserved = None
             if steps:
                 return True
         return False
+
+    def _expected(self, device: Device, step: msg.Step) -> float:
+        """Seconds that a step should take; 0 while too few of its service were seen to tell."""
+        sent, profile = device.inflight[step.step], self._state.services[step.service].profile
+        assert profile is not None
+        if profile.costs.steps < KNOWN_STEPS:
+            return 0.0
+        return profile.costs.predict(sent.tokens, sent.context, len(sent.rows))
 
     def _in_turn(self, device: Device, ready: list[Replica]) -> list[Replica]:
         """The policy's order; a replica on several devices that has been waiting for another goes first."""
@@ -203,12 +214,12 @@ class Node:
                 self._on_host(message)
             case ev.WorkerUp():
                 self._on_worker_up(event)
-            case ev.WorkerLost():
-                self._on_worker_lost(event)
+            case ev.WorkerLost(device, reason):
+                self._recovery.worker_lost(device, reason)
             case ev.HostUp():
                 self._on_host_up()
             case ev.HostLost(reason):
-                self._on_host_lost(reason)
+                self._recovery.host_lost(reason)
             case ev.DrainWanted(now):
                 self._operators.stop(now=now)
             case ev.PlanFound(plan):
@@ -249,7 +260,7 @@ class Node:
         service.arrivals.add(1, state.now)
         service.evicted = False
         state.requests[request.id] = request
-        service.waiting[request.order] = request
+        service.enqueue(request)
         service.prompt_tokens += request.prompt
 
     def _refusal(self, event: ev.Arrived) -> ev.Finish | None:
@@ -279,6 +290,10 @@ class Node:
             return failed(error, "model_unavailable", 503, service.retry_at - state.now)
         if len(service.waiting) >= service.settings.max_waiting:
             error = f"{len(service.waiting)} requests wait for model {service.name!r} already"
+            return failed(error, "overloaded", 503, queue_seconds(state, service))
+        tokens = sum(each.waiting_tokens for each in state.services.values())
+        if tokens and tokens + len(event.prompt) > state.settings.scheduler.max_waiting_tokens:
+            error = f"{tokens} tokens wait for models already"
             return failed(error, "overloaded", 503, queue_seconds(state, service))
         if service.shape is None:
             return failed(f"model {service.name!r} is still being examined", "model_loading", 503, 1.0)
@@ -314,31 +329,8 @@ class Node:
         settings = self._state.settings
         device.arena = Arena(event.arena_bytes // settings.block_bytes)
         device.host = HostSlots(settings.host_kv_bytes // settings.block_bytes)
+        self._recovery.worker_up(event.device)
         self._residency.look_at_sizes()
-
-    def _on_worker_lost(self, event: ev.WorkerLost) -> None:
-        state, device = self._state, self._state.devices[event.device]
-        device.state = "lost"
-        error = "the worker process that served this request died; it is being restarted"
-        for replica in list(device.replicas.values()):
-            self._room.break_up(replica, error, "worker_lost")
-        for step in device.inflight.values():
-            if step.leader == device.index:
-                self._void(step)
-        for service in state.services.values():
-            service.former.pop(device.index, None)
-            for request in service.waiting.values():
-                if request.saved is not None and device.index in request.saved.devices:
-                    state.drop_saved(request)
-        state.note("", f"device {device.index} lost: {event.reason}")
-        state.devices[device.index] = Device(device.index, device.label, state="lost", closed=device.closed)
-
-    def _void(self, step: SentStep) -> None:
-        """The step's rows will never come back."""
-        for row in step.rows:
-            if row.request.life is not Life.DONE:
-                row.request.inflight -= 1
-                row.request.drawn -= row.sample
 
     def _on_device(self, device: Device, message: object) -> None:
         match message:
@@ -348,8 +340,8 @@ class Node:
                 if sent.leader == device.index:  # the other ranks have nothing to tell
                     self._state.tell(scores, failed)
                     self._on_step_done(sent, tokens, seconds)
-            case msg.StepFailed(step, reason):
-                self._on_step_failed(device, device.inflight.pop(step), reason)
+            case msg.StepFailed(step, reason, memory):
+                self._recovery.step_failed(device, device.inflight.pop(step), reason, memory=memory)
             case msg.CopyDone(name, seconds, copy):
                 if replica := self._awaited(device, name, copy):
                     self._loads.copied(replica, device, seconds)
@@ -372,6 +364,7 @@ class Node:
         service = self._state.services[step.service]
         profile = service.profile
         assert profile is not None
+        self._recovery.stepped(service)
         if not step.incomplete:
             drawing = sum(row.sample for row in step.rows)
             profile.stepped(step.tokens, drawing, step.context, seconds)
@@ -382,8 +375,12 @@ class Node:
             if request.life is Life.DONE:
                 continue
             request.inflight -= 1
+            if row.epoch < request.trusted:
+                request.drawn -= row.sample
+                continue
             if token is not None:
                 request.tokens.append(token)
+                service.waiting_tokens += request.life is Life.WAITING
             if row.epoch == request.epoch and request.life is Life.RUNNING:
                 request.computed += row.count
                 if (request.indexed + 1) * service.run_tokens <= request.computed:
@@ -411,6 +408,7 @@ class Node:
         if not request.emitted:
             service.cached_tokens += request.cached
         request.emitted = True
+        self._recovery.advanced(request)
         charge(request, service)
         service.rate.add(1, state.now)
         service.output_tokens += 1
@@ -421,42 +419,17 @@ class Node:
         service.profile.ended(request.prompt, output)
         state.finish(request, "stop" if token in request.stop_ids else "length")
 
-    def _on_step_failed(self, device: Device, step: SentStep, reason: str) -> None:
-        error = "the model failed on this request"
-        replica = self._awaited(device, step.service, step.copy)
-        for behind in device.inflight.values():
-            behind.incomplete = behind.incomplete or behind.service == step.service
-        if step.leader == device.index:
-            self._void(step)
-            for row in step.rows:
-                if row.request.life is not Life.DONE:
-                    self._state.finish(row.request, "failed", error, code="step_failed", status=500)
-        elif replica is None:
-            return  # its group is gone already
-        self._state.note(step.service, f"step failed: {reason}")
-        if replica is not None and len(replica.devices) > 1:
-            self._room.break_up(replica, error, "step_failed")  # its ranks are out of step for good
-
     # ------------------------------------------------------------------------------------ host process
 
     def _on_host_up(self) -> None:
         self._state.host_up = True
-        for service in self._state.services.values():
-            if service.shape is None and not service.refused:
-                self._probe(service)
+        for service in self._recovery.unexamined():
+            self._probe(service)
 
     def _probe(self, service: Service) -> None:
         settings = service.settings
         probe = msg.Probe(service.name, settings.model, settings.dtype, settings.context)
         self._state.actions.append(ev.ToHostProcess(probe))
-
-    def _on_host_lost(self, reason: str) -> None:
-        self._state.host_up = False
-        self._state.note("", f"host process lost: {reason}")
-        for service in self._state.services.values():
-            was, service.image = service.image, Image.NONE
-            if was is Image.BUILDING:
-                self._loads.failed(service, "the loader process died while it read the weights")
 
     def _on_host(self, message: object) -> None:
         match message:

@@ -58,7 +58,8 @@ class Request:
     share, and parents: what the next one follows, by rank. budget, attained: seconds of execution it may take
     before its rank falls, and that it has taken (SeaLLM's doubling budget). scored: of the prompt's tokens,
     how many have been told their log-probability or need none, which is true of the first. tier: how urgent
-    it is.
+    it is. failures: of steps with it, in a row; alone_until: after one, it has steps to itself until it has
+    more tokens than that. trusted: rows of earlier epochs no longer count, not even their tokens.
     """
 
     id: int
@@ -91,6 +92,9 @@ class Request:
     attained: float = 0.0
     doublings: int = 0
     scored: int = 1
+    failures: int = 0
+    alone_until: int = 0
+    trusted: int = 0
 
     def move(self, event: str) -> None:
         """Take one step of the life cycle. Raises IllegalTransition."""
@@ -110,6 +114,11 @@ class Request:
         if self.sampling.prompt_logprobs >= 0 and self.scored < self.prompt:
             return self.scored - 1
         return len(self.tokens) - 1
+
+    @property
+    def suspect(self) -> bool:
+        """Whether a step with it failed, and it has not shown yet that it was not the cause."""
+        return len(self.tokens) <= self.alone_until
 
     @property
     def runnable(self) -> bool:

@@ -217,10 +217,10 @@ class Room:
         for request in service.waiting.values():
             self._state.drop_saved(request)
 
-    def break_up(self, replica: Replica, error: str, code: str) -> None:
-        """A replica that cannot go on: its requests fail, and it comes in again if it may."""
+    def break_up(self, replica: Replica) -> None:
+        """A replica that cannot go on: its requests start over, and it comes in again if it may."""
         for request in list(replica.running.values()):
-            self._state.finish(request, "failed", error, code=code, status=503, retry_after=1.0)
+            self._state.restart(request)
         service = self.remove(replica)
         if len(replica.devices) > 1:
             self._distrust_kv(service)

@@ -66,7 +66,8 @@ class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     service may come in on an idle device too, when its steps would be faster. replicate_gain,
     replicate_seconds: by this factor, for so long. min_residency_seconds: how long a service that was
     brought in stays before another may push it out. patience_seconds: how long a request of an absent
-    service waits before a busy service is asked to make room.
+    service waits before a busy service is asked to make room. max_waiting_tokens: tokens of all requests
+    that wait, of all services together, before new ones are refused.
     """
 
     policy: Literal["budget", "round-robin", "fcfs", "adbs", "dedicated"] = "budget"
@@ -81,6 +82,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     replicate_seconds: Annotated[float, Meta(ge=0, le=3600)] = 1.0
     min_residency_seconds: Annotated[float, Meta(ge=0, le=3600)] = 2.0
     patience_seconds: Annotated[float, Meta(ge=0, le=3600)] = 5.0
+    max_waiting_tokens: Annotated[int, Meta(ge=1, le=1 << 32)] = 1 << 23
 
 
 class ReplacementSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -104,10 +104,12 @@ class Service:
     resident when its worker died). evicted: by an operator, and nobody has asked for it since. pressed_since:
     since when another replica would pay. left_at: when a replica of it last left; asks_at: when it is looked
     at next whether others are to leave for it. former: where its weights lay last, by device. tickets:
-    operators that wait for it. breaks: how often its ranks fell apart or changed; prefixes from before are
-    not found again. closed: an operator wants no new requests for it. idle_since: when its last request
-    ended. keep_seconds: what a client wants instead of `idle_seconds`. outgoing: it has left the
-    configuration, and goes when its requests have ended; successor: what then takes its name.
+    operators that wait for it. suspects: requests that were in a step that failed. crashes: how often in a
+    row a process died of it, lastly at crashed_at. breaks: how often its ranks fell apart or changed;
+    prefixes from before are not found again. restarts: of its requests, after failures. closed: an operator
+    wants no new requests for it. idle_since: when its last request ended. keep_seconds: what a client wants
+    instead of `idle_seconds`. outgoing: it has left the configuration, and goes when its requests have ended;
+    successor: what then takes its name.
     """
 
     settings: ServiceSettings
@@ -133,6 +135,7 @@ class Service:
     asks_at: float = 0.0
     replicas: list[Replica] = field(default_factory=list)
     waiting: dict[int, Request] = field(default_factory=dict)  # by order, most senior first
+    waiting_tokens: int = 0
     former: dict[int, tuple[int, ...]] = field(default_factory=dict)
     load_tickets: list[int] = field(default_factory=list)
     evict_tickets: list[int] = field(default_factory=list)
@@ -143,7 +146,11 @@ class Service:
     prompt_tokens: int = 0
     output_tokens: int = 0
     preemptions: int = 0
+    restarts: int = 0
     saves: int = 0
+    suspects: set[int] = field(default_factory=set)
+    crashes: int = 0
+    crashed_at: float = 0.0
     breaks: int = 0
     cached_tokens: int = 0
     swaps_in: int = 0
@@ -164,6 +171,19 @@ class Service:
     def running(self) -> Iterator[Request]:
         """Requests that hold blocks, on any device."""
         return (request for replica in self.replicas for request in replica.running.values())
+
+    def enqueue(self, request: Request) -> None:
+        """Have a request wait, among the others by seniority."""
+        last = next(reversed(self.waiting), 0)
+        self.waiting[request.order] = request
+        if last > request.order:
+            self.waiting = dict(sorted(self.waiting.items()))
+        self.waiting_tokens += len(request.tokens)
+
+    def dequeue(self, request: Request) -> None:
+        """It waits no longer."""
+        del self.waiting[request.order]
+        self.waiting_tokens -= len(request.tokens)
 
     def share(self, replica: Replica) -> int:
         """Requests that a replica may run at most while others could run the rest."""
@@ -411,7 +431,7 @@ class NodeState:
             self.leave(request)
         else:
             self.drop_saved(request)
-            del self.services[request.service].waiting[request.order]
+            self.services[request.service].dequeue(request)
         request.move("finish")
         self.services[request.service].idle_since = self.now
         del self.requests[request.id]
@@ -421,17 +441,27 @@ class NodeState:
         """Take a running request's memory; it waits, keeps its tokens, and its KV where that is cheaper."""
         service = self.services[request.service]
         saved = self._save(request, service)
-        self.leave(request)
-        request.move("preempt")
+        self._queue_again(request, service)
         request.saved = saved
-        request.epoch += 1
-        request.scheduled = request.computed = request.indexed = 0
-        request.parents = []
-        service.waiting = dict(sorted([*service.waiting.items(), (request.order, request)]))
         service.preemptions += 1
         service.saves += saved is not None
         kept = "its KV goes to host memory" if saved else "its KV will be computed again"
         self.note(service.name, f"request {request.id} preempted, {kept}: {why}")
+
+    def restart(self, request: Request) -> None:
+        """Have a running request's KV computed again: what its worker held is lost or not to be trusted."""
+        service = self.services[request.service]
+        self._queue_again(request, service)
+        request.trusted = request.epoch
+        service.restarts += 1
+
+    def _queue_again(self, request: Request, service: Service) -> None:
+        self.leave(request)
+        request.move("preempt")
+        request.epoch += 1
+        request.scheduled = request.computed = request.indexed = 0
+        request.parents = []
+        service.enqueue(request)
 
     def _save(self, request: Request, service: Service) -> SavedKv | None:
         """Send a request's KV to host memory, if it has room and computing it again would take longer."""

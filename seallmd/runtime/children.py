@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 Entry = Callable[[bytes, socket.socket], None]
 
+LAST_WORDS_SECONDS = 1.0  # until a dead child's socket has to be at its end; a process of its own may hold it
 OOM_SCORE = 500  # when memory runs out, the kernel takes a child, which is started again, and not the daemon
 
 
@@ -62,6 +63,8 @@ class Child:
         self._on_exit: Callable[[str], None] | None = on_exit
         self._transport: asyncio.WriteTransport | None = None
         self._gone = asyncio.Event()
+        self._reason = ""
+        self._last_words: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
         """Start the process; it says Hello when it is ready."""
@@ -94,18 +97,30 @@ class Child:
         if not self._gone.is_set():
             log.warning("%s: %s", self._settings.name, reason)
             self._process.kill()
+        elif self._last_words is not None:
+            self._end()
 
     def _on_sentinel(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._process.sentinel)
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._process.sentinel)
         self._process.join()
-        reason = _exit_text(self._process.exitcode)
+        self._reason = _exit_text(self._process.exitcode)
         self._process.close()
         self._gone.set()
+        # What it said last is read before its end is told: who died of what depends on that.
+        if self._transport is None or self._transport.is_closing():
+            self._end()
+        else:
+            self._last_words = loop.call_later(LAST_WORDS_SECONDS, self._end)
+
+    def _end(self) -> None:
+        if self._last_words is not None:
+            self._last_words.cancel()
         if self._transport is not None:
             self._transport.close()
         if self._on_exit is not None:
             on_exit, self._on_exit = self._on_exit, None
-            on_exit(reason)
+            on_exit(self._reason)
 
     async def stop(self, grace_seconds: float) -> None:
         """Ask the process to end; kill it when it does not within the grace (0: at once)."""
@@ -118,6 +133,7 @@ class Child:
                 log.warning("%s did not stop within %.0f s: killed", self._settings.name, grace_seconds)
             self._process.kill()
             await self._gone.wait()
+        self._end()
 
 
 def _prefer_for_oom(pid: int | None) -> None:

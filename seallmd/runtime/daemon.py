@@ -117,7 +117,16 @@ def _build_engine(config: Config) -> Engine:
     journal = None
     if config.journal.path:
         journal = Journal(Path(config.journal.path), Size(config.journal.limit).bytes_, settings)
-    return Engine(settings, plan, run_worker, run_host, journal, config.hung_seconds)
+    return Engine(
+        settings,
+        plan,
+        run_worker,
+        run_host,
+        journal,
+        config.hung_seconds,
+        config.restart_seconds,
+        Size(config.journal.flight).bytes_,
+    )
 
 
 def _read_keys(config: Config) -> tuple[Key, ...]:
@@ -147,13 +156,14 @@ class Daemon:
         self._listeners = listeners
         self._keyring = Keyring(_read_keys(config))
         self._engine = _build_engine(config)
+        self._watch = LoopWatch(config.log.stall_seconds)
         self._stop = asyncio.Event()
         self._telling: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
         """Serve until a signal says stop."""
         self._handle_signals()
-        watch = LoopWatch(self._config.log.stall_seconds)
+        watch = self._watch
         path = Path(self._config.control.socket or default_control_socket())
         listener = next(iter(self._listeners["control"]), None)
         control = ControlServer(self._engine, path, group=self._config.control.group, listener=listener)
@@ -260,13 +270,19 @@ class Daemon:
         return changed, waiting
 
     def _on_report(self) -> None:
-        """Write the status to the log."""
+        """Write the status to the log, and the last minutes to a file."""
         status = self._engine.status()
         log.info("status: %s", summary(status, self._engine.in_flight, stopping=self._stop.is_set()))
         for device in status.devices:
             log.info("status of a device", extra=fields(**msgspec.structs.asdict(device)))
         for service in status.services:
             log.info("status of a service", extra=fields(**msgspec.structs.asdict(service)))
+        for request in self._engine.requests():
+            log.info("status of a request", extra=fields(**msgspec.structs.asdict(request)))
+        loop = fields(tasks=len(asyncio.all_tasks()), longest_lag_seconds=self._watch.longest_lag)
+        log.info("status of the event loop", extra=loop)
+        log.info("status of invariants: %s", self._engine.broken_invariant() or "all hold")
+        self._engine.dump_flight()
 
 
 def summary(status: NodeStatus, requests: int, *, stopping: bool) -> str:

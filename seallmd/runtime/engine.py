@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import msgspec
 
@@ -37,18 +38,19 @@ from seallmd.runtime.children import Child, Entry
 from seallmd.runtime.devices import DevicePlan
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
 from seallmd.runtime.feed import EventFeed
-from seallmd.runtime.journal import Journal
+from seallmd.runtime.journal import FlightRecorder, Journal
 from seallmd.runtime.latencies import Latencies, RecentLatencies
 from seallmd.runtime.log import RequestRecord
 from seallmd.runtime.pulse import Pulse
 
 log = logging.getLogger(__name__)
 
-RESTART_SECONDS = (0.5, 30.0)  # first pause before a dead child is started again, and the longest
+RESTART_SECONDS = 0.5  # the first pause before a dead child is started again
 SETTLED_SECONDS = 60.0  # a child that lived this long has proved itself: the next pause is the first again
 STOP_GRACE_SECONDS = 5.0
 LOOK_SECONDS = (0.25, 5.0)  # how often children are looked at: a quarter of their limit, within these bounds
 PROFILES = "profiles.json"  # in the cache directory
+FLIGHTS = "flight"  # there too: dumps of the flight recorder
 
 
 class Engine:
@@ -62,11 +64,15 @@ class Engine:
         host: Entry,
         journal: Journal | None = None,
         hung_seconds: float = 120.0,
+        restart_seconds: float = 30.0,
+        flight_bytes: int = 0,
     ) -> None:
-        """hung_seconds: how long a child may be silent while it owes an answer."""
+        """hung_seconds: how long a child may be silent while it owes an answer. restart_seconds: the longest
+        pause before a dead child is started again. flight_bytes: memory for the last minutes' events."""
         self.node = Node(settings)
         self.feed = EventFeed()
         self._latencies = RecentLatencies()
+        self._flight = FlightRecorder(self.node, flight_bytes) if flight_bytes else None
         self._settings = settings
         self._plan = plan
         self._journal = journal
@@ -81,6 +87,7 @@ class Engine:
         self._search: asyncio.Task[None] | None = None
         self._looking: asyncio.TimerHandle | None = None
         self._hung_seconds = hung_seconds
+        self._restart_seconds = restart_seconds
         self._stopping = False
         self._quiet = asyncio.Event()
         self._workers = [
@@ -104,6 +111,8 @@ class Engine:
     async def start(self) -> None:
         """Start every child; returns before they are ready."""
         self.set_hung_seconds(self._hung_seconds)
+        for child in self._children:
+            child.longest_pause = self._restart_seconds
         rendezvous.make(self._plan.rendezvous)
         for child in self._children:
             await child.start()
@@ -172,25 +181,51 @@ class Engine:
         try:
             actions = self.node.handle(event, now)
         except Exception:
-            self._end_at_once(event)
+            self._end_at_once(event, now)
             raise
-        if self._journal is not None:
-            self._journal.record(now, event, actions)
+        for recorder in (self._journal, self._flight):
+            if recorder is not None:
+                recorder.record(now, event, actions)
         for action in actions:
             self._carry_out(action)
         self._schedule_tick()
 
-    def _end_at_once(self, event: ev.Event) -> None:
+    def _end_at_once(self, event: ev.Event, now: float) -> None:
         """An invariant broke: serving on would lose or mix up memory. Children die with this process."""
-        log.critical("the node failed on %r; ending", event, exc_info=True)
+        log.critical("the node failed on a %s; ending", type(event).__name__, exc_info=True)
         if self._journal is not None:
+            self._journal.record(now, event, [])
             self._journal.close()
+        if self._flight is not None:
+            self._flight.failed(now, event)
+        self.dump_flight()
         os._exit(1)
+
+    def broken_invariant(self) -> str:
+        """The first invariant that does not hold; empty when all do."""
+        try:
+            self.node.check()
+        except AssertionError as error:
+            return str(error) or "an invariant without a name"
+        return ""
+
+    def dump_flight(self) -> Path | None:
+        """Write the last minutes to a file, for tools/replay.py. None when there is nothing to write, or no
+        place for it; the log says so."""
+        if self._flight is None:
+            return None
+        try:
+            path = self._flight.dump(self._plan.cache / FLIGHTS)
+        except OSError as error:
+            log.error("the flight recorder cannot be written: %s", error.strerror)
+            return None
+        log.info("flight recorder written, for tools/replay.py: %s", path)
+        return path
 
     def _carry_out(self, action: ev.Action) -> None:
         match action:
-            case ev.ToDevice(device, message):
-                self._workers[device].send(message)
+            case ev.ToDevice(device, message, expects):
+                self._workers[device].send(message, expects)
             case ev.Emit(request, tokens, cached):
                 stream = self._streams[request]
                 stream.cached = cached or stream.cached
@@ -407,9 +442,10 @@ class Supervised:
         self._said = said
         self._child: Child | None = None
         self.pulse = Pulse(limit_seconds=120.0)
+        self.longest_pause = 30.0
         self.stuck = False
         self._killed = ""  # why we did
-        self._pause = RESTART_SECONDS[0]
+        self._pause = RESTART_SECONDS
         self._started = 0.0
         self._is_up = False
         self._restart: asyncio.Task[None] | None = None
@@ -421,10 +457,10 @@ class Supervised:
         self._child = self._make(self._on_message, self._on_exit)
         await self._child.start()
 
-    def send(self, message: msg.Message) -> None:
-        """Send a message, if the process is there."""
+    def send(self, message: msg.Message, expects: float = 0.0) -> None:
+        """Send a message, if the process is there. expects: seconds until its answer, 0 = unknown."""
         if self._child is not None:
-            self.pulse.sent(message, time.monotonic())
+            self.pulse.sent(message, time.monotonic(), expects)
             self._child.send(message)
 
     def look(self) -> None:
@@ -435,6 +471,8 @@ class Supervised:
             else:
                 self._killed = reason
                 self._child.broken(reason)
+        elif self._is_up and self.pulse.wants_ping(time.monotonic()):
+            self.send(msg.Ping())
 
     async def stop(self) -> None:
         """End the process for good."""
@@ -449,7 +487,7 @@ class Supervised:
         if isinstance(message, msg.Hello):
             self._is_up = True
             self._up(message)
-        else:
+        elif not isinstance(message, msg.Pong):
             self._said(message)
 
     def _on_exit(self, reason: str) -> None:
@@ -457,14 +495,13 @@ class Supervised:
         reason = f"{self._killed}, {reason}" if self._killed else reason
         self.stuck, self._killed = False, ""
         if time.monotonic() - self._started > SETTLED_SECONDS:
-            self._pause = RESTART_SECONDS[0]
+            self._pause = RESTART_SECONDS
         log.warning("a child process is gone (%s); starting another in %.1f s", reason, self._pause)
-        if self._is_up:
-            self._is_up = False
-            self._lost(reason)
+        self._is_up = False
+        self._lost(reason)
         self._restart = asyncio.get_running_loop().create_task(self._start_again())
 
     async def _start_again(self) -> None:
         await asyncio.sleep(self._pause)
-        self._pause = min(2 * self._pause, RESTART_SECONDS[1])
+        self._pause = min(2 * self._pause, self.longest_pause)
         await self.start()

@@ -134,8 +134,8 @@ class SimDevice:
     """A worker process and its device. Steps run one after another; copies too, beside the steps.
 
     A step that is given blocks which are still being saved or restored waits for them, as on a GPU.
-    block_bytes: of what one of them copies. busy_seconds: of all steps that ended. on_span: told of each step
-    and each copy of weights that ended.
+    block_bytes: of what one of them copies. poison: requests of which the process dies. busy_seconds: of all
+    steps that ended. on_span: told of each step and each copy of weights that ended.
     """
 
     def __init__(
@@ -161,6 +161,7 @@ class SimDevice:
         self.generation = 0
         self.fail_steps = 0
         self.fail_copies = 0
+        self.poison: set[int] = set()
         self.busy_seconds = 0.0
         self._reset()
 
@@ -303,6 +304,9 @@ class SimDevice:
         return max(0.0, max(copied, default=0.0) - self._clock.now)
 
     def _end_step(self, step: msg.Step, group: msg.Group | None, seconds: float) -> None:
+        if self.poison and any(row.request in self.poison for row in step.rows):
+            self.kill(restart_after=0.5)
+            return
         self._busy = False
         self.busy_seconds += seconds
         self._span(step.service, "step", self._clock.now - seconds)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -60,6 +61,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.parent is not None:
         bind_to_parent(args.parent)
+    # Dequantising makes eight times as much of the smallest kinds, and copies on the way.
+    limit = 32 * args.source.stat().st_size + (4 << 30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
         convert(args.source, args.target)
     except Exception as error:  # noqa: BLE001 - process boundary: the reason goes to whoever started it

@@ -106,6 +106,9 @@ class Device(ABC):
     def wait_for(self, tables: Iterable[Sequence[int]]) -> None:  # noqa: B027 - only where copies are late
         """Have what is enqueued from here on wait for the saving and restoring of these blocks."""
 
+    def release_caches(self) -> None:  # noqa: B027 - only where an allocator keeps what was freed
+        """Give back what an allocator holds in reserve, after it could not give more."""
+
     def _blocks(self) -> torch.Tensor:
         return self.arena.view(-1, self.host_kv.shape[1])
 
@@ -276,6 +279,9 @@ class CudaDevice(Device):
             if not blocks.isdisjoint(wanted):  # earlier copies of the stream are done by then too
                 torch.cuda.current_stream(self.torch_device).wait_event(event)
                 return
+
+    def release_caches(self) -> None:
+        torch.cuda.empty_cache()
 
     def _after_steps(self) -> None:
         """Copies from here on wait: the ledger reuses blocks that earlier steps may still read."""

@@ -25,6 +25,8 @@ from seallmd.core.messages import (
     ImageReady,
     JobProgress,
     Message,
+    Ping,
+    Pong,
     Probe,
     Probed,
     ProbeFailed,
@@ -35,6 +37,7 @@ from seallmd.core.messages import (
 from seallmd.errors import ModelRefused
 from seallmd.worker.channel import Channel, Closed
 from seallmd.worker.image import Image
+from seallmd.worker.plausible import check_files
 from seallmd.worker.probe import Probed as Model
 from seallmd.worker.probe import probe
 from seallmd.worker.process import begin, one_line
@@ -71,7 +74,7 @@ class Host:
         # It lives as long as the process: the kernel ends a conversion with the thread that started it.
         threading.Thread(target=self._fetch_all, name="fetch", daemon=True).start()
 
-    def handle(self, item: Probe | BuildImage | DropImage | Fetched) -> None:
+    def handle(self, item: Probe | BuildImage | DropImage | Ping | Fetched) -> None:
         """Carry out one job; its result, good or bad, goes to `send`."""
         match item:
             case Probe():
@@ -92,10 +95,13 @@ class Host:
                 self._build(item)
             case DropImage():
                 self._drop_image(item.service)
+            case Ping():
+                self._send(Pong())
 
     def _probe(self, wanted: Probe, directory: Path) -> None:
         service, settings = wanted.service, self._settings
         try:
+            check_files(directory)
             complete = with_tokenizer(directory, settings.cache)
             model = probe(complete, wanted.dtype, wanted.context)
         except Exception as error:  # noqa: BLE001 - no model may end the process that serves the others

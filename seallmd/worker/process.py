@@ -75,6 +75,16 @@ def require_memory(bytes_: int, purpose: str) -> None:
                 )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory did not suffice, whoever was asked for it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # The CPU allocator of torch and mmap have no class of their own for it.
+    return isinstance(error, RuntimeError | OSError) and any(
+        words in str(error) for words in ("not enough memory", "allocate memory")
+    )
+
+
 def one_line(error: BaseException) -> str:
     """An error as one short line for people; of paths only the last part, since clients may read it too."""
     text = _PATH.sub(r"\1", " ".join(str(error).split()))

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import AutoTokenizer
 
 from seallmd.errors import ModelRefused
+from seallmd.worker.gguf_check import check_gguf
 from seallmd.worker.process import one_line
 
 # stage, bytes done, bytes in all (0: unknown)
@@ -46,6 +47,7 @@ def fetch(model: str, cache: str, progress: Progress) -> Path:
     """
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
+        check_gguf(path)
         return _converted(path.resolve(), _cache(cache, "converted"), progress)
     if path.exists():
         raise ModelRefused(f"{path.name} is neither a directory nor a .gguf file")

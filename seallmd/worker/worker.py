@@ -30,6 +30,8 @@ from seallmd.core.messages import (
     LayerShape,
     Message,
     MoveBlocks,
+    Ping,
+    Pong,
     RestoreBlocks,
     RowFailed,
     SaveBlocks,
@@ -48,7 +50,7 @@ from seallmd.worker.layout import Layout, bind, layout_of, unbind
 from seallmd.worker.ops.model import FastModel, runs_wide, wide_skeleton
 from seallmd.worker.paged import PagedBatch
 from seallmd.worker.parallel import Seat, divide, sit
-from seallmd.worker.process import one_line
+from seallmd.worker.process import is_out_of_memory, one_line
 from seallmd.worker.requests import Packed, Requests
 from seallmd.worker.sampler import row_argmax, sample
 from seallmd.worker.scores import Head, score_drawn, score_prompts
@@ -181,6 +183,8 @@ class Worker:
                 self._device.restore(src, dst)
             case Forget():
                 self._requests.forget(message.requests)
+            case Ping():
+                self._send(Pong())
             case _:
                 raise RuntimeError(f"no worker message: {type(message).__name__}")
 
@@ -195,7 +199,10 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - a failed step is reported, the other services go on
             self._requests.fail([admit.request for admit in step.admit] + [row.request for row in step.rows])
             self._leave(step.service)  # others may be waiting for this rank, and would for long
-            self._send(StepFailed(step.step, one_line(error)))
+            memory = is_out_of_memory(error)
+            if memory:
+                self._device.release_caches()
+            self._send(StepFailed(step.step, one_line(error), memory))
         else:
             self._send(
                 StepDone(step.step, done.tokens, time.perf_counter() - started, done.scores, done.failed)

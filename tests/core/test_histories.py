@@ -207,6 +207,11 @@ class History:
         first = draw.randrange(devices - ranks + 1)
         return Bring(name, tuple(range(first, first + ranks)))
 
+    def poison(self) -> None:
+        """The next request to come ends every worker that runs it."""
+        for device in self.world.devices:
+            device.poison.add(self.count + 1)
+
     def wait(self) -> None:
         """Some virtual time."""
         self.world.run(until=self.world.now + self.random.choice((0.001, 0.02, 0.3, 2.0)))
@@ -218,6 +223,7 @@ class History:
         """Let all end, then see that all ended, once, well, and that nothing is left behind."""
         for device in self.world.devices:
             device.fail_steps = device.fail_copies = 0
+            device.poison -= set(range(self.count + 1, self.count + 3))
         self.world.host.fail_images = 0
         self.undrain_all()
         self.world.run()
@@ -227,6 +233,7 @@ class History:
         for request, finish in recorder.finished.items():
             if finish.reason in ("stop", "length"):
                 recorder.assert_output(request)
+                assert not any(request in device.poison for device in self.world.devices), "it ran"
         status = self.world.node.status(self.world.now)
         assert all(device.kv_bytes == 0 for device in status.devices), "blocks are held by nobody"
         assert not self.world.node.state.requests
@@ -236,7 +243,7 @@ ACTIONS = (
     ["arrive"] * 30
     + ["wait"] * 24
     + ["cancel"] * 3
-    + ["load", "evict", "kill_worker", "kill_host", "fail_step", "fail_copy", "fail_image"]
+    + ["load", "evict", "kill_worker", "kill_host", "fail_step", "fail_copy", "fail_image", "poison"]
     + ["move"] * 3
 )
 

@@ -167,7 +167,7 @@ def test_wrong_commands(daemon: Daemon) -> None:
 
 
 def test_kill_9_of_a_worker(daemon: Daemon) -> None:
-    """Its requests fail once with a clear error, others go on, its models come back by themselves."""
+    """Its requests start over and end well, others go on, its models come back by themselves."""
     assert daemon.ctl("load", SMOL).returncode == 0
     assert daemon.ctl("load", GEMMA).returncode == 0
     places = {name: daemon.service(name)["device"] for name in (SMOL, GEMMA)}
@@ -191,11 +191,8 @@ def test_kill_9_of_a_worker(daemon: Daemon) -> None:
             os.kill(victim, signal.SIGKILL)
             return await asyncio.gather(*tasks, return_exceptions=True)
 
-    first, second, other = asyncio.run(run())
-    for error in (first, second):
-        assert isinstance(error, openai.InternalServerError), error
-        assert error.code == "worker_lost"
-    assert other.choices[0].finish_reason == "length"  # type: ignore[attr-defined]
+    answers = asyncio.run(run())
+    assert [answer.choices[0].finish_reason for answer in answers] == ["length"] * 3  # type: ignore[attr-defined]
     daemon.until(lambda: daemon.service(SMOL)["state"] == "resident", "the model came back")
     assert daemon.client().completions.create(model=SMOL, prompt="Hi", max_tokens=3).choices[0].text
     assert not psutil.pid_exists(victim)

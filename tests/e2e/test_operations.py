@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2 as httpx
-import openai
 import psutil
 import pytest
 
@@ -134,22 +133,20 @@ def check_reload(daemon: Daemon, manager: Manager, config: str) -> None:
 
 
 def check_hung_worker(daemon: Daemon, manager: Manager, config: str) -> None:
-    """A worker that is stopped is killed and started again; its request fails once, the daemon lives on."""
+    """A worker that is stopped is killed and started again; its stream goes on where it was."""
     victim = daemon.status()["devices"][0]["pid"]
     stream = daemon.client().completions.create(
-        model=SMOL, prompt="Go on:", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+        model=SMOL, prompt="Go on:", max_tokens=40, stream=True, extra_body={"ignore_eos": True}
     )
     chunks = iter(stream)
     next(chunks)
     manager.forget()
     set_hung_seconds(daemon, config, 1)  # for now: on a busy machine a load may well be silent for longer
     os.kill(victim, signal.SIGSTOP)
-    with pytest.raises(openai.APIError, match="died") as error:
-        list(chunks)
-    assert error.value.code == "worker_lost"
+    daemon.until(lambda: not psutil.pid_exists(victim), "the end of the hung worker", 30)
     set_hung_seconds(daemon, config, 100)
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert log_lines(daemon, "cpu0: hung: owes an answer (step)")
-    daemon.until(lambda: not psutil.pid_exists(victim), "the end of the hung worker")
     daemon.until(lambda: daemon.service(SMOL)["state"] == "resident", "the model came back")
     assert daemon.client().completions.create(model=SMOL, prompt="Hi", max_tokens=3).choices[0].text
     assert manager.has("WATCHDOG=1"), "systemd would have killed the daemon for its worker"

@@ -8,7 +8,7 @@ import pytest
 
 from seallmd.core import events as ev
 from seallmd.core.node import Node
-from seallmd.runtime.journal import Journal, read
+from seallmd.runtime.journal import DUMPS_KEPT, FlightRecorder, Journal, read
 from tests.core.test_histories import ACTIONS, History
 from tools import replay
 
@@ -68,3 +68,49 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"\x05\x00\x00\x00hello, this is no journal")
     assert replay.main([str(tmp_path / "x")]) == 2
     assert replay.main([str(tmp_path / "none")]) == 2
+
+
+def fly(directory: Path, limit_bytes: int) -> tuple[Path, int]:
+    """Record a history with faults in flight; returns the dump and how many events there were."""
+    history = History(3)
+    node = Node(history.world.node.state.settings)
+    recorder = FlightRecorder(node, limit_bytes)
+    for _ in range(400):
+        history.act(history.random.choice(ACTIONS))
+    history.finish()
+    for now, event in history.world.history:
+        recorder.record(now, event, node.handle(event, now))
+    return recorder.dump(directory), len(history.world.history)
+
+
+@pytest.mark.parametrize("limit_bytes", [1 << 24, 20_000])
+def test_the_last_minutes_replay(
+    limit_bytes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the start, or from a checkpoint in the middle of everything, where the beginning is gone."""
+    path, count = fly(tmp_path / "flight", limit_bytes)
+    assert path.stat().st_mode & 0o077 == 0, "it holds prompts"
+    assert replay.main([str(path), "--check"]) == 0
+    replayed = int(capsys.readouterr().out.split()[0])
+    assert replayed == count if limit_bytes > 1 << 20 else 20 < replayed < count
+
+
+def test_the_event_of_which_the_node_failed_is_the_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A dump made while the node breaks ends in the same failure when it is run again."""
+    node = Node(History(1).world.node.state.settings)
+    recorder = FlightRecorder(node, 1 << 20)
+    recorder.record(0.0, ev.HostUp(), node.handle(ev.HostUp(), 0.0))
+    up = ev.WorkerUp(0, "cpu", 1 << 16)
+    recorder.record(1.0, up, node.handle(up, 1.0))
+    recorder.failed(2.0, up)
+    assert replay.main([str(recorder.dump(tmp_path))]) == 1
+    assert "came up twice" in capsys.readouterr().out
+
+
+def test_old_dumps_make_room(tmp_path: Path) -> None:
+    """An operator who asks often does not fill the disk."""
+    recorder = FlightRecorder(Node(History(1).world.node.state.settings), 1 << 16)
+    paths = [recorder.dump(tmp_path) for _ in range(DUMPS_KEPT + 3)]
+    assert sorted(tmp_path.iterdir()) == paths[-DUMPS_KEPT:]

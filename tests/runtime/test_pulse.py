@@ -136,3 +136,36 @@ def test_a_stack_is_one_line() -> None:
     assert "\n" not in line
     assert "/" not in line
     assert stack(None) == ""
+
+
+def test_a_known_step_has_a_deadline_of_its_own() -> None:
+    """So many times what it should take; never more than the limit, never less than a slow moment."""
+    pulse = up()
+    pulse.limit_seconds = 1000.0
+    pulse.sent(STEP, 0.0, expects=1.0)
+    assert not hangs(pulse, 50.0)
+    assert hangs(pulse, 51.0)
+    pulse.heard(DONE, 51.0)
+    pulse.sent(msg.Step(2, "a", (), ()), 100.0, expects=0.001)
+    assert not hangs(pulse, 129.0)
+    assert hangs(pulse, 131.0)
+    pulse.sent(COPY, 131.0)
+    assert not hangs(pulse, 500.0), "a copy of unknown length is on its way too"
+    pulse.heard(msg.StepDone(2, (), 1.0), 500.0)
+    pulse.heard(msg.CopyDone("a", 1.0, 1), 500.0)
+    pulse.sent(msg.Step(3, "a", (), ()), 600.0, expects=1e6)
+    assert not hangs(pulse, 1600.0)
+    assert hangs(pulse, 1601.0)
+
+
+def test_an_idle_child_is_asked_after_a_while() -> None:
+    """Once, and not while it works or speaks; one that does not answer hangs."""
+    pulse = up()
+    assert not pulse.wants_ping(LIMIT / 2)
+    assert pulse.wants_ping(LIMIT)
+    pulse.sent(msg.Ping(), 10.0)
+    assert not pulse.wants_ping(15.0)
+    pulse.heard(msg.Pong(), 15.0)
+    assert not hangs(pulse, 100.0)
+    pulse.sent(msg.Ping(), 100.0)
+    assert hangs(pulse, 111.0)

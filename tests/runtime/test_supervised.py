@@ -18,6 +18,7 @@ class Immortal:
 
     def __init__(self) -> None:
         self.killed: list[str] = []
+        self.sent: list[msg.Message] = []
         self.exit: Callable[[str], None] = lambda _: None
         self.message: Callable[[msg.Message], None] = lambda _: None
 
@@ -25,7 +26,7 @@ class Immortal:
         self.message(msg.Hello(1, "cpu", 0))
 
     def send(self, message: msg.Message) -> None:
-        pass
+        self.sent.append(message)
 
     def broken(self, reason: str) -> None:
         self.killed.append(reason)
@@ -68,4 +69,32 @@ async def test_a_child_that_no_kill_ends_is_stuck(monkeypatch: pytest.MonkeyPatc
     child.exit("killed by SIGKILL")
     assert not supervised.stuck
     assert lost == ["hung: owes an answer (step) and said nothing for 11 s, killed by SIGKILL"]
+    await supervised.stop()
+
+
+async def test_an_idle_child_that_hangs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked after a while; its answer is nobody else's business, and its silence is its end."""
+    clock, child, said = Clock(), Immortal(), list[msg.Message]()
+    monkeypatch.setattr(engine, "time", clock)
+
+    def make(on_message: Callable[[msg.Message], None], on_exit: Callable[[str], None]) -> Immortal:
+        child.message, child.exit = on_message, on_exit
+        return child
+
+    supervised = Supervised(make, up=lambda _: None, lost=lambda _: None, said=said.append)  # type: ignore[arg-type]
+    supervised.pulse.limit_seconds = 10.0
+    await supervised.start()
+    supervised.look()
+    assert child.sent == []
+    clock.now = 6.0
+    supervised.look()
+    assert child.sent == [msg.Ping()]
+    child.message(msg.Pong())
+    assert said == []
+    clock.now = 12.0
+    supervised.look()
+    assert len(child.sent) == 2
+    for clock.now in (23.0, 24.0):
+        supervised.look()
+    assert "ping" in child.killed[0]
     await supervised.stop()

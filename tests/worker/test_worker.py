@@ -90,7 +90,7 @@ def test_the_model_raising_is_a_failed_step(loaded: Rig, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("seallmd.worker.worker.PagedBatch.attend", explode)
     failed = loaded.step("s", [admit(1, [3])], [msg.Row(1, 0, 1, True, loaded.blocks("s", 0, 1))])
-    assert failed == msg.StepFailed(loaded.steps, "out of memory, really")
+    assert failed == msg.StepFailed(loaded.steps, "out of memory, really", memory=True)
 
 
 def test_dropped_service_cannot_step(loaded: Rig) -> None:
@@ -228,3 +228,42 @@ def test_moves_may_chain(loaded: Rig, tmp_path: Path) -> None:
     talk.table = [free[1], talk.table[0], *talk.table[2:]]
     for _ in range(2):
         run_step(loaded, model, [(talk, 1)])
+
+
+def test_ping_is_answered(loaded: Rig) -> None:
+    """By a worker with nothing to do, and by the host process: the daemon kills who does not."""
+    loaded.worker.handle(msg.Ping())
+    loaded.host.handle(msg.Ping())
+    assert loaded.said[-2:] == [msg.Pong(), msg.Pong()]
+
+
+class NoMemory:
+    """A model that asks for more memory than there is."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, *_: object, **__: object) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_lack_of_memory_is_told_as_such(
+    error: Exception, loaded: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon then tries the requests one by one; other failures are not mistaken for it."""
+    monkeypatch.setattr(loaded.worker, "_forward", NoMemory(error))
+    row = msg.Row(1, 0, 2, True, loaded.blocks("s", 0, 2))
+    failed = loaded.step("s", [admit(1, [3, 4])], [row])
+    assert isinstance(failed, msg.StepFailed)
+    assert failed.memory
+    monkeypatch.setattr(loaded.worker, "_forward", NoMemory(RuntimeError("a shape is wrong")))
+    assert not loaded.step("s", [admit(1, [3, 4])], [row]).memory  # type: ignore[union-attr]

@@ -1,0 +1,53 @@
+"""Histories of every shape, and the tool that shrinks those that fail."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from seallmd.core.ranks import Ranks
+from tests.core import torture
+from tests.core.torture import Action, Case
+
+
+def test_histories_of_many_shapes() -> None:
+    """A few of the histories of which `python -m tests.core.torture` runs hundreds."""
+    events = sum(torture.play(torture.make(seed, actions=200)) for seed in range(6))
+    assert events > 1000
+
+
+def test_a_history_is_the_same_again() -> None:
+    """Also when it went through a file."""
+    case = torture.make(3, actions=120)
+    assert torture.play(case) == torture.play(Case.from_json(case.to_json()))
+
+
+def test_a_failure_is_shrunk_to_its_cause() -> None:
+    """Of a thousand actions, the two that matter remain."""
+    actions = [("wait", seed) for seed in range(1000)]
+    guilty = {("wait", 100), ("wait", 777)}
+
+    def fails(left: Sequence[Action]) -> bool:
+        return guilty <= set(left)
+
+    assert set(torture.shrink(actions, fails, time.monotonic() + 60)) == guilty
+
+
+def test_a_failing_history_is_shrunk_and_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a defect put into the ledger, the tool finds it, and what it writes fails again."""
+
+    def forget_to_release(self: Ranks, tables: object) -> None:
+        """Blocks of requests that end are lost."""
+
+    monkeypatch.setattr(Ranks, "release", forget_to_release)
+    out = tmp_path / "failing.json"
+    torture._write_shrunk(torture.make(0, actions=150), out)
+    assert "shrunk to" in capsys.readouterr().err
+    found = Case.from_json(out.read_text())
+    assert len(found.actions) < 15
+    assert torture.failure(found)
