@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from seallmd.core import messages as msg
-from seallmd.runtime import engine
-from seallmd.runtime.engine import Supervised
+from seallmd.runtime import supervised as supervised_module
+from seallmd.runtime.supervised import Supervised
 
 STEP = msg.Step(1, "a", (), ())
 
@@ -47,7 +47,7 @@ class Clock:
 async def test_a_child_that_no_kill_ends_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then systemd's watchdog is not told any more; when it dies after all, the reason says that it hung."""
     clock, child, lost = Clock(), Immortal(), list[str]()
-    monkeypatch.setattr(engine, "time", clock)
+    monkeypatch.setattr(supervised_module, "time", clock)
 
     def make(on_message: Callable[[msg.Message], None], on_exit: Callable[[str], None]) -> Immortal:
         child.message, child.exit = on_message, on_exit
@@ -75,7 +75,7 @@ async def test_a_child_that_no_kill_ends_is_stuck(monkeypatch: pytest.MonkeyPatc
 async def test_an_idle_child_that_hangs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked after a while; its answer is nobody else's business, and its silence is its end."""
     clock, child, said = Clock(), Immortal(), list[msg.Message]()
-    monkeypatch.setattr(engine, "time", clock)
+    monkeypatch.setattr(supervised_module, "time", clock)
 
     def make(on_message: Callable[[msg.Message], None], on_exit: Callable[[str], None]) -> Immortal:
         child.message, child.exit = on_message, on_exit
