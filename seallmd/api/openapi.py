@@ -15,6 +15,7 @@ from seallmd import __version__
 from seallmd.api.chat_answer import ChatChunk, ChatCompletion
 from seallmd.api.completion_answer import Completion
 from seallmd.api.ollama_schema import GenerateRequest, OllamaChatRequest
+from seallmd.api.responses_schema import ResponsesRequest
 from seallmd.api.schema import ChatRequest, CompletionRequest
 from seallmd.api.tokenize import DetokenizeRequest, TokenizeRequest
 
@@ -101,6 +102,7 @@ OPERATIONS = (
     Operation("get", "/v1/models/{name}", "One model.", answer=ModelCard),
     Operation("post", "/v1/completions", "Complete prompts.", CompletionRequest, Completion, Completion),
     Operation("post", "/v1/chat/completions", "Continue a chat.", ChatRequest, ChatCompletion, ChatChunk),
+    Operation("post", "/v1/responses", "Answer, in the newer form.", ResponsesRequest, _ANY, _ANY),
     Operation("post", "/tokenize", "Text or a chat to token ids.", TokenizeRequest, Tokenized),
     Operation("post", "/detokenize", "Token ids to text.", DetokenizeRequest, Detokenized),
     Operation("get", "/health", "Whether every device is up.", answer=Word),

@@ -7,9 +7,7 @@ import pytest
 
 from seallmd.core import events as ev
 from seallmd.core.snapshot import freeze, thaw
-from tests.core.test_histories import ACTIONS, PARALLEL, SERVICES, History
-
-CHOICES = [action for action in ACTIONS if action != "move"]  # which is done to the node behind its back
+from tests.core.test_histories import PARALLEL, REPLAYABLE, SERVICES, History
 
 
 @pytest.mark.parametrize("policy", ["budget", "adbs", "dedicated"])
@@ -27,7 +25,7 @@ def test_a_thawed_node_goes_on_alike(policy: str, parallel: bool) -> None:
         tensor_parallel={"pair": 2, "trio": 3} if parallel else {},
     )
     for _ in range(300):
-        history.act(history.random.choice(CHOICES))
+        history.act(history.random.choice(REPLAYABLE))
     copy = thaw(freeze(history.world.node))
     copy.check()
     seen: list[tuple[float, ev.Event, list[ev.Action]]] = []
@@ -39,7 +37,7 @@ def test_a_thawed_node_goes_on_alike(policy: str, parallel: bool) -> None:
 
     history.world._observe = observe
     for _ in range(300):
-        history.act(history.random.choice(CHOICES))
+        history.act(history.random.choice(REPLAYABLE))
     history.finish()
     assert len(seen) > 300
     for now, event, actions in seen:

@@ -91,7 +91,7 @@ async def test_requests_and_cancel(control: Path, node: FakeNode) -> None:
     _, out, _ = await run("--socket", control, "requests")
     waiting = next(line for line in out.splitlines() if "quick" in line)
     assert "its model is being read [x]" in waiting
-    assert waiting.split()[:5] == ["9", "quick", "waiting", "-", "1:15"]
+    assert waiting.split()[:6] == ["9", "quick", "default", "waiting", "-", "1:15"]
     assert "12/50" in out
     assert (await run("--socket", control, "cancel", "9"))[:2] == (0, "request 9 is cancelled\n")
     assert (await run("--socket", control, "cancel", "8"))[0] == 2

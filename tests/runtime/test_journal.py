@@ -9,7 +9,7 @@ import pytest
 from seallmd.core import events as ev
 from seallmd.core.node import Node
 from seallmd.runtime.journal import DUMPS_KEPT, FlightRecorder, Journal, read
-from tests.core.test_histories import ACTIONS, History
+from tests.core.test_histories import REPLAYABLE, History
 from tools import replay
 
 
@@ -20,7 +20,7 @@ def record_history(path: Path, limit_bytes: int = 1 << 24) -> int:
 
     node = Node(history.world.node.state.settings)  # the world kept none: run its events again
     for _ in range(300):
-        history.act(history.random.choice(ACTIONS))
+        history.act(history.random.choice(REPLAYABLE))
     history.finish()
     for now, event in history.world.history:
         journal.record(now, event, node.handle(event, now))
@@ -76,7 +76,7 @@ def fly(directory: Path, limit_bytes: int) -> tuple[Path, int]:
     node = Node(history.world.node.state.settings)
     recorder = FlightRecorder(node, limit_bytes)
     for _ in range(400):
-        history.act(history.random.choice(ACTIONS))
+        history.act(history.random.choice(REPLAYABLE))
     history.finish()
     for now, event in history.world.history:
         recorder.record(now, event, node.handle(event, now))

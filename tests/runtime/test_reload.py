@@ -41,6 +41,7 @@ def test_every_live_setting_is_taken_over() -> None:
             replicate_seconds=2.0,
             min_residency_seconds=1.0,
             patience_seconds=1.0,
+            max_waiting_tokens=99,
         ),
     )
     config, changed, waiting = reloaded(OLD, new)
