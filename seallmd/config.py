@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from seallmd.api.settings import HttpSettings, TierSettings
-from seallmd.core.settings import GroupSettings, ReplacementSettings, SchedulerSettings, ServiceSettings
+from seallmd.core.settings import GroupSettings, PolicySettings, ReplacementSettings, ServiceSettings
 from seallmd.errors import ConfigError
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)\s*$")
@@ -106,7 +106,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     http: HttpSettings = HttpSettings()
     control: ControlSettings = ControlSettings()
     devices: DeviceSettings = DeviceSettings()
-    scheduler: SchedulerSettings = SchedulerSettings()
+    policy: PolicySettings = PolicySettings()
     replacement: ReplacementSettings = ReplacementSettings()
     journal: JournalSettings = JournalSettings()
     log: LogSettings = LogSettings()
@@ -122,7 +122,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 # sockets at the start; so is the depth of pipelines, and "dedicated" deals devices out once and for all.
 LIVE = (
     *("stop_seconds", "hung_seconds", "log.level", "log.format", "http.keys"),
-    *(f"scheduler.{field}" for field in SchedulerSettings.__struct_fields__ if field != "pipeline_depth"),
+    *(f"policy.{field}" for field in PolicySettings.__struct_fields__ if field != "pipeline_depth"),
     *(f"replacement.{field}" for field in ReplacementSettings.__struct_fields__),
 )
 
@@ -156,7 +156,7 @@ def reloaded(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
 
 def _with_live(old: Config, new: Config) -> Config:
     """The old configuration with what a running daemon takes over of a new one."""
-    live = [name for name in LIVE if not (name == "scheduler.policy" and _deals_out(old) != _deals_out(new))]
+    live = [name for name in LIVE if not (name == "policy.scheduler" and _deals_out(old) != _deals_out(new))]
     changes: dict[str, Any] = {"service": new.service, "group": new.group}
     for name in live:
         table, _, key = name.partition(".")
@@ -169,7 +169,7 @@ def _with_live(old: Config, new: Config) -> Config:
 
 
 def _deals_out(config: Config) -> bool:
-    return config.scheduler.policy == "dedicated"
+    return config.policy.scheduler == "dedicated"
 
 
 def _differences(old: Config, new: Config) -> list[str]:

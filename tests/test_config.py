@@ -48,7 +48,7 @@ def test_a_hugging_face_id_stays_one(tmp_path: Path) -> None:
         ("[htp]\nport = 1\n" + SERVICE, "1", "htp"),
         ("[devices]\nmemory = 'much'\n" + SERVICE, "2", "no size"),
         ("[devices]\n\nblock = '1 B'\n" + SERVICE, "3", "4 KiB"),
-        (SERVICE + "[scheduler]\npolicy = 'magic'\n", "5", "magic"),
+        (SERVICE + "[policy]\nscheduler = 'magic'\n", "5", "magic"),
         ('[[service]]\nname = "a/../b"\nmodel = "x"\n', "2", "regex"),
         (SERVICE + '[[service]]\nname = "n"\n', "4", "model"),
         (SERVICE + '[[service]]\nname = "n"\nmodel = "y"\n# pinned\npinned = 3\n', "8", "bool"),

@@ -67,7 +67,7 @@ class Served(NamedTuple):
 
 
 class Bench:
-    """A daemon with services `m0`, `m1`, ... of one model. more: lines of the `[scheduler]` table."""
+    """A daemon with services `m0`, `m1`, ... of one model. more: lines of the `[policy]` table."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Bench:
         configuration.write_text(
             f'[http]\nport = 0\n[devices]\nkind = "cpu"\ncpu_workers = {workers}\nthreads = {threads}\n'
             f'memory = "{_MEMORY}"\ncache = "{cache}"\n'
-            f"[scheduler]\nmax_rows = 256\n{more}\n"
+            f"[policy]\nmax_rows = 256\n{more}\n"
             + "".join(
                 f'[[service]]\nname = "m{n}"\nmodel = "{model.resolve()}"\ndtype = "{dtype}"\n'
                 for n in range(services)

@@ -16,7 +16,7 @@ import time
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.node import Node
-from seallmd.core.settings import NodeSettings, SchedulerSettings, ServiceSettings
+from seallmd.core.settings import NodeSettings, PolicySettings, ServiceSettings
 
 BLOCK = 1 << 16
 LAYER = msg.LayerShape(kv_heads=2, k_dim=64, v_dim=64)
@@ -28,7 +28,7 @@ class Bench:
 
     def __init__(self, services: int, policy: str) -> None:
         names = [f"service-{i}" for i in range(services)]
-        scheduler = SchedulerSettings(policy=policy, pipeline_depth=2)  # type: ignore[arg-type]
+        settings = PolicySettings(scheduler=policy, pipeline_depth=2)  # type: ignore[arg-type]
         settings = NodeSettings(
             services=tuple(
                 ServiceSettings(name=name, model=name, preload=True, max_waiting=1 << 20) for name in names
@@ -36,7 +36,7 @@ class Bench:
             devices=1,
             block_bytes=BLOCK,
             host_bytes=1 << 40,
-            scheduler=scheduler,
+            policy=settings,
         )
         self.names = names
         self.node = Node(settings)

@@ -5,7 +5,7 @@ behind. Must not measure.
 
 A system is written as a kind and words of its own:
 
-    seallmd POLICY             one daemon; policies are those of `[scheduler] policy`
+    seallmd POLICY             one daemon; policies are those of `[policy] scheduler`
     llama-server [ARGUMENTS]   llama.cpp's server, one process for each service
     router [ARGUMENTS]         one llama-server in router mode, which starts such processes on demand
     llama-cpp-python           its server, which holds one model and loads another when that is asked for
@@ -122,7 +122,7 @@ def configuration(policy: str, hosted: Sequence[Hosted], machine: Machine) -> st
                 "cache": str(machine.cache),
             },
         ),
-        ("[scheduler]", {"policy": policy}),
+        ("[policy]", {"scheduler": policy}),
     ]
     if machine.journal is not None:
         tables.append(("[journal]", {"path": str(machine.journal.absolute())}))

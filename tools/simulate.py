@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from seallmd.core.cost import ROOFLINES
-from seallmd.core.settings import ReplacementSettings, SchedulerSettings
+from seallmd.core.settings import PolicySettings, ReplacementSettings
 from seallmd.sim import comparison, experiment, metrics
 from seallmd.sim.experiment import Outcome, Setup
 from seallmd.sim.metrics import Seen
@@ -87,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", type=float, default=161.0, help="mean prompt tokens of made-up requests")
     add("--output", type=float, default=337.0, help="mean output tokens of made-up requests")
     add("--context", type=int, default=CONTEXT_TOKENS, help="longer requests are cut to so many tokens")
-    add("--step-tokens", type=int, default=SchedulerSettings().step_tokens)
-    add("--max-rows", type=int, default=SchedulerSettings().max_rows)
+    add("--step-tokens", type=int, default=PolicySettings().step_tokens)
+    add("--max-rows", type=int, default=PolicySettings().max_rows)
     add("--no-replicate", action="store_true", help="no service comes in on a second device")
     add("--drain-seconds", type=float, default=600.0, help="who is not done then counts as failed")
     add("--no-replacement", action="store_true", help="services come and go by demand alone")
@@ -119,7 +119,7 @@ def _run_all(options: argparse.Namespace, console: Console, recorded: Sequence[S
     profiles = comparison.read_profiles(options.profiles) if options.profiles else {}
     if strangers := profiles.keys() - shapes.keys():
         raise SimError(f"profiles of {', '.join(sorted(strangers))}, which --models does not name")
-    scheduler = SchedulerSettings(
+    limits = PolicySettings(
         step_tokens=options.step_tokens, max_rows=options.max_rows, replicate=not options.no_replicate
     )
     plots = options.plots is not None
@@ -136,7 +136,7 @@ def _run_all(options: argparse.Namespace, console: Console, recorded: Sequence[S
                 devices=devices,
                 arrivals=arrivals,
                 policy=policy,
-                scheduler=scheduler,
+                limits=limits,
                 replacement=ReplacementSettings(enabled=not options.no_replacement),
                 placement=placement or "plans",
                 drain_seconds=options.drain_seconds,

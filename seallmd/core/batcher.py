@@ -99,7 +99,7 @@ class _StepFormer:
         self._rows: list[dict[int, Row]] = [{} for _ in self._group]  # by rank and request
         self._sent: list[SentRow] = []
         self._admits: list[Admit] = []
-        limits = state.settings.scheduler
+        limits = state.settings.policy
         self._rows_left = limits.max_rows
         # Decoding requests wait for one token each: they get theirs before prefill takes the rest.
         decoding = sum(r.runnable and r.pending == 1 for r in replica.running.values())
@@ -161,7 +161,7 @@ class _StepFormer:
         return rooms[self._replica.leader] < blocks <= max(rooms.values())
 
     def _shared_prefix(self, request: Request) -> Tables:
-        if not self._state.settings.scheduler.prefix_reuse:
+        if not self._state.settings.policy.prefix_reuse:
             return tuple([] for _ in self._group)
         service, tokens = self._service, request.tokens[: request.reusable]
         return self._ranks.share_prefix(self._root(request), tokens, service.run_tokens, service.run_blocks)

@@ -17,7 +17,7 @@ NAME = "dedicated"
 
 def is_dedicated(state: NodeState) -> bool:
     """Whether this node runs the baseline."""
-    return state.settings.scheduler.policy == NAME
+    return state.settings.policy.scheduler == NAME
 
 
 def own_devices(state: NodeState, service: Service, ranks: int) -> list[Device]:

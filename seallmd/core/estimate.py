@@ -29,7 +29,7 @@ def coming_seconds(state: NodeState, service: Service) -> float:
     if service.replicas:  # under way, and nothing told yet
         return copy
     # An absent one waits for room as well, for as long as it takes until busy services are asked.
-    return read + copy + (state.settings.scheduler.patience_seconds if service.waiting else 0.0)
+    return read + copy + (state.settings.policy.patience_seconds if service.waiting else 0.0)
 
 
 def queue_seconds(state: NodeState, service: Service) -> float:

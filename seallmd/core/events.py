@@ -24,7 +24,7 @@ from seallmd.core.messages import (
     ToWorker,
 )
 from seallmd.core.plan import Demand, Machine, Plan
-from seallmd.core.settings import GroupSettings, ReplacementSettings, SchedulerSettings, ServiceSettings
+from seallmd.core.settings import GroupSettings, PolicySettings, ReplacementSettings, ServiceSettings
 
 
 class _Tagged(msgspec.Struct, frozen=True, tag=True, gc=False):
@@ -125,7 +125,7 @@ class Reconfigured(_Tagged, frozen=True):
 
     services: tuple[ServiceSettings, ...]
     groups: tuple[GroupSettings, ...]
-    scheduler: SchedulerSettings
+    policy: PolicySettings
     replacement: ReplacementSettings
 
 

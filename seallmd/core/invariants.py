@@ -83,7 +83,7 @@ def _check_device(state: NodeState, device: Device) -> None:
     assert len(held) == device.arena.kv, "KV that no request holds"
     for block, count in held.items():
         assert device.arena.refs(block) == count, f"block {block} has {device.arena.refs(block)} refs"
-    assert len(device.inflight) <= state.settings.scheduler.pipeline_depth
+    assert len(device.inflight) <= state.settings.policy.pipeline_depth
     if device.reserved is not None:
         assert device.replicas.get(device.reserved.service) is device.reserved
     saved = [request.saved for request in state.requests.values() if request.saved is not None]

@@ -59,7 +59,7 @@ class Node:
         self._operators = Operators(self._state, self._room, self._residency, self._planner, self._probe)
         self._reconfigure = Reconfigure(self._state, self._room, self._images, self._probe)
         self._idle = IdleLimits(self._state, self._room)
-        self._policy = POLICIES[settings.scheduler.policy]()
+        self._policy = POLICIES[settings.policy.scheduler]()
         self._batcher = Batcher(self._state, self._room, self._policy.admits)
 
     @property
@@ -114,7 +114,7 @@ class Node:
 
     def next_wakeup(self) -> float | None:
         """When the node wants a Tick although nothing happens; None: only when something does."""
-        state, patience = self._state, self._state.settings.scheduler
+        state, patience = self._state, self._state.settings.policy
         times = self._room.next_deadlines()
         for service in state.services.values():
             if service.pressed_since is not None:
@@ -154,7 +154,7 @@ class Node:
             pass
 
     def _is_full(self, device: Device) -> bool:
-        return len(device.inflight) >= self._state.settings.scheduler.pipeline_depth
+        return len(device.inflight) >= self._state.settings.policy.pipeline_depth
 
     def _send_next(self, device: Device) -> bool:
         """Send the step that goes next on a device; False when nothing can run there now."""
@@ -292,7 +292,7 @@ class Node:
             error = f"{len(service.waiting)} requests wait for model {service.name!r} already"
             return failed(error, "overloaded", 503, queue_seconds(state, service))
         tokens = sum(each.waiting_tokens for each in state.services.values())
-        if tokens and tokens + len(event.prompt) > state.settings.scheduler.max_waiting_tokens:
+        if tokens and tokens + len(event.prompt) > state.settings.policy.max_waiting_tokens:
             error = f"{tokens} tokens wait for models already"
             return failed(error, "overloaded", 503, queue_seconds(state, service))
         if service.shape is None:
@@ -310,13 +310,13 @@ class Node:
         return None
 
     def _on_reconfigured(self, event: ev.Reconfigured) -> None:
-        before = self._state.settings.scheduler.policy
+        before = self._state.settings.policy.scheduler
         self._reconfigure.apply(event)
         self._planner.forget()
         self._idle.changed()
         self._operators.fail_misfits()
-        if event.scheduler.policy != before:
-            self._policy = POLICIES[event.scheduler.policy]()
+        if event.policy.scheduler != before:
+            self._policy = POLICIES[event.policy.scheduler]()
             self._batcher = Batcher(self._state, self._room, self._policy.admits)
 
     # ------------------------------------------------------------------------------------ workers
@@ -392,7 +392,7 @@ class Node:
     def _index_blocks(self, request: Request, service: Service) -> None:
         """Let others reuse the blocks whose KV is complete and whose tokens are known."""
         assert request.replica is not None
-        if not self._state.settings.scheduler.prefix_reuse:
+        if not self._state.settings.policy.prefix_reuse:
             return
         size, blocks = service.run_tokens, service.run_blocks
         while (request.indexed + 1) * size <= request.computed:

@@ -48,7 +48,7 @@ class Planner:
     def enabled(self) -> bool:
         """Whether this node plans: devices that are dealt out once and for all have nothing to plan."""
         settings = self._state.settings
-        return settings.replacement.enabled and settings.scheduler.policy != "dedicated"
+        return settings.replacement.enabled and settings.policy.scheduler != "dedicated"
 
     def settle(self) -> None:
         """Go on with the plan at hand; have another made when that is due."""
@@ -125,7 +125,7 @@ class Planner:
         return Machine(
             arena_bytes=tuple(a.capacity * settings.block_bytes if a is not None else 0 for a in arenas),
             copy_bytes_per_second=settings.roofline.copy_bytes_per_second,
-            max_rows=settings.scheduler.max_rows,
+            max_rows=settings.policy.max_rows,
             apart=self._apart(),
         )
 
@@ -301,6 +301,6 @@ class Planner:
             return None
         replica.leaving = True
         if replica.stage is Stage.RESIDENT:
-            patience = self._state.settings.scheduler.patience_seconds
+            patience = self._state.settings.policy.patience_seconds
             self._room.drain(replica, admit_below=0, seconds=patience)
         return False

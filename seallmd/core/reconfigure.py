@@ -44,7 +44,7 @@ class Reconfigure:
             state.settings,
             services=event.services,
             groups=event.groups,
-            scheduler=event.scheduler,
+            policy=event.policy,
             replacement=event.replacement,
         )
         state.sharing = Sharing(event.groups)

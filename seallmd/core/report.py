@@ -24,7 +24,7 @@ from seallmd.core.status import (
 def node_status(state: NodeState, residency: Residency, now: float) -> NodeStatus:
     """The report at `now`."""
     return NodeStatus(
-        policy=state.settings.scheduler.policy,
+        policy=state.settings.policy.scheduler,
         draining=state.draining,
         block_bytes=state.settings.block_bytes,
         devices=tuple(_device(state, device) for device in state.devices.values()),

@@ -157,7 +157,7 @@ class Residency:
 
     def _replicate_wanted(self) -> None:
         """Give idle devices to services for which one more would pay."""
-        state, limits = self._state, self._state.settings.scheduler
+        state, limits = self._state, self._state.settings.policy
         if not limits.replicate or state.now < self._look_at:
             return
         # Often enough to tell for how long a replica would have paid.

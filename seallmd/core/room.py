@@ -31,7 +31,7 @@ class Room:
             return False
         # Never before it did what it was brought in for: two services in demand would only copy.
         settled = replica.served or not service.waiting
-        stayed = self._state.now - replica.since >= self._state.settings.scheduler.min_residency_seconds
+        stayed = self._state.now - replica.since >= self._state.settings.policy.min_residency_seconds
         return replica.stage is Stage.DRAINING or (settled and stayed)
 
     # ------------------------------------------------------------------------------- making room

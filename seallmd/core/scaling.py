@@ -22,11 +22,11 @@ def watch_pressure(state: NodeState, service: Service) -> None:
 def wants_replica(state: NodeState, service: Service) -> bool:
     """Whether another replica has paid for long enough."""
     since = service.pressed_since
-    return since is not None and state.now >= since + state.settings.scheduler.replicate_seconds
+    return since is not None and state.now >= since + state.settings.policy.replicate_seconds
 
 
 def _would_pay(state: NodeState, service: Service) -> bool:
-    replicas, limits = service.replicas, state.settings.scheduler
+    replicas, limits = service.replicas, state.settings.policy
     if not replicas or (len(replicas) + 1) * service.ranks > len(state.devices):
         return False
     if service.evict_tickets or any(replica.stage is not Stage.RESIDENT for replica in replicas):

@@ -1,7 +1,7 @@
 """Which replica of a device steps next.
 
 Owns the policies by name, most of them pure choices among replicas that have work, and the doubling budget.
-Must not form steps (`batcher`) nor move models (`residency`). The policy is chosen in `[scheduler] policy`.
+Must not form steps (`batcher`) nor move models (`residency`). The policy is chosen in `[policy] scheduler`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def budget(state: NodeState, _device: Device, ready: Sequence[Replica]) -> list[
     if len(ready) == 1:
         return list(ready)
     worth = {replica.service: _next_step(state, replica) for replica in ready}
-    gap = state.settings.scheduler.max_gap_rounds * sum(seconds for _, seconds in worth.values())
+    gap = state.settings.policy.max_gap_rounds * sum(seconds for _, seconds in worth.values())
 
     def rank(replica: Replica) -> tuple[float, float]:
         waits = state.now - _unserved_since(state, replica)
@@ -74,7 +74,7 @@ def _unserved_since(state: NodeState, replica: Replica) -> float:
 
 def _next_step(state: NodeState, replica: Replica) -> tuple[float, float]:
     """Worth of the step that the replica would run next, and the seconds that it would take."""
-    service, limits = state.services[replica.service], state.settings.scheduler
+    service, limits = state.services[replica.service], state.settings.policy
     profile, now, ageing = service.profile, state.now, limits.ageing
     assert profile is not None
     token, left = profile.token_seconds(), limits.step_tokens
@@ -135,7 +135,7 @@ def _adbs() -> Policy:
     return Policy(quotas.order, quotas.admits)
 
 
-# Makes the policy of one node, by its name in `[scheduler] policy`.
+# Makes the policy of one node, by its name in `[policy] scheduler`.
 POLICIES: dict[str, Callable[[], Policy]] = {
     "budget": lambda: Policy(budget, _admits_all),
     "round-robin": lambda: Policy(round_robin, _admits_all),

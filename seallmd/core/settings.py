@@ -55,10 +55,10 @@ class GroupSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     share_others: bool = True
 
 
-class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The `[scheduler]` table.
+class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The `[policy]` table.
 
-    policy: which replica of a device steps next (`core.scheduler`). max_gap_rounds: `budget` lets no
+    scheduler: which replica of a device steps next (`core.scheduler`). max_gap_rounds: `budget` lets no
     service that has work wait longer for a step than so many rounds of one step each. ageing: in `budget`
     a request counts by its slowdown so far to this power; 0 lets long ones wait. step_tokens: tokens in
     one step, prefill and decode together. max_rows: requests in one step. pipeline_depth: steps a device
@@ -70,7 +70,7 @@ class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     that wait, of all services together, before new ones are refused.
     """
 
-    policy: Literal["budget", "round-robin", "fcfs", "adbs", "dedicated"] = "budget"
+    scheduler: Literal["budget", "round-robin", "fcfs", "adbs", "dedicated"] = "budget"
     max_gap_rounds: Annotated[float, Meta(ge=1, le=1000)] = 1.5
     ageing: Annotated[float, Meta(ge=0, le=10)] = 2.0
     step_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 512
@@ -117,7 +117,7 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     host_bytes: int
     roofline: Roofline = ROOFLINES["cpu"]
     profiles: dict[str, ServiceProfile] = {}
-    scheduler: SchedulerSettings = SchedulerSettings()
+    policy: PolicySettings = PolicySettings()
     host_kv_bytes: int = 0
     kv_layout: Literal["merged", "split"] = "merged"
     replacement: ReplacementSettings = ReplacementSettings()

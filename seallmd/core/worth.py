@@ -61,11 +61,11 @@ def asks_at(state: NodeState, service: Service, lost: float) -> float:
     if service.load_tickets or waited(service, state.now) >= lost:
         return state.now
     oldest = next(iter(service.waiting.values()))
-    patience = state.settings.scheduler.patience_seconds
+    patience = state.settings.policy.patience_seconds
     look = max(_LEAST_LOOK_SECONDS, swap_seconds(state, service) / _LOOKS)
     return max(state.now, min(_since(service, oldest) + patience, state.now + look))
 
 
 def drain_seconds(state: NodeState, service: Service) -> float:
     """How long those who were asked to leave may still run their requests: as long as the swap takes."""
-    return min(swap_seconds(state, service), state.settings.scheduler.patience_seconds)
+    return min(swap_seconds(state, service), state.settings.policy.patience_seconds)

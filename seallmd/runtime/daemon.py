@@ -106,7 +106,7 @@ def _build_engine(config: Config) -> Engine:
         devices=len(plan.workers),
         block_bytes=plan.block_bytes,
         host_bytes=plan.host_bytes,
-        scheduler=config.scheduler,
+        policy=config.policy,
         replacement=config.replacement,
         roofline=plan.roofline,
         host_kv_bytes=plan.host_kv_bytes,
@@ -261,7 +261,7 @@ class Daemon:
         set_up(config.log, os.environ)
         self._keyring.replace(keys)
         self._engine.set_hung_seconds(config.hung_seconds)
-        self._engine.reconfigure(config.service, config.group, config.scheduler, config.replacement)
+        self._engine.reconfigure(config.service, config.group, config.policy, config.replacement)
         said = f"configuration read again, changed: {', '.join(changed) or 'nothing'}"
         log.info("%s", said)
         self._engine.feed.tell("configuration", "", said)

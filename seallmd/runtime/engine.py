@@ -25,8 +25,8 @@ from seallmd.core.report import request_statuses, service_detail
 from seallmd.core.settings import (
     GroupSettings,
     NodeSettings,
+    PolicySettings,
     ReplacementSettings,
-    SchedulerSettings,
     ServiceSettings,
 )
 from seallmd.core.state import Service
@@ -372,13 +372,13 @@ class Engine:
         self,
         services: tuple[ServiceSettings, ...],
         groups: tuple[GroupSettings, ...],
-        scheduler: SchedulerSettings,
+        policy: PolicySettings,
         replacement: ReplacementSettings,
     ) -> None:
         """From here on these settings hold; who is being served is not cut off."""
         now = self.node.state.settings
-        event = ev.Reconfigured(services, groups, scheduler, replacement)
-        if event != ev.Reconfigured(now.services, now.groups, now.scheduler, now.replacement):
+        event = ev.Reconfigured(services, groups, policy, replacement)
+        if event != ev.Reconfigured(now.services, now.groups, now.policy, now.replacement):
             self._happen(event)
 
     async def operate(self, make: Callable[[int], ev.OperatorEvent]) -> None:

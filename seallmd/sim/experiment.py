@@ -20,7 +20,7 @@ from seallmd.core.cost import Roofline, Work
 from seallmd.core.plan import Plan
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.scheduler import POLICIES
-from seallmd.core.settings import NodeSettings, ReplacementSettings, SchedulerSettings, ServiceSettings
+from seallmd.core.settings import NodeSettings, PolicySettings, ReplacementSettings, ServiceSettings
 from seallmd.sim import metrics, static
 from seallmd.sim.device import STOP, Span
 from seallmd.sim.metrics import Report, Served
@@ -58,7 +58,7 @@ class Setup:
     devices: tuple[Roofline, ...]
     arrivals: Sequence[Arrival]
     policy: str = "budget"
-    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    limits: PolicySettings = field(default_factory=PolicySettings)
     replacement: ReplacementSettings = field(default_factory=ReplacementSettings)
     placement: str = "plans"
     block_bytes: int = 0
@@ -159,15 +159,15 @@ class _Run:
         self._spans: list[Span] = []
         self._occupancy: list[Occupancy] = []
         arenas = tuple(int(device.memory_bytes * setup.arena_share) for device in setup.devices)
-        scheduler = msgspec.structs.replace(setup.scheduler, policy=setup.policy)
+        policy = msgspec.structs.replace(setup.limits, scheduler=setup.policy)
         replacement = setup.replacement
         self._static = Plan({})
         if setup.placement in ("demand", "alpa"):
             replacement = msgspec.structs.replace(replacement, enabled=False)
         if setup.placement == "alpa":
             known = setup.shapes, setup.devices[0], arenas, setup.arrivals
-            self._static = static.alpa(*known, setup.scheduler.max_rows)
-            scheduler = msgspec.structs.replace(scheduler, replicate=False)
+            self._static = static.alpa(*known, setup.limits.max_rows)
+            policy = msgspec.structs.replace(policy, replicate=False)
         settings = NodeSettings(
             services=tuple(self._service(name) for name in setup.shapes),
             devices=len(setup.devices),
@@ -175,7 +175,7 @@ class _Run:
             host_bytes=setup.host_bytes,
             roofline=setup.devices[0],
             profiles=dict(setup.profiles),
-            scheduler=scheduler,
+            policy=policy,
             replacement=replacement,
         )
         self._world = World(

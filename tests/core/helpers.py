@@ -10,8 +10,8 @@ from seallmd.core.messages import LayerShape, ModelShape, Sampling, Shard
 from seallmd.core.settings import (
     GroupSettings,
     NodeSettings,
+    PolicySettings,
     ReplacementSettings,
-    SchedulerSettings,
     ServiceSettings,
 )
 from seallmd.sim.world import Costs, World, expected_output
@@ -130,7 +130,8 @@ def world(
     sharing: tuple[GroupSettings, ...] = (),
     idle_seconds: dict[str, float] | None = None,
     absent: tuple[str, ...] = (),
-    **scheduler: object,
+    policy: str = "budget",
+    **limits: object,
 ) -> Recorder:
     """A started world. arenas: blocks of each device. host_kv: blocks of host memory for KV of each. absent:
     services that are known, but not configured yet."""
@@ -156,7 +157,7 @@ def world(
         host_kv_bytes=host_kv * BLOCK,
         kv_layout=kv_layout,
         replacement=replacement or ReplacementSettings(),
-        scheduler=SchedulerSettings(**scheduler),  # type: ignore[arg-type]
+        policy=PolicySettings(scheduler=policy, **limits),  # type: ignore[arg-type]
     )
     recorder = Recorder(check_every_event=check_every_event)
     recorder.world = World(

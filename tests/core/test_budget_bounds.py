@@ -14,7 +14,7 @@ from seallmd.core.cost import ROOFLINES, StepCosts
 from seallmd.core.messages import Sampling, Step
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.scheduler import charge
-from seallmd.core.settings import NodeSettings, SchedulerSettings, ServiceSettings
+from seallmd.core.settings import NodeSettings, PolicySettings, ServiceSettings
 from seallmd.core.state import Request, Service
 from seallmd.sim.world import Costs, World
 from tests.core.helpers import BLOCK, shape
@@ -125,7 +125,7 @@ Work = tuple[float, str, int, int]  # when, for whom, tokens of the prompt and o
 def watched(work: list[Work], max_gap_rounds: float, ageing: float = 2.0) -> Watch:
     """The real node on one device with room for everything, one step at a time, costs known beforehand."""
     watch = Watch()
-    scheduler = SchedulerSettings(
+    policy = PolicySettings(
         max_gap_rounds=max_gap_rounds, ageing=ageing, pipeline_depth=1, prefix_reuse=False, replicate=False
     )
     node = NodeSettings(
@@ -133,7 +133,7 @@ def watched(work: list[Work], max_gap_rounds: float, ageing: float = 2.0) -> Wat
         devices=1,
         block_bytes=BLOCK,
         host_bytes=1 << 30,
-        scheduler=scheduler,
+        policy=policy,
         profiles={name: known_profile() for name in SERVICES},
     )
     shapes = {name: shape(context=CONTEXT) for name in SERVICES}

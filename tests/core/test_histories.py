@@ -159,7 +159,7 @@ class History:
             share_others=draw.random() < 0.7,
         )
         groups = (group,) if draw.random() < 0.6 else ()
-        self.world.happen(ev.Reconfigured(tuple(services), groups, settings.scheduler, settings.replacement))
+        self.world.happen(ev.Reconfigured(tuple(services), groups, settings.policy, settings.replacement))
 
     def undrain_all(self) -> None:
         self.world.happen(ev.NodeDrainWanted(self._ticket(), drained=False))

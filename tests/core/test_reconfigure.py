@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from seallmd.core import events as ev
-from seallmd.core.settings import GroupSettings, SchedulerSettings, ServiceSettings
+from seallmd.core.settings import GroupSettings, PolicySettings, ServiceSettings
 from tests.core.helpers import Recorder, shape, world
 
 MODELS = {"a": shape(), "b": shape(), "c": shape()}
@@ -20,11 +20,11 @@ def reload(
     recorder: Recorder,
     *services: ServiceSettings,
     groups: tuple[GroupSettings, ...] = (),
-    scheduler: SchedulerSettings | None = None,
+    policy: PolicySettings | None = None,
 ) -> None:
     now = recorder.world.node.state.settings
-    scheduler = scheduler or now.scheduler
-    recorder.world.happen(ev.Reconfigured(services, groups, scheduler, now.replacement))
+    policy = policy or now.policy
+    recorder.world.happen(ev.Reconfigured(services, groups, policy, now.replacement))
 
 
 def names(recorder: Recorder) -> list[str]:
@@ -144,7 +144,7 @@ def test_the_policy_changes_at_once() -> None:
     run(recorder, 0.05)
     services = recorder.world.node.state.settings.services
     for policy in ("adbs", "fcfs", "round-robin", "budget"):
-        reload(recorder, *services, scheduler=SchedulerSettings(policy=policy))
+        reload(recorder, *services, policy=PolicySettings(scheduler=policy))
         run(recorder, 0.02)
         assert recorder.world.node.status(0).policy == policy
     recorder.world.run()

@@ -20,8 +20,8 @@ def busy(recorder: Recorder, service: str = "a", count: int = 24, first: int = 1
         recorder.arrive(request, service, (request % 50, 1), 40)
 
 
-def two_devices(**scheduler: object) -> Recorder:
-    return world({"a": shape(), "b": shape()}, arenas=(120, 120), replicate_seconds=0.2, **scheduler)
+def two_devices(**limits: object) -> Recorder:
+    return world({"a": shape(), "b": shape()}, arenas=(120, 120), replicate_seconds=0.2, **limits)
 
 
 def test_a_busy_service_uses_an_idle_device() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from seallmd.core import events as ev
 from seallmd.core.messages import StepDone
-from seallmd.core.settings import SchedulerSettings
+from seallmd.core.settings import PolicySettings
 from seallmd.core.worth import loss, waited
 from seallmd.sim.world import Costs
 from tests.core.helpers import Recorder, shape, world
@@ -126,7 +126,7 @@ def test_pinned_services_never_leave_and_the_newcomer_hears_it() -> None:
     recorder.world.run()
     assert {recorder.finished[request].status for request in range(1, 31)} == {503}
     assert all("pinned" in recorder.finished[request].error for request in range(1, 31))
-    assert recorder.world.now - began < SchedulerSettings().patience_seconds
+    assert recorder.world.now - began < PolicySettings().patience_seconds
     assert state_of(recorder, "a") == "resident"
     assert recorder.world.node.state.services["a"].swaps_in == 1
 

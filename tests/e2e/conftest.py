@@ -56,7 +56,7 @@ def _generate(name: str) -> list[list[int]]:
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """Two CPU devices, both models and a third service, room for all but one; one device per service."""
     config = '[devices]\nkind = "cpu"\ncpu_workers = 2\nmemory = "1536 MiB"\n'
-    config += "[scheduler]\nstep_tokens = 256\nreplicate = false\n[replacement]\nenabled = false\n"
+    config += "[policy]\nstep_tokens = 256\nreplicate = false\n[replacement]\nenabled = false\n"
     config += service(SMOL, SMOL, dtype="float32", preload=True)
     config += service(GEMMA, GEMMA, dtype="float32")
     config += service("smol-b", SMOL, dtype="float32", context=1024)
@@ -70,7 +70,7 @@ def small_daemon(tmp_path: Path, model: str, host_kv: str) -> Iterator[Daemon]:
     memory = {SMOL: "600 MiB", GEMMA: "1072 MiB"}[model]
     config = f'[devices]\nkind = "cpu"\ncpu_workers = 1\nmemory = "{memory}"\n'
     config += f'host_kv = "{host_kv}"\n'
-    config += "[scheduler]\nstep_tokens = 256\n"
+    config += "[policy]\nstep_tokens = 256\n"
     config += service(model, model, dtype="float32", preload=True)
     yield from _run(Daemon(tmp_path, config))
 

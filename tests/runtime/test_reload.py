@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from seallmd.api.settings import HttpSettings
 from seallmd.config import LIVE, Config, DeviceSettings, LogSettings, reloaded
-from seallmd.core.settings import GroupSettings, ReplacementSettings, SchedulerSettings, ServiceSettings
+from seallmd.core.settings import GroupSettings, PolicySettings, ReplacementSettings, ServiceSettings
 
 A, B = ServiceSettings(name="a", model="m"), ServiceSettings(name="b", model="m")
 OLD = Config(service=(A,))
@@ -29,8 +29,8 @@ def test_every_live_setting_is_taken_over() -> None:
         replacement=ReplacementSettings(
             enabled=False, min_interval_seconds=1.0, max_interval_seconds=2.0, drift=3.0, least_gain=0.5
         ),
-        scheduler=SchedulerSettings(
-            policy="fcfs",
+        policy=PolicySettings(
+            scheduler="fcfs",
             max_gap_rounds=2.0,
             ageing=1.0,
             step_tokens=64,
@@ -53,12 +53,12 @@ def test_every_live_setting_is_taken_over() -> None:
 def test_what_needs_a_restart_stays_as_it_was() -> None:
     """And is named again at the next reload, until the restart."""
     log = LogSettings(level="debug", stall_seconds=2.0)
-    scheduler = SchedulerSettings(pipeline_depth=1, policy="dedicated", ageing=1.0)
-    new = replace(OLD, devices=DeviceSettings(threads=3), log=log, scheduler=scheduler)
+    policy = PolicySettings(pipeline_depth=1, scheduler="dedicated", ageing=1.0)
+    new = replace(OLD, devices=DeviceSettings(threads=3), log=log, policy=policy)
     config, changed, waiting = reloaded(OLD, new)
-    assert config == replace(OLD, log=LogSettings(level="debug"), scheduler=SchedulerSettings(ageing=1.0))
-    assert changed == ["scheduler.ageing", "log.level"]
+    assert config == replace(OLD, log=LogSettings(level="debug"), policy=PolicySettings(ageing=1.0))
+    assert changed == ["policy.ageing", "log.level"]
     assert waiting == [
-        *("devices.threads", "scheduler.policy", "scheduler.pipeline_depth", "log.stall_seconds"),
+        *("devices.threads", "policy.scheduler", "policy.pipeline_depth", "log.stall_seconds"),
     ]
     assert reloaded(config, new)[1:] == ([], waiting)

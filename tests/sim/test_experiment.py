@@ -12,7 +12,7 @@ import pytest
 from seallmd.core.cost import ROOFLINES, Roofline, Work
 from seallmd.core.events import Action, Arrived, Event
 from seallmd.core.messages import LayerShape, ModelShape, Sampling
-from seallmd.core.settings import NodeSettings, SchedulerSettings, ServiceSettings
+from seallmd.core.settings import NodeSettings, PolicySettings, ServiceSettings
 from seallmd.sim import experiment
 from seallmd.sim.device import STOP
 from seallmd.sim.experiment import Outcome, Setup
@@ -28,14 +28,14 @@ DEVICE = Roofline("unit", 1e12, 1e7, 1e9, step_seconds=0.1, memory_bytes=BLOCK *
 PROMPT = 20
 WORK = Work.of(SHAPE)
 STEP_SECONDS = DEVICE.step(WORK, PROMPT, PROMPT, 1)  # one request: its prompt, and its only token
-ONE_BY_ONE = SchedulerSettings(max_rows=1, pipeline_depth=1)
+ONE_BY_ONE = PolicySettings(max_rows=1, pipeline_depth=1)
 
 
 def one_server(rate: float, seconds: float, cv: float) -> Outcome:
     """A queue with one server and deterministic service: each request is one step of its own."""
     lengths = Lengths(PROMPT, 1, sigma=0.0)
     arrivals = synthetic(["a"], rate=rate, seconds=seconds, alpha=1.0, seed=3, cv=cv, lengths=lengths)
-    setup = Setup({"a": SHAPE}, (DEVICE,), arrivals, policy="fcfs", scheduler=ONE_BY_ONE, block_bytes=BLOCK)
+    setup = Setup({"a": SHAPE}, (DEVICE,), arrivals, policy="fcfs", limits=ONE_BY_ONE, block_bytes=BLOCK)
     return experiment.run(setup)
 
 
@@ -223,7 +223,7 @@ def test_budget_beats_turns_in_the_tail_and_in_the_mean() -> None:
             (ROOFLINES["a100-80g"],) * 2,
             arrivals,
             policy=policy,
-            scheduler=SchedulerSettings(replicate=False),
+            limits=PolicySettings(replicate=False),
         )
         found[policy] = experiment.run(setup).report(policy, setup, 4.0)
     budget, turns = found["budget"], found["round-robin"]

@@ -9,7 +9,7 @@ import pytest
 from seallmd.core.cost import StepCosts
 from seallmd.core.latency import estimate
 from seallmd.core.plan import Demand, Machine, Plan, Split
-from seallmd.core.settings import SchedulerSettings
+from seallmd.core.settings import PolicySettings
 from seallmd.sim.experiment import Setup, run
 from seallmd.sim.models import parse_devices, parse_models
 from seallmd.sim.workload import Lengths, synthetic
@@ -22,8 +22,8 @@ def test_predicted_latency_is_what_the_simulator_finds(models: str, rate: float)
     shapes, (device,) = parse_models(models), parse_devices("1*a100-80g")
     lengths = Lengths(prompt=160, output=120, sigma=0.6)
     arrivals = synthetic(list(shapes), rate=rate, seconds=seconds, alpha=0.5, seed=0, lengths=lengths)
-    settings = SchedulerSettings(replicate=False)
-    outcome = run(Setup(shapes, (device,), arrivals, policy="round-robin", scheduler=settings))
+    settings = PolicySettings(replicate=False)
+    outcome = run(Setup(shapes, (device,), arrivals, policy="round-robin", limits=settings))
     demands = []
     for name, shape in shapes.items():
         own = [arrival for arrival in arrivals if arrival.service == name]

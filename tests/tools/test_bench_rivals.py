@@ -47,7 +47,7 @@ def test_the_configuration_of_the_daemon(tmp_path: Path) -> None:
     path = tmp_path / "seallmd.toml"
     path.write_text(rivals.configuration("fcfs", hosted, machine(tmp_path)))
     read = config.load(path)
-    assert (read.scheduler.policy, read.devices.cpu_workers, read.devices.memory) == ("fcfs", 2, "1 GiB")
+    assert (read.policy.scheduler, read.devices.cpu_workers, read.devices.memory) == ("fcfs", 2, "1 GiB")
     assert [s.name for s in read.service] == ["chat", "code"]
     assert {(s.model, s.dtype, s.context) for s in read.service} == {
         (str(tmp_path / 'a "model"'), "bfloat16", 512)
