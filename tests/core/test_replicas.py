@@ -88,17 +88,16 @@ def test_evict_takes_every_replica() -> None:
 
 
 def test_a_lost_worker_leaves_the_other_replica_serving() -> None:
-    """Only what ran on the dead device fails; what waited goes on."""
+    """What ran on the dead device goes on at the other one."""
     recorder = two_devices(max_rows=8)
     busy(recorder, count=40)
     recorder.world.run(until=recorder.world.now + 0.6)
     assert len(status_of(recorder, "a").devices) == 2
     recorder.world.devices[1].kill(restart_after=100.0)
-    failed = {request for request, finish in recorder.finished.items() if finish.reason == "failed"}
-    assert 0 < len(failed) <= 8
+    assert any("starts over" in note for note in recorder.notes)
     assert status_of(recorder, "a").devices == (0,)
     recorder.world.run()
-    for request in set(range(1, 41)) - failed:
+    for request in range(1, 41):
         recorder.assert_output(request)
 
 
