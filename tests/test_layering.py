@@ -59,6 +59,7 @@ LAYERS = {
     "seallmd.api": Layer(
         ("seallmd", "seallmd.api", "seallmd.runtime.face", *_CORE_STRUCTS, "seallmd.errors", "seallmd.paths")
     ),
+    "seallmd.ui": Layer(()),
     "seallmd.worker": Layer(("seallmd.worker", "seallmd.core.messages", "seallmd.errors")),
     "seallmd.ctl": Layer(("seallmd", "seallmd.ctl", "seallmd.paths", "seallmd.errors"), frozenset({"rich"})),
 }

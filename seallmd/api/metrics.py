@@ -21,6 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from seallmd import __version__
+from seallmd.api.latency_window import LatencyWindow
 from seallmd.core.events import Finish
 from seallmd.core.status import DeviceStatus, NodeStatus, ServiceStatus
 from seallmd.runtime.face import Generation
@@ -54,6 +55,7 @@ class Metrics:
         # A gauge with the moment of creation for every series would double the page.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.clock = clock
+        self.window = LatencyWindow(clock)
         self._registry = CollectorRegistry()
         self._registry.register(_Report(status))
         self.ends = Counter(
@@ -96,6 +98,7 @@ class RequestMeter:
         self._first_token = metrics.first_token.labels(generation.service)
         self._between_tokens = metrics.between_tokens.labels(generation.service)
         self._began = self._last = metrics.clock()
+        self._first_seconds = 0.0
         self._tokens = 0
         self._stopped = False
 
@@ -106,8 +109,14 @@ class RequestMeter:
     def pushed(self, tokens: int) -> None:
         """So many tokens came."""
         now = self._metrics.clock()
-        (self._between_tokens if self._tokens else self._first_token).observe(now - self._last)
-        self._last = now
+        seconds, self._last = now - self._last, now
+        if self._tokens:
+            self._between_tokens.observe(seconds)
+            self._metrics.window.next_token(self._generation.service, seconds)
+        else:
+            self._first_seconds = seconds
+            self._first_token.observe(seconds)
+            self._metrics.window.first_token(self._generation.service, seconds)
         self._tokens += tokens
 
     def ended(self, finish: Finish) -> None:
@@ -115,10 +124,15 @@ class RequestMeter:
         metrics, service = self._metrics, self._generation.service
         reason = "stop" if self._stopped else _ENDS.get(finish.reason, "error")
         metrics.ends.labels(service, reason).inc()
-        if reason != "error":
-            metrics.whole.labels(service).observe(metrics.clock() - self._began)
+        seconds = metrics.clock() - self._began
+        if reason == "error":
+            metrics.window.failed(service)
+        else:
+            metrics.whole.labels(service).observe(seconds)
             metrics.prompt.labels(service).observe(len(self._generation.prompt))
             metrics.output.labels(service).observe(self._tokens)
+        if reason in ("stop", "length"):
+            metrics.window.ended(service, self._first_seconds, seconds, self._tokens)
 
 
 class _Report(Collector):

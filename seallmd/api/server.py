@@ -23,6 +23,7 @@ from seallmd.api.serving import Serving, json_response, read_body
 from seallmd.api.settings import HttpSettings
 from seallmd.api.sockets import claim_socket_path
 from seallmd.api.tokenize import Tokenize
+from seallmd.api.ui import Ui
 from seallmd.core.status import ServiceStatus
 from seallmd.errors import ConfigError, ControlError, RequestError
 from seallmd.runtime.face import EngineFace, ServiceView
@@ -40,6 +41,7 @@ def build_app(engine: EngineFace, settings: HttpSettings) -> web.Application:
     app.add_routes(OpenAI(serving).routes())
     app.add_routes(Tokenize(serving).routes())
     app.add_routes(Ollama(serving).routes())
+    Ui(serving).register(app)
 
     async def close(_app: web.Application) -> None:
         await serving.close()

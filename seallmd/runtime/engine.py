@@ -18,12 +18,13 @@ import msgspec
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
+from seallmd.core.arena_map import arena_maps
 from seallmd.core.node import Node
 from seallmd.core.placement import place
 from seallmd.core.report import request_statuses, service_detail
 from seallmd.core.settings import NodeSettings
 from seallmd.core.state import Service
-from seallmd.core.status import NodeStatus, PlanStatus, RequestStatus, ServiceDetail
+from seallmd.core.status import ArenaMap, NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 from seallmd.errors import ControlError, RequestError
 from seallmd.runtime import profiles, rendezvous
 from seallmd.runtime.children import Child, Entry
@@ -287,6 +288,10 @@ class Engine:
             if status.name == service:
                 return service_detail(self.node.state, status, self._now())
         return None
+
+    def arena_maps(self, cells: int) -> list[ArenaMap]:
+        """Who holds which part of each device's arena, in at most so many cells."""
+        return arena_maps(self.node.state, cells)
 
     def plan(self) -> PlanStatus | None:
         """The plan in force and the best one known; None while nothing is planned."""

@@ -15,7 +15,7 @@ import msgspec
 from seallmd.core.events import Finish
 from seallmd.core.messages import ModelShape, Sampling
 from seallmd.core.settings import ServiceSettings
-from seallmd.core.status import NodeStatus, PlanStatus, RequestStatus, ServiceDetail
+from seallmd.core.status import ArenaMap, NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 
 
 class ServiceView(msgspec.Struct, frozen=True):
@@ -127,6 +127,9 @@ class EngineFace(Protocol):
 
     def requests(self) -> list[RequestStatus]:
         """Every request that is not over, the most senior first."""
+
+    def arena_maps(self, cells: int) -> list[ArenaMap]:
+        """Who holds which part of each device's arena, in at most so many cells."""
 
     def plan(self) -> PlanStatus | None:
         """The plan in force and the best one known; None while nothing is planned."""

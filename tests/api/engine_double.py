@@ -16,7 +16,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from seallmd.core.events import Finish
 from seallmd.core.messages import LayerShape, ModelShape
 from seallmd.core.settings import ServiceSettings
-from seallmd.core.status import DeviceStatus, NodeStatus, RequestStatus, ServiceDetail, ServiceStatus
+from seallmd.core.status import (
+    ArenaMap,
+    DeviceStatus,
+    NodeStatus,
+    RequestStatus,
+    ServiceDetail,
+    ServiceStatus,
+)
 from seallmd.errors import ControlError
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
 
@@ -90,6 +97,7 @@ class FakeEngine:
         self.live: set[int] = set()
         self.states: dict[str, dict[str, object]] = {}
         self.draining = False
+        self.maps: list[ArenaMap] = []
         self.loaded: list[str] = []
         self.evicted: list[str] = []
         self.streams: dict[int, TokenStream] = {}
@@ -142,6 +150,9 @@ class FakeEngine:
 
     def detail(self, service: str) -> ServiceDetail | None:
         raise NotImplementedError
+
+    def arena_maps(self, cells: int) -> list[ArenaMap]:  # noqa: ARG002
+        return self.maps
 
     def plan(self) -> None:
         """Nothing is planned."""

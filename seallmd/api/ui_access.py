@@ -1,0 +1,55 @@
+"""Who may change something from the page, and what is certain about the request.
+
+Owns the checks of the page's state-changing routes. Must not know what they do. The page is reached by whoever
+reaches HTTP; operating it takes more.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from seallmd.api.guard import is_loopback
+from seallmd.errors import RequestError
+
+PAGE_HEADER = "X-Seallmd-Page"  # no form and no image can send it; a script elsewhere needs our leave, which
+# it does not get (no CORS)
+_PROXIES = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
+
+
+def why_not_operator(request: web.Request) -> str:
+    """Why whoever sent this may not operate the daemon; empty when they may.
+
+    This is where an admin key decides once there are keys. Without any, it takes a connection from this machine
+    that no proxy stands behind.
+    """
+    if any(name in request.headers for name in _PROXIES):
+        return "the request came through a proxy; models are loaded and evicted from the machine itself"
+    peer = None if request.transport is None else request.transport.get_extra_info("peername")
+    if isinstance(peer, tuple) and not is_loopback(str(peer[0])):
+        return "models are loaded and evicted from the machine itself"
+    return ""
+
+
+def require_operator(request: web.Request) -> None:
+    """Let a state-changing request of the page pass. Raises RequestError (403)."""
+    require_own_page(request)
+    if reason := why_not_operator(request):
+        raise RequestError(reason, status=403, code="not_operator")
+
+
+def require_own_page(request: web.Request) -> None:
+    """The request was made by our own page, not by another that a browser has open. Raises RequestError (403)."""
+    origin = request.headers.get("Origin")
+    elsewhere = origin is not None and _authority(origin) != request.headers.get("Host", "").lower()
+    site = request.headers.get("Sec-Fetch-Site", "same-origin")
+    if elsewhere or site not in ("same-origin", "none") or request.headers.get(PAGE_HEADER) != "1":
+        raise RequestError("this is for the page at /ui alone", status=403, code="forbidden_origin")
+
+
+def _authority(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
