@@ -1,7 +1,7 @@
 """What the last minutes looked like: a sample a second, and what happened between two of them.
 
-Owns a bounded ring of samples and of happenings, so that a page opened now shows the past. Must not know HTTP,
-nor decide anything: it reads reports.
+Owns a bounded ring of samples and of happenings, so that a page opened now shows the past. Must not know
+HTTP, nor decide anything: it reads reports.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ Percentiles = tuple[float, float, float]
 class Targets(msgspec.Struct, frozen=True):
     """What counts as met, in seconds: to the first token, and on average for each further one.
 
-    The defaults are what MLPerf Inference demands of an interactive server with Llama 2 70B (server scenario).
+    The defaults are the limits of MLPerf Inference for Llama 2 70B in its server scenario.
     """
 
     first_token_seconds: float = 2.0

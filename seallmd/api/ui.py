@@ -51,6 +51,11 @@ SECURITY_HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+FEED_HEADERS = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",  # or nginx collects the stream
+}
 
 Verb = Callable[[EngineFace, str], Coroutine[Any, Any, None]]
 # The page has a button for each of these that it knows how to draw: load, evict, pin, unpin, drain, undrain.
@@ -85,8 +90,8 @@ class ServiceCard(msgspec.Struct, frozen=True):
 class Frame(msgspec.Struct, frozen=True):
     """One event of the feed: all of now, and of the past what the reader does not have.
 
-    boot: of this daemon's life; the numbers of samples and happenings count within one. verbs: what the reader
-    may do; denied: why not more, empty when it may all.
+    boot: of this daemon's life; the numbers of samples and happenings count within one. verbs: what the
+    reader may do; denied: why not more, empty when it may all.
     """
 
     boot: str
@@ -164,12 +169,7 @@ class Ui:
             message = "too many pages are open"
             raise RequestError(message, status=503, code="too_many_feeds", retry_after=10.0)
         self._feeds.add(request)
-        headers = {
-            "Content-Type": "text/event-stream",
-            "Cache-Control": "no-store",
-            "X-Accel-Buffering": "no",
-        }
-        response = web.StreamResponse(headers={**headers, **SECURITY_HEADERS})
+        response = web.StreamResponse(headers={**FEED_HEADERS, **SECURITY_HEADERS})
         try:
             sample, happening = self._position(request)
             with contextlib.suppress(ConnectionError):  # the page was closed
@@ -217,7 +217,7 @@ class Ui:
     # --------------------------------------------------------------------------------- buttons
 
     async def operate(self, request: web.Request) -> web.Response:
-        """Do what a button says, and answer when it is done; when the page leaves, it is done all the same."""
+        """Do what a button says, and answer when it is done; when the page leaves, it goes on."""
         require_operator(request)
         name, verb = request.match_info["name"], request.match_info["verb"]
         view = self._serving.view(name)

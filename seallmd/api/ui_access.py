@@ -1,7 +1,7 @@
 """Who may change something from the page, and what is certain about the request.
 
-Owns the checks of the page's state-changing routes. Must not know what they do. The page is reached by whoever
-reaches HTTP; operating it takes more.
+Owns the checks of the page's state-changing routes. Must not know what they do. Whoever reaches HTTP reaches
+the page; operating the daemon from it takes more.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from aiohttp import web
 from seallmd.api.guard import is_loopback
 from seallmd.errors import RequestError
 
-PAGE_HEADER = "X-Seallmd-Page"  # no form and no image can send it; a script elsewhere needs our leave, which
-# it does not get (no CORS)
+# No form and no image can send it, and scripts of other pages may not: that would take CORS.
+PAGE_HEADER = "X-Seallmd-Page"
 _PROXIES = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
 
 
 def why_not_operator(request: web.Request) -> str:
     """Why whoever sent this may not operate the daemon; empty when they may.
 
-    This is where an admin key decides once there are keys. Without any, it takes a connection from this machine
-    that no proxy stands behind.
+    This is where an admin key decides once there are keys. Without any, it takes a connection from this
+    machine that no proxy stands behind.
     """
     if any(name in request.headers for name in _PROXIES):
         return "the request came through a proxy; models are loaded and evicted from the machine itself"
@@ -40,7 +40,7 @@ def require_operator(request: web.Request) -> None:
 
 
 def require_own_page(request: web.Request) -> None:
-    """The request was made by our own page, not by another that a browser has open. Raises RequestError (403)."""
+    """The request was made by our own page, not by another in the same browser. Raises RequestError (403)."""
     origin = request.headers.get("Origin")
     elsewhere = origin is not None and _authority(origin) != request.headers.get("Host", "").lower()
     site = request.headers.get("Sec-Fetch-Site", "same-origin")

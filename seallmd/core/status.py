@@ -81,8 +81,8 @@ class NodeStatus(msgspec.Struct, frozen=True):
 class Cell(msgspec.Struct, frozen=True, array_like=True):
     """A part of an arena. service: whose, else empty.
 
-    kind: weights; copying (weights that are still on their way); kv; promised (a request's, with nothing in it
-    yet); cached (free, but with a reusable prefix); free.
+    kind: weights; copying (weights that are still on their way); kv; promised (a request's, with nothing in
+    it yet); cached (free, but with a reusable prefix); free.
     """
 
     kind: str
