@@ -161,7 +161,7 @@ def _quantile(ordered: Iterable[tuple[int, int]], rank: int) -> float:
         rank -= count
         if rank <= 0:
             break
-    return _SMALLEST_SECONDS * GROWTH ** (bucket + 0.5)
+    return float(_SMALLEST_SECONDS * GROWTH ** (bucket + 0.5))
 
 
 def _bucket(seconds: float) -> int:
