@@ -11,6 +11,7 @@ figures are gathered (`history`, `latency_window`).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import secrets
@@ -117,7 +118,7 @@ class Ui:
         self._engine = serving.engine
         self.history = History(serving.engine.status, serving.metrics.window)
         self._boot = secrets.token_hex(8)
-        self._feeds: set[web.Request] = set()
+        self._feeds: set[asyncio.Transport] = set()  # connections that one is sent on
         self._assets = dict(_read_assets())
 
     def register(self, app: web.Application) -> None:
@@ -136,9 +137,8 @@ class Ui:
     async def _stop(self, _app: web.Application) -> None:
         """A feed has no end of its own: without this, stopping would wait for every open page."""
         await self.history.stop()
-        for request in tuple(self._feeds):
-            if request.transport is not None:
-                request.transport.close()
+        for transport in tuple(self._feeds):
+            transport.close()
 
     # --------------------------------------------------------------------------------- files
 
@@ -168,7 +168,10 @@ class Ui:
         if len(self._feeds) >= MOST_FEEDS:
             message = "too many pages are open"
             raise RequestError(message, status=503, code="too_many_feeds", retry_after=10.0)
-        self._feeds.add(request)
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the page was closed")
+        self._feeds.add(transport)
         response = web.StreamResponse(headers={**FEED_HEADERS, **SECURITY_HEADERS})
         try:
             sample, happening = self._position(request)
@@ -181,7 +184,7 @@ class Ui:
                     happening = frame.happenings[-1].number if frame.happenings else happening
                     await response.write(b"data: " + msgspec.json.encode(frame) + b"\n\n")
         finally:
-            self._feeds.discard(request)
+            self._feeds.discard(transport)
         return response
 
     def _position(self, request: web.Request) -> tuple[int, int]:

@@ -40,7 +40,7 @@ def test_expiry() -> None:
         window.first_token("a", 0.1)
         window.next_token("a", 0.01)
         window.ended("a", 0.1, 0.3, 10)
-        clock.now += 100
+        clock.now += 90
     assert window.by_service()["a"].ended == 3
     clock.now += 50
     assert window.by_service()["a"].ended == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from seallmd.core.arena_map import arena_maps
-from seallmd.core.state import Device
+from seallmd.core.state import Device, Stage
 from seallmd.core.status import ArenaMap, Cell
 from tests.core.helpers import Recorder, shape, world
 
@@ -46,7 +46,7 @@ def test_every_block_is_shown_once() -> None:
         seen |= {cell.kind for cell in check(recorder)}
         recorder.world.run(until=recorder.world.now + 0.002)
     seen |= {cell.kind for cell in check(recorder)}
-    assert seen == {"weights", "copying", "kv", "promised", "cached", "free"}
+    assert seen == {"weights", "kv", "promised", "cached", "free"}
 
 
 def test_cells_show_the_majority() -> None:
@@ -55,6 +55,15 @@ def test_cells_show_the_majority() -> None:
     (map_,) = arena_maps(recorder.world.node.state, 10)
     assert [cell.kind for cell in map_.cells] == ["weights"] + ["free"] * 9
     assert (map_.blocks, map_.holdings[0].weights) == (40, 4)
+
+
+def test_weights_on_their_way() -> None:
+    """Memory that a copy is about to fill is told from what can be used."""
+    recorder = world({"a": shape()}, arenas=(40,), preload=("a",))
+    recorder.world.node.state.devices[0].replicas["a"].stage = Stage.COPYING
+    (map_,) = arena_maps(recorder.world.node.state, 40)
+    assert Counter(cell.kind for cell in map_.cells) == {"copying": 4, "free": 36}
+    assert map_.holdings[0].weights == 4
 
 
 def test_a_device_without_worker_has_no_map() -> None:

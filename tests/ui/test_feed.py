@@ -84,7 +84,7 @@ async def test_open_feeds_do_not_hold_up_the_end(engine: FakeEngine) -> None:
     runner = await start_http(engine, HttpSettings(port=0))
     url = f"http://127.0.0.1:{runner.addresses[0][1]}/ui/feed"
     async with aiohttp.ClientSession() as session, session.get(url) as response:
-        await response.content.readline()
+        assert await response.content.readline()
         await asyncio.wait_for(runner.cleanup(), timeout=5)
 
 
