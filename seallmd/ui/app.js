@@ -14,13 +14,13 @@ const sum = (sample, field) =>
   Object.values(sample.services).reduce((total, service) => total + service[field], 0);
 const [RUNNING, WAITING, RATE] = [1, 2, 3]; // fields of a service in a sample
 
-// name, unit, the figure of a sample, how it is written, the colour of its line
+// name, unit, the figure of a sample, how it is written
 const TILES = [
-  ["Output", "tokens/s", (sample) => sum(sample, RATE), amount, "s0"],
-  ["Running", "requests", (sample) => sum(sample, RUNNING), amount, "s2"],
-  ["Waiting", "requests", (sample) => sum(sample, WAITING), amount, "s1"],
-  ["First token", "P95", (sample) => sample.first_token?.[1] ?? null, seconds, "s7"],
-  ["Each next token", "P95", (sample) => sample.next_token?.[1] ?? null, seconds, "s4"],
+  ["Output", "tokens/s", (sample) => sum(sample, RATE), amount],
+  ["Running", "requests", (sample) => sum(sample, RUNNING), amount],
+  ["Waiting", "requests", (sample) => sum(sample, WAITING), amount],
+  ["First token", "P95", (sample) => sample.first_token?.[1] ?? null, seconds],
+  ["Each next token", "P95", (sample) => sample.next_token?.[1] ?? null, seconds],
 ];
 
 const tiles = TILES.map(([name, unit]) => {
@@ -48,10 +48,10 @@ function draw() {
 
 function drawTiles() {
   const times = feed.samples.map((sample) => sample.time);
-  TILES.forEach(([, , read, write, ink], index) => {
+  TILES.forEach(([, , read, write], index) => {
     const values = feed.samples.map(read);
     say(tiles[index].figure, write(values.at(-1) ?? null));
-    sparkline(tiles[index].canvas, times, values, colour(ink), feed.latest.window_seconds);
+    sparkline(tiles[index].canvas, times, values, colour("accent"), feed.latest.window_seconds);
   });
 }
 
@@ -69,7 +69,7 @@ function drawCharts(names) {
     const series = ["P50", "P95", "P99"].map((name, index) => ({
       name,
       values: samples.map((sample) => sample[field]?.[index] ?? null),
-      ink: colour(["s2", "s0", "s3"][index]),
+      ink: colour(["s0", "s1", "s2"][index]),
       dash: [[], [6, 3], [2, 3]][index],
     }));
     chart($(id), times, series, { span, format: seconds, least: 0.01 });
