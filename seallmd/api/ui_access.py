@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from seallmd.api.guard import is_loopback
+from seallmd.api.guard import is_loopback, names_this_machine
 from seallmd.errors import RequestError
 
 # No form and no image can send it, and scripts of other pages may not: that would take CORS.
@@ -21,15 +21,16 @@ _PROXIES = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
 def why_not_operator(request: web.Request) -> str:
     """Why whoever sent this may not operate the daemon; empty when they may.
 
-    This is where an admin key decides once there are keys. Without any, it takes a connection from this
-    machine that no proxy stands behind.
+    This is where an admin key decides once there are keys. Without any, it takes a browser on this machine: a
+    TCP connection over loopback (behind a Unix socket there is a proxy), to a name of loopback (any other may
+    be somebody's who points it here, DNS rebinding), and no trace of a proxy.
     """
-    if any(name in request.headers for name in _PROXIES):
-        return "the request came through a proxy; models are loaded and evicted from the machine itself"
     peer = None if request.transport is None else request.transport.get_extra_info("peername")
-    if isinstance(peer, tuple) and not is_loopback(str(peer[0])):
-        return "models are loaded and evicted from the machine itself"
-    return ""
+    near = isinstance(peer, tuple) and is_loopback(str(peer[0]))
+    named = names_this_machine(request.headers.get("Host", ""))
+    if near and named and not any(name in request.headers for name in _PROXIES):
+        return ""
+    return "Models are loaded and evicted by a browser on the machine itself, at localhost, without a proxy."
 
 
 def require_operator(request: web.Request) -> None:

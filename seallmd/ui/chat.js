@@ -51,6 +51,7 @@ async function send(text) {
   log.append(answer);
   abort = new AbortController();
   say($("chat-send"), "Stop");
+  log.setAttribute("aria-busy", "true"); // readers wait for the whole answer
   try {
     await stream(model, body, note, log);
     if (body.textContent) messages.push({ role: "assistant", content: body.textContent });
@@ -59,6 +60,7 @@ async function send(text) {
     else answer.append(el("small", { class: "message error" }, error.message));
   }
   abort = null;
+  log.setAttribute("aria-busy", "false");
   say($("chat-send"), "Send");
 }
 

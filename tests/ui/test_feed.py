@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -102,6 +103,33 @@ async def test_who_may_operate(engine: FakeEngine, url: str, headers: dict[str, 
     """Only our own page on this machine changes anything."""
     assert await post(url, "/ui/services/m/evict", **headers) == status
     assert engine.evicted == (["m"] if status == 200 else [])
+
+
+async def test_other_names_of_an_open_server(engine: FakeEngine) -> None:
+    """Configured to be reached from elsewhere, any name passes the guard; one that was pointed here by a page
+    (DNS rebinding) still changes nothing."""
+    runner = await start_http(engine, HttpSettings(host="0.0.0.0", port=0))
+    try:
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        evil = {**OURS, "Host": "evil.example:8000", "Origin": "http://evil.example:8000"}
+        assert await post(url, "/ui/services/m/evict", **evil) == 403
+        assert await post(url, "/ui/services/m/evict", **OURS, Host="localhost:1") == 200
+    finally:
+        await runner.cleanup()
+
+
+async def test_unix_socket(engine: FakeEngine, tmp_path: Path) -> None:
+    """Whoever comes that way is a proxy, and may serve anybody."""
+    path = str(tmp_path / "http.sock")
+    runner = await start_http(engine, HttpSettings(host="", socket=path))
+    try:
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.UnixConnector(path)) as session,
+            session.post("http://localhost/ui/services/m/evict", headers=OURS) as response,
+        ):
+            assert response.status == 403
+    finally:
+        await runner.cleanup()
 
 
 async def test_from_elsewhere(url: str) -> None:
