@@ -120,6 +120,7 @@ class Ui:
         self._boot = secrets.token_hex(8)
         self._feeds: set[asyncio.Transport] = set()  # connections that one is sent on
         self._assets = dict(_read_assets())
+        self._drawn = 0, list[DeviceView]()  # for which sample; all pages share it
 
     def register(self, app: web.Application) -> None:
         """Add the routes, and take samples for as long as the application runs."""
@@ -211,11 +212,17 @@ class Ui:
             targets=self._serving.metrics.window.targets,
             verbs=() if denied else tuple(VERBS),
             denied=denied,
-            devices=_device_views(status, self._engine.arena_maps(MOST_CELLS)),
+            devices=self._devices(status),
             services=[ServiceCard(service, figures.get(service.name)) for service in status.services],
             samples=self.history.samples(sample),
             happenings=self.history.happenings(happening),
         )
+
+    def _devices(self, status: NodeStatus) -> list[DeviceView]:
+        if self._drawn[0] != self.history.latest:
+            views = _device_views(status, self._engine.arena_maps(MOST_CELLS))
+            self._drawn = self.history.latest, views
+        return self._drawn[1]
 
     # --------------------------------------------------------------------------------- buttons
 
