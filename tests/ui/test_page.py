@@ -25,7 +25,7 @@ async def ask(page: Page, text: str) -> None:
 
 
 async def run(page: Page, function: str, argument: object = None) -> Any:
-    """The result of a function in the page. By DevTools, as the page's policy bars `eval`, playwright's too."""
+    """The result of a function in the page. By DevTools: the policy bars `eval`, playwright's too."""
     session = await page.context.new_cdp_session(page)
     call = {"expression": f"({function})({json.dumps(argument)})", "returnByValue": True}
     answer = await session.send("Runtime.evaluate", call)
