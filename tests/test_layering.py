@@ -63,6 +63,7 @@ LAYERS = {
             *(*_CORE_STRUCTS, "seallmd.errors", "seallmd.paths"),
         )
     ),
+    "seallmd.ui": Layer(()),
     "seallmd.worker": Layer(("seallmd.worker", "seallmd.core.messages", "seallmd.errors")),
     "seallmd.ctl": Layer(("seallmd", "seallmd.ctl", "seallmd.paths", "seallmd.errors"), frozenset({"rich"})),
 }

@@ -30,6 +30,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def names_this_machine(host: str) -> bool:
+    """Whether a Host header names this machine as no page from elsewhere can be named."""
+    return _name_of(f"//{host}") in _LOCAL_NAMES
+
+
 def make_guard(host: str, origins: Collection[str] = ()) -> Middleware:
     """The middleware for a server that is configured to listen on `host`. origins: of pages that may call.
 

@@ -21,6 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from seallmd import __version__
+from seallmd.api.latency_window import LatencyWindow
 from seallmd.api.settings import TierSettings
 from seallmd.core.events import Finish
 from seallmd.core.status import DeviceStatus, NodeStatus, ServiceStatus
@@ -60,6 +61,7 @@ class Metrics:
         # A gauge with the moment of creation for every series would double the page.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.clock = clock
+        self.window = LatencyWindow(clock)
         self._registry = CollectorRegistry()
         self._registry.register(_Report(status))
         self.ends = Counter(
@@ -140,12 +142,14 @@ class RequestMeter:
     def pushed(self, tokens: int) -> None:
         """So many tokens came."""
         now = self._metrics.clock()
+        seconds, self._last = now - self._last, now
         if self._tokens:
-            self._between_tokens.observe(now - self._last)
+            self._between_tokens.observe(seconds)
+            self._metrics.window.next_token(self._generation.service, seconds)
         else:
-            self._first_seconds = now - self._began
-            self._first_token.observe(self._first_seconds)
-        self._last = now
+            self._first_seconds = seconds
+            self._first_token.observe(seconds)
+            self._metrics.window.first_token(self._generation.service, seconds)
         self._tokens += tokens
 
     def ended(self, finish: Finish) -> None:
@@ -153,12 +157,16 @@ class RequestMeter:
         metrics, service = self._metrics, self._generation.service
         reason = "stop" if self._stopped else _ENDS.get(finish.reason, "error")
         metrics.ends.labels(service, reason).inc()
+        seconds = metrics.clock() - self._began
         if reason == "error":
             metrics.failures.labels(service, finish.code or "other").inc()
+            metrics.window.failed(service)
         else:
-            metrics.whole.labels(service).observe(metrics.clock() - self._began)
+            metrics.whole.labels(service).observe(seconds)
             metrics.prompt.labels(service).observe(len(self._generation.prompt))
             metrics.output.labels(service).observe(self._tokens)
+        if reason in ("stop", "length"):
+            metrics.window.ended(service, self._first_seconds, seconds, self._tokens)
         if reason != "abort":
             self._judge(failed=reason == "error")
 

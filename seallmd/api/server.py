@@ -38,6 +38,7 @@ from seallmd.api.sockets import claim_socket_path
 from seallmd.api.text import TextModel
 from seallmd.api.tokenize import Tokenize
 from seallmd.api.tool_formats import ToolFormat
+from seallmd.api.ui import PAGE_PATHS, Ui
 from seallmd.api.wire import EVENTS, NAMED_EVENTS, Wire
 from seallmd.core.status import NodeStatus, ServiceStatus
 from seallmd.errors import ConfigError, ControlError, RequestError
@@ -63,13 +64,14 @@ def build_app(
         problems,
         make_guard(settings.host, origins),
         make_cors(origins),
-        make_access(keyring, settings.open_paths),
+        make_access(keyring, (*settings.open_paths, *PAGE_PATHS)),
     ]
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
     app.add_routes(Operation(serving).routes())
     app.add_routes(OpenAI(serving).routes())
     app.add_routes(Tokenize(serving).routes())
     app.add_routes(Ollama(serving).routes())
+    Ui(serving).register(app)
 
     async def describe(_request: web.Request) -> web.Response:
         return json_response(document(settings.open_paths, keys=keyring.required))

@@ -54,6 +54,10 @@ class Arena:
         """Blocks that hold reusable prefixes and belong to nobody."""
         return self._counts[CACHED]
 
+    def cached_blocks(self) -> list[int]:
+        """Which these are, the least recently used first."""
+        return list(self._cached)
+
     @property
     def kv(self) -> int:
         """Blocks that requests hold."""

@@ -91,17 +91,37 @@ class NodeStatus(msgspec.Struct, frozen=True):
 
 
 class Cell(msgspec.Struct, frozen=True, array_like=True):
-    """A part of an arena. kind: weights, kv or free (as cached prefixes are). service: whose, else empty."""
+    """A part of an arena. service: whose, else empty.
+
+    kind: weights; copying (weights that are still on their way); kv; promised (a request's, with nothing in
+    it yet); cached (free, but with a reusable prefix); free.
+    """
 
     kind: str
     service: str
 
 
+class Holding(msgspec.Struct, frozen=True):
+    """Blocks of one service on one device. weights: with those on their way. kv: without promised ones."""
+
+    service: str
+    weights: int
+    kv: int
+    promised: int
+
+
 class ArenaMap(msgspec.Struct, frozen=True):
-    """A device's arena from its first block to its last, in cells of equal size."""
+    """A device's arena of `blocks` blocks, from the first to the last in cells of (nearly) equal size.
+
+    holdings: exact, where cells show who holds most of them. claim: the service that free memory is kept for,
+    empty while there is none.
+    """
 
     device: int
+    blocks: int
     cells: tuple[Cell, ...]
+    holdings: tuple[Holding, ...] = ()
+    claim: str = ""
 
 
 class RequestStatus(msgspec.Struct, frozen=True):

@@ -95,7 +95,7 @@ def maps(out: Console, report: Record, picture: Record) -> list[RenderableType]:
                 continue
             seen.add(service)
             letter = _LETTERS[known[service] % len(_LETTERS)]
-            line.append(letter if kind == "weights" else letter.lower(), _colour(known[service]))
+            line.append(letter if kind in ("weights", "copying") else letter.lower(), _colour(known[service]))
         lines.append(line)
     legend = (
         Text(f"{_LETTERS[known[name] % len(_LETTERS)]} {name}", _colour(known[name]))

@@ -341,7 +341,7 @@ class Engine:
         return None
 
     def arena_maps(self, cells: int) -> list[ArenaMap]:
-        """Who holds which part of each device's arena, in so many cells."""
+        """Who holds which part of each device's arena, in at most so many cells."""
         return arena_maps(self.node.state, cells)
 
     def latencies(self) -> dict[str, Latencies]:

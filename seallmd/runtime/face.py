@@ -134,9 +134,6 @@ class EngineFace(Protocol):
     def detail(self, service: str) -> ServiceDetail | None:
         """All that is known of one service; None when there is no such service."""
 
-    def arena_maps(self, cells: int) -> list[ArenaMap]:
-        """Who holds which part of each device's arena, in so many cells."""
-
     def latencies(self) -> dict[str, Latencies]:
         """How long requests took lately, by service."""
 
@@ -149,6 +146,9 @@ class EngineFace(Protocol):
 
     def requests(self) -> list[RequestStatus]:
         """Every request that is not over, the most senior first."""
+
+    def arena_maps(self, cells: int) -> list[ArenaMap]:
+        """Who holds which part of each device's arena, in at most so many cells."""
 
     def plan(self) -> PlanStatus | None:
         """The plan in force and the best one known; None while nothing is planned."""

@@ -118,6 +118,7 @@ class FakeEngine:
         self.draining = False
         self.kept: dict[str, float] = {}
         self.feed = EventFeed()
+        self.maps: list[ArenaMap] = []
         self.loaded: list[str] = []
         self.evicted: list[str] = []
         self.streams: dict[int, TokenStream] = {}
@@ -171,6 +172,9 @@ class FakeEngine:
     def detail(self, service: str) -> ServiceDetail | None:
         raise NotImplementedError
 
+    def arena_maps(self, cells: int) -> list[ArenaMap]:  # noqa: ARG002
+        return self.maps
+
     def plan(self) -> None:
         """Nothing is planned."""
 
@@ -178,9 +182,6 @@ class FakeEngine:
         self.kept[service] = seconds
 
     async def operate(self, make: Callable[[int], OperatorEvent]) -> None:
-        raise NotImplementedError
-
-    def arena_maps(self, cells: int) -> list[ArenaMap]:
         raise NotImplementedError
 
     def latencies(self) -> dict[str, Latencies]:

@@ -1,34 +1,73 @@
-"""The map of an arena shows who holds what, where it is."""
+"""The map of an arena: what it shows adds up to what the ledger holds."""
 
 from __future__ import annotations
 
-from seallmd.core import events as ev
+from collections import Counter
+
 from seallmd.core.arena_map import arena_maps
-from tests.core.helpers import shape, world
+from seallmd.core.state import Device, Stage
+from seallmd.core.status import ArenaMap, Cell
+from tests.core.helpers import Recorder, shape, world
 
 
-def test_weights_below_kv_above() -> None:
-    """One cell a block where there are enough cells; fewer cells show who holds most of each."""
-    recorder = world({"a": shape(), "b": shape()}, arenas=(40, 40))
-    recorder.world.happen(ev.LoadWanted(1, "a"))
-    recorder.world.run(until=20.0)
-    recorder.arrive(1, "a", tuple(range(8)), 40)
-    recorder.world.run(until=20.2)
+def check(recorder: Recorder) -> Counter[Cell]:
+    """With a cell for each block, the map is the ledger. All that is shown, over all devices."""
     state = recorder.world.node.state
-    (arena,) = [m for m in arena_maps(state, 100) if any(cell.service for cell in m.cells)]
-    assert len(arena.cells) == 40
-    kinds = [cell.kind for cell in arena.cells]
-    assert kinds[:4] == ["weights"] * 4
-    assert kinds.count("weights") == 4
-    held = len(state.requests[1].tables[0])
-    assert kinds.count("kv") == held > 0
-    assert {cell.service for cell in arena.cells} == {"a", ""}
-    coarse = next(m for m in arena_maps(state, 10) if m.device == arena.device)
-    assert [cell.kind for cell in coarse.cells[:2]] == ["weights", "free"]
+    shown: Counter[Cell] = Counter()
+    for map_ in arena_maps(state, 1000):
+        check_device(state.devices[map_.device], map_)
+        shown.update(map_.cells)
+    return shown
 
 
-def test_a_lost_device_has_no_map() -> None:
-    """Nothing is known of it."""
-    recorder = world({"a": shape()}, arenas=(40, 40))
-    recorder.world.devices[0].kill(restart_after=5.0)
-    assert [arena.device for arena in arena_maps(recorder.world.node.state, 8)] == [1]
+def check_device(device: Device, map_: ArenaMap) -> None:
+    arena = device.arena
+    assert arena is not None
+    kinds = Counter(cell.kind for cell in map_.cells)
+    assert len(map_.cells) == map_.blocks == arena.capacity
+    assert kinds["weights"] + kinds["copying"] == arena.weights == sum(h.weights for h in map_.holdings)
+    assert kinds["kv"] + kinds["promised"] == arena.kv == sum(h.kv + h.promised for h in map_.holdings)
+    assert kinds["cached"] == arena.cached
+    assert kinds["free"] == arena.available - arena.cached
+
+
+def test_every_block_is_shown_once() -> None:
+    """Through a crowded run with swaps, groups of two and shared prefixes, at many moments."""
+    recorder = world(
+        {"a": shape(), "b": shape(ranks=(1, 2)), "c": shape()},
+        arenas=(21, 30),
+        tensor_parallel={"b": 2},
+        min_residency_seconds=0.1,
+    )
+    for request in range(1, 25):
+        recorder.arrive(request, "abc"[request % 3], (7, 7, 7, 7, 7, request % 5), 20)
+    seen: set[str] = set()
+    while recorder.prompts.keys() - recorder.finished.keys():
+        seen |= {cell.kind for cell in check(recorder)}
+        recorder.world.run(until=recorder.world.now + 0.002)
+    seen |= {cell.kind for cell in check(recorder)}
+    assert seen == {"weights", "copying", "kv", "promised", "cached", "free"}
+
+
+def test_cells_show_the_majority() -> None:
+    """With fewer cells than blocks the order stays, and a small holder does not hide a large one."""
+    recorder = world({"a": shape()}, arenas=(40,), preload=("a",))
+    (map_,) = arena_maps(recorder.world.node.state, 10)
+    assert [cell.kind for cell in map_.cells] == ["weights"] + ["free"] * 9
+    assert (map_.blocks, map_.holdings[0].weights) == (40, 4)
+
+
+def test_weights_on_their_way() -> None:
+    """Memory that a copy is about to fill is told from what can be used."""
+    recorder = world({"a": shape()}, arenas=(40,), preload=("a",))
+    recorder.world.node.state.devices[0].replicas["a"].stage = Stage.COPYING
+    (map_,) = arena_maps(recorder.world.node.state, 40)
+    assert Counter(cell.kind for cell in map_.cells) == {"copying": 4, "free": 36}
+    assert map_.holdings[0].weights == 4
+
+
+def test_a_device_without_worker_has_no_map() -> None:
+    """There is nothing to draw until it is up."""
+    recorder = world({"a": shape()}, arenas=(40,))
+    recorder.world.node.state.devices[0].arena = None
+    assert arena_maps(recorder.world.node.state, 10) == []
