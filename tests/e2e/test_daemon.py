@@ -186,7 +186,7 @@ def test_kill_9_of_a_worker(daemon: Daemon) -> None:
                 running = {s["name"]: s["running"] for s in daemon.status()["services"]}
                 return running[SMOL] == 2 and running[GEMMA] == 1
 
-            tasks = [asyncio.create_task(ask(*what)) for what in ((SMOL, 1500), (SMOL, 1500), (GEMMA, 150))]
+            tasks = [asyncio.create_task(ask(*what)) for what in ((SMOL, 400), (SMOL, 400), (GEMMA, 150))]
             await asyncio.to_thread(daemon.until, both_run, "run")
             os.kill(victim, signal.SIGKILL)
             return await asyncio.gather(*tasks, return_exceptions=True)
