@@ -136,6 +136,11 @@ class Bench:
         fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICK
 
+    def device(self) -> str:
+        """What the daemon's first device says of itself: whether its operations are compiled, too."""
+        status = self._daemon.status()
+        return "unknown" if status is None else str(status["devices"][0]["label"])
+
     def end(self) -> None:
         """Stop the daemon."""
         self._daemon.stop()
@@ -203,6 +208,7 @@ class Run:
         alone, served = [], []
         try:
             bench.ask(self._prompts(1, 8), 2)  # brings the model in
+            device = bench.device()
             for _ in range(o.repeats):
                 prompts = self._prompts(o.streams, o.prompt)
                 alone.append(engine.run(prompts, o.new).whole)
@@ -213,7 +219,7 @@ class Run:
         rates = [tokens / statistics.median(s) for s in (alone, [s.seconds for s in served])]
         loss = statistics.median(1 - a / s.seconds for a, s in zip(alone, served, strict=True))
         loop = sum(s.loop for s in served) / (tokens * len(served))
-        print(f"streams: {o.streams} of {o.prompt} + {o.new} tokens, {o.dtype}, {o.threads} threads")
+        print(f"streams: {o.streams} of {o.prompt} + {o.new} tokens, {o.dtype}; {device}")
         print(f"  engine alone {rates[0]:.1f} tokens/s, HTTP {rates[1]:.1f}: loss {loss:.1%}")
         print(f"  the device computed {busy_share(bench.steps()):.1%} of the time")
         print(f"  event loop: {loop * 1e6:.0f} us of CPU time a token", flush=True)
