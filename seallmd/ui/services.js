@@ -65,7 +65,8 @@ class ServiceRow {
   }
 
   show({ status, figures }, verbs, samples, span) {
-    say(this.model, `${status.model} · ${status.dtype}${status.pinned ? " · pinned" : ""}`);
+    const model = status.model.split("/").pop(); // where it lies is nobody's business here
+    say(this.model, `${model} · ${status.dtype}${status.pinned ? " · pinned" : ""}`);
     const loading = LOADING.includes(status.state);
     this.state.className = `state ${loading ? "loading" : status.state}`;
     say(this.state, STATES[status.state] ?? status.state);
