@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from seallmd.core import messages as msg
@@ -97,7 +98,9 @@ def save_tiny(directory: Path, family: str = "llama", **overrides: Any) -> Path:
 def save_tokenizer(directory: Path) -> None:
     """One word per id."""
     words = {f"w{i}": i for i in range(3, VOCABULARY)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
-    Tokenizer(WordLevel(words, unk_token="<pad>")).save(str(directory / "tokenizer.json"))
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(directory / "tokenizer.json"))
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(fields))
 
