@@ -167,7 +167,7 @@ class FakeNode:
 
     def arena_maps(self, cells: int) -> list[ArenaMap]:
         parts = [Cell("weights", "busy[red]"), Cell("kv", "busy[red]"), Cell("kv", "quick")]
-        return [ArenaMap(0, (*parts, *[Cell("free", "")] * (cells - 3)))]
+        return [ArenaMap(0, cells, (*parts, *[Cell("free", "")] * (cells - 3)))]
 
     def latencies(self) -> dict[str, Latencies]:
         return {"busy[red]": Latencies(17, 0.25, 2.5, 0.04, 0.125)}
