@@ -117,10 +117,10 @@ def test_channel_tells_an_end_from_a_defect(data: bytes, defect: bool) -> None:
 
 
 def test_damaged_gguf(tmp_path: Path) -> None:
-    """A GGUF that cannot be read ends the conversion with a reason, and leaves nothing in the cache."""
+    """A GGUF whose header lies is refused with a reason, and leaves nothing in the cache."""
     from seallmd.errors import ModelRefused
 
     (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + b"\xff" * 64)
     with pytest.raises(ModelRefused, match=r"says that it has .* tensors"):
         fetch(str(tmp_path / "broken.gguf"), str(tmp_path / "cache"), lambda *_: None)
-    assert list((tmp_path / "cache" / "converted").iterdir()) == []
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
