@@ -9,9 +9,6 @@ reads `Job` lines from stdin, answers `Compiled` lines on stdout, and ends with 
 from __future__ import annotations
 
 import json
-import resource
-import signal
-import sys
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -21,13 +18,13 @@ import msgspec
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
+from seallmd.api.helper_main import answer_jobs
 from seallmd.core.messages import GRAMMAR_LIMITS
 
 MAX_GRAMMAR_CHARACTERS = 1 << 18  # of what a worker gets
 _MAX_COMPILE_SECONDS = 2.0  # of computing; a worker does it again
 _MAX_MEMORY_BYTES = 3 << 30
 _MAX_ERROR_CHARACTERS = 300
-_MAX_JOB_SECONDS = 30  # the daemon gives up sooner; this is for when it died meanwhile
 _KEPT_TOKENIZERS = 4
 # Without a bound, a small model may fill an answer with spaces.
 _JSON_OPTIONS = {"whitespace_pattern": "[ \\n\\t]{1,20}"}
@@ -105,17 +102,5 @@ def _short(reason: str) -> str:
     return " ".join(reason.partition("\n")[0].split())[:_MAX_ERROR_CHARACTERS]
 
 
-def main() -> None:
-    """Answer jobs until stdin ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    decoder = msgspec.json.Decoder(Job)
-    for line in sys.stdin.buffer:
-        signal.alarm(_MAX_JOB_SECONDS)  # nobody handles it: it ends the process
-        sys.stdout.buffer.write(msgspec.json.encode(compile_grammar(decoder.decode(line))) + b"\n")
-        sys.stdout.buffer.flush()
-        signal.alarm(0)
-
-
 if __name__ == "__main__":
-    main()
+    answer_jobs(Job, compile_grammar, memory_bytes=_MAX_MEMORY_BYTES)

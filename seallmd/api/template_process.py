@@ -11,9 +11,6 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-import resource
-import signal
-import sys
 from typing import Any, NoReturn
 
 import jinja2
@@ -23,10 +20,11 @@ import jinja2.parser
 import jinja2.sandbox
 import msgspec
 
+from seallmd.api.helper_main import answer_jobs
+
 MAX_RENDERED_CHARACTERS = 1 << 25
 _MAX_MEMORY_BYTES = 1 << 30
 _MAX_ERROR_CHARACTERS = 300
-_MAX_JOB_SECONDS = 30  # the daemon gives up sooner; this is for when it died meanwhile
 _KEPT_TEMPLATES = 64
 
 
@@ -107,17 +105,5 @@ def render(job: Job) -> Rendered:
     return Rendered(text="".join(pieces))
 
 
-def main() -> None:
-    """Answer jobs until stdin ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold prompts
-    decoder = msgspec.json.Decoder(Job)
-    for line in sys.stdin.buffer:
-        signal.alarm(_MAX_JOB_SECONDS)  # nobody handles it: it ends the process
-        sys.stdout.buffer.write(msgspec.json.encode(render(decoder.decode(line))) + b"\n")
-        sys.stdout.buffer.flush()
-        signal.alarm(0)
-
-
 if __name__ == "__main__":
-    main()
+    answer_jobs(Job, render, memory_bytes=_MAX_MEMORY_BYTES)
