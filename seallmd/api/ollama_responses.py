@@ -48,9 +48,8 @@ class OllamaAnswer:
             chunks.append(self._body("", _ended(choice, piece.finish_reason)))
         return chunks
 
-    def usage_chunk(self, usage: Usage) -> object:
-        """Never asked for: the last object has the figures."""
-        raise NotImplementedError
+    def usage_chunk(self, usage: Usage) -> None:
+        """There is none: the last object has the figures."""
 
     def whole(self, choices: list[Choice], pieces: list[Piece], usage: Usage) -> object:  # noqa: ARG002 - Ollama has no usage
         """One object with all."""

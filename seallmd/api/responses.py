@@ -68,8 +68,8 @@ class Answer(Protocol):
     def chunks(self, choice: Choice, piece: Piece, usage: Usage | UnsetType | None) -> Sequence[object]:
         """The chunks for one piece of a stream, perhaps none."""
 
-    def usage_chunk(self, usage: Usage) -> object:
-        """The chunk that carries usage alone, after all others."""
+    def usage_chunk(self, usage: Usage) -> object | None:
+        """The chunk that carries usage alone, after all others; None if there is no such chunk."""
 
     def whole(self, choices: list[Choice], pieces: list[Piece], usage: Usage) -> object:
         """The response of a request that is not streamed; pieces[i] is all of choices[i]."""

@@ -45,9 +45,8 @@ class ResponsesAnswer:
             events.append(self._event(f"response.{response['status']}", response=response))
         return events
 
-    def usage_chunk(self, usage: Usage) -> object:
-        """Never asked for: the last event has it."""
-        raise NotImplementedError
+    def usage_chunk(self, usage: Usage) -> None:
+        """There is none: the last event has it."""
 
     def whole(self, choices: list[Choice], pieces: list[Piece], usage: Usage) -> Object:  # noqa: ARG002 - one choice
         """The response."""

@@ -6,7 +6,7 @@ Colour is never the only carrier of a meaning.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -191,21 +191,15 @@ _COLUMNS: tuple[tuple[str, int, bool, Any], ...] = (
 )
 
 
-class CountView:
-    """Counts up to a known number: a bar on a terminal, nothing elsewhere. A context manager."""
+class _BarView:
+    """A bar while the context lasts, on a terminal; nothing elsewhere."""
 
-    def __init__(self, out: Console, what: str, total: int) -> None:
+    def __init__(self, out: Console, text: str) -> None:
         self._out = out
-        self._bar = Progress(
-            TextColumn("{task.completed:.0f} of {task.total:.0f} {task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            console=out,
-            transient=True,
-        )
-        self._task = self._bar.add_task(what, total=total)
+        columns = (TextColumn(text), BarColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=out, transient=True)
 
-    def __enter__(self) -> CountView:
+    def __enter__(self) -> Self:
         if self._out.is_terminal:
             self._bar.start()
         return self
@@ -213,32 +207,28 @@ class CountView:
     def __exit__(self, *_: object) -> None:
         if self._out.is_terminal:
             self._bar.stop()
+
+
+class CountView(_BarView):
+    """Counts up to a known number: a bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, out: Console, what: str, total: int) -> None:
+        super().__init__(out, "{task.completed:.0f} of {task.total:.0f} {task.description}")
+        self._task = self._bar.add_task(what, total=total)
 
     def told(self, count: int) -> None:
         """So many are done."""
         self._bar.update(self._task, completed=count)
 
 
-class JobView:
-    """Follows one command: a moving bar on a terminal, plain lines elsewhere. A context manager."""
+class JobView(_BarView):
+    """Follows one command: a moving bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, out: Console, service: str) -> None:
-        self._out = out
+        super().__init__(out, "{task.description}")
         self._service = service
         self._said = ""
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=out, transient=True
-        )
         self._task = self._bar.add_task(escape(service), total=None)
-
-    def __enter__(self) -> JobView:
-        if self._out.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._out.is_terminal:
-            self._bar.stop()
 
     def told(self, reply: Record) -> None:
         """Show one progress reply."""
