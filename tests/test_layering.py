@@ -59,7 +59,6 @@ LAYERS = {
     "seallmd.api": Layer(
         (
             *("seallmd", "seallmd.api", "seallmd.runtime.face", "seallmd.runtime.feed"),
-            "seallmd.runtime.latencies",
             *(*_CORE_STRUCTS, "seallmd.errors", "seallmd.paths"),
         )
     ),

@@ -38,6 +38,7 @@ import msgspec
 from msgspec import Meta
 
 from seallmd import __version__
+from seallmd.api.latency_window import Figures
 from seallmd.api.sockets import claim_socket_path
 from seallmd.core.events import (
     DeviceDrainWanted,
@@ -51,7 +52,6 @@ from seallmd.errors import ConfigError, ControlError
 from seallmd.paths import make_socket_directory
 from seallmd.runtime.face import EngineFace
 from seallmd.runtime.feed import Happening
-from seallmd.runtime.latencies import Latencies
 
 _log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class Picture(_Reply, frozen=True, tag="map"):
     """The answer to `Map`. latencies: by service."""
 
     maps: list[ArenaMap]
-    latencies: dict[str, Latencies]
+    latencies: dict[str, Figures]
 
 
 class RequestList(_Reply, frozen=True, tag="requests"):
@@ -220,6 +220,7 @@ class ControlServer:
 
     http: where HTTP is served, for those who ask; to be set once it is known. reload: reads the configuration
     again; returns what changed and what needs a restart, raises ConfigError and then has changed nothing.
+    latencies: of late, by service.
     """
 
     def __init__(
@@ -232,6 +233,7 @@ class ControlServer:
         """
         self.http: tuple[str, ...] = ()
         self.reload: Reloader | None = None
+        self.latencies: Callable[[], dict[str, Figures]] = dict
         self._engine = engine
         self._path = path
         self._group = group
@@ -327,7 +329,7 @@ class ControlServer:
                 about = About(__version__, os.getpid(), self.http)
                 await _say(writer, Report(self._engine.status(), about))
             case Map(cells):
-                await _say(writer, Picture(self._engine.arena_maps(cells), self._engine.latencies()))
+                await _say(writer, Picture(self._engine.arena_maps(cells), self.latencies()))
             case Show(service):
                 detail = self._engine.detail(service)
                 unknown = Failed(f"there is no service {service[:128]!r}")

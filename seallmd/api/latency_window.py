@@ -31,6 +31,10 @@ class Targets(msgspec.Struct, frozen=True):
     first_token_seconds: float = 2.0
     next_token_seconds: float = 0.2
 
+    def met(self, first_seconds: float, each_seconds: float) -> bool:
+        """Whether a request met them: so long to its first token, so long on average for each further one."""
+        return first_seconds <= self.first_token_seconds and each_seconds <= self.next_token_seconds
+
 
 class Figures(msgspec.Struct, frozen=True):
     """A window in figures. Percentiles (P50, P95, P99) are seconds, None where nothing was counted.
@@ -102,10 +106,8 @@ class LatencyWindow:
         for counts in self._now(service):
             counts.next_token[_bucket(seconds)] += 1
 
-    def ended(self, service: str, first_seconds: float, seconds: float, tokens: int) -> None:
-        """A request ended well: so long to its first token, so long in all, so many tokens."""
-        each = (seconds - first_seconds) / (tokens - 1) if tokens > 1 else 0.0
-        met = first_seconds <= self.targets.first_token_seconds and each <= self.targets.next_token_seconds
+    def ended(self, service: str, *, met: bool) -> None:
+        """A request ended well, and met its targets or not."""
         for counts in self._now(service):
             counts.ends["met" if met else "missed"] += 1
 

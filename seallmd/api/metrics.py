@@ -21,7 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from seallmd import __version__
-from seallmd.api.latency_window import LatencyWindow
+from seallmd.api.latency_window import LatencyWindow, Targets
 from seallmd.api.settings import TierSettings
 from seallmd.core.events import Finish
 from seallmd.core.status import DeviceStatus, NodeStatus, ServiceStatus
@@ -61,7 +61,10 @@ class Metrics:
         # A gauge with the moment of creation for every series would double the page.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.clock = clock
-        self.window = LatencyWindow(clock)
+        self._targets: dict[str, Targets] = {
+            tier.name: Targets(tier.first_token_seconds, tier.next_token_seconds) for tier in tiers
+        }
+        self.window = LatencyWindow(clock, self._targets.get("default"))
         self._registry = CollectorRegistry()
         self._registry.register(_Report(status))
         self.ends = Counter(
@@ -105,13 +108,20 @@ class Metrics:
             what: Counter(f"seallmd_key_{what}", text, ("key",), registry=self._registry)
             for what, text in texts.items()
         }
-        self.targets: dict[str, TierSettings] = {tier.name: tier for tier in tiers}
         self.prompt = self._histogram("request_prompt_tokens", "Tokens of a request's prompt.", _TOKENS)
         self.output = self._histogram("request_generation_tokens", "Tokens of a request's output.", _TOKENS)
 
     def request(self, generation: Generation) -> RequestMeter:
         """Begin to time a request that arrives now."""
         return RequestMeter(self, generation)
+
+    def has_targets(self, tier: str) -> bool:
+        """Whether the configuration says what requests of this tier are to get."""
+        return tier in self._targets
+
+    def targets(self, tier: str) -> Targets:
+        """What they are to get; where nothing is said, what the window measures by."""
+        return self._targets.get(tier, self.window.targets)
 
     def page(self) -> bytes:
         """Everything, in Prometheus' text format."""
@@ -165,23 +175,21 @@ class RequestMeter:
             metrics.whole.labels(service).observe(seconds)
             metrics.prompt.labels(service).observe(len(self._generation.prompt))
             metrics.output.labels(service).observe(self._tokens)
-        if reason in ("stop", "length"):
-            metrics.window.ended(service, self._first_seconds, seconds, self._tokens)
         if reason != "abort":
             self._judge(failed=reason == "error")
 
     def _judge(self, *, failed: bool) -> None:
-        """Whether the request got what its tier promises."""
-        each = (
-            (self._last - self._began - self._first_seconds) / (self._tokens - 1) if self._tokens > 1 else 0.0
-        )
-        if self._tokens > 1:
-            self._metrics.each_token.labels(self._generation.service).observe(each)
-        target = self._metrics.targets.get(self._generation.tier)
-        if target is not None:
-            fast = self._first_seconds <= target.first_token_seconds and each <= target.next_token_seconds
-            met = "true" if fast and not failed else "false"
-            self._metrics.slo.labels(self._generation.service, target.name, met).inc()
+        """Whether the request got what its tier promises; one that failed did not."""
+        metrics, service, tier = self._metrics, self._generation.service, self._generation.tier
+        later = self._tokens - 1
+        each = (self._last - self._began - self._first_seconds) / later if later > 0 else 0.0
+        if later > 0:
+            metrics.each_token.labels(service).observe(each)
+        met = not failed and metrics.targets(tier).met(self._first_seconds, each)
+        if not failed:
+            metrics.window.ended(service, met=met)
+        if metrics.has_targets(tier):
+            metrics.slo.labels(service, tier, "true" if met else "false").inc()
 
 
 class _Report(Collector):

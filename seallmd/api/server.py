@@ -24,7 +24,7 @@ from seallmd.api.cors import make_cors, tell_origin
 from seallmd.api.guard import make_guard
 from seallmd.api.keys import Keyring
 from seallmd.api.limits import truncated
-from seallmd.api.metrics import CONTENT_TYPE
+from seallmd.api.metrics import CONTENT_TYPE, Metrics
 from seallmd.api.ollama import Ollama
 from seallmd.api.openapi import document
 from seallmd.api.problems import problems
@@ -33,7 +33,7 @@ from seallmd.api.responses_answer import ResponsesAnswer
 from seallmd.api.responses_schema import read_responses
 from seallmd.api.schema import ChatRequest, read_chat, read_completion, split_prompts
 from seallmd.api.serving import Serving, ToolUse, json_response, read_body
-from seallmd.api.settings import HttpSettings, TierSettings
+from seallmd.api.settings import HttpSettings
 from seallmd.api.sockets import claim_socket_path
 from seallmd.api.text import TextModel
 from seallmd.api.tokenize import Tokenize
@@ -51,14 +51,15 @@ def build_app(
     engine: EngineFace,
     settings: HttpSettings,
     keyring: Keyring | None = None,
-    tiers: Sequence[TierSettings] = (),
+    metrics: Metrics | None = None,
 ) -> web.Application:
-    """The application. keyring: whose callers it serves, None = everybody. tiers: targets to measure by.
+    """The application. keyring: whose callers it serves, None = everybody. metrics: where
+    requests are counted.
 
     Its runner needs handler_cancellation, as `start_http` sets it: without that, a client that leaves before
     its first token is not noticed.
     """
-    serving = Serving(engine, settings, tiers)
+    serving = Serving(engine, settings, metrics or Metrics(engine.status))
     origins, keyring = settings.cors_origins, keyring or Keyring()
     middlewares = [
         problems,
@@ -92,16 +93,16 @@ async def start_http(
     settings: HttpSettings,
     listeners: Sequence[socket.socket] = (),
     keyring: Keyring | None = None,
-    tiers: Sequence[TierSettings] = (),
+    metrics: Metrics | None = None,
 ) -> web.AppRunner:
     """Listen where the settings say; `cleanup()` of the result ends it. Raises ConfigError.
 
     listeners: sockets that are open already (socket activation), instead of those of the settings; they stay
-    in the file system. keyring, tiers: as in `build_app`.
+    in the file system. keyring, metrics: as in `build_app`.
     """
     tls = tls_context(settings)
     bound: list[Path] = []  # removed at the end, but only if they are ours
-    app = build_app(engine, settings, keyring, tiers)
+    app = build_app(engine, settings, keyring, metrics)
 
     async def remove_sockets(_app: web.Application) -> None:
         for path in bound:

@@ -7,7 +7,7 @@ of bodies (`schema`, `ollama_schema`) and responses (`responses`, `ollama_respon
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import msgspec
 from aiohttp import web
@@ -21,7 +21,7 @@ from seallmd.api.metrics import Metrics
 from seallmd.api.rates import Rates
 from seallmd.api.responses import Answer, Usage, count_usage, join
 from seallmd.api.schema import ChatRequest, CompletionRequest, GenerationRequest
-from seallmd.api.settings import HttpSettings, TierSettings
+from seallmd.api.settings import HttpSettings
 from seallmd.api.structured import Form, Grammars
 from seallmd.api.text import TextModel, TextModels
 from seallmd.api.tool_formats import ToolFormat
@@ -53,11 +53,9 @@ class ToolUse(msgspec.Struct, frozen=True):
 class Serving:
     """The engine and the models' texts, as endpoints use them."""
 
-    def __init__(
-        self, engine: EngineFace, settings: HttpSettings, tiers: Sequence[TierSettings] = ()
-    ) -> None:
+    def __init__(self, engine: EngineFace, settings: HttpSettings, metrics: Metrics) -> None:
         self.engine = engine
-        self.metrics = Metrics(engine.status, tiers=tiers)
+        self.metrics = metrics
         self.texts = TextModels()
         self._grammars = Grammars()
         self.rates = Rates()
@@ -205,5 +203,6 @@ async def _documents(spec: GenerationRequest, run: Run, answer: Answer, wire: Wi
             usage = count_usage(run.choices, spec.choices)
         for chunk in answer.chunks(run.choices[piece.index], piece, usage):
             yield wire.encode(chunk)
-    if want_usage:
-        yield wire.encode(answer.usage_chunk(count_usage(run.choices, spec.choices)))
+    last = answer.usage_chunk(count_usage(run.choices, spec.choices)) if want_usage else None
+    if last is not None:
+        yield wire.encode(last)

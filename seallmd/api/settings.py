@@ -15,7 +15,7 @@ class TierSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """One `[[tier]]` table: what requests of a tier are to get; `seallmd_slo_requests` counts how many did.
 
     name: as API keys have it. first_token_seconds: from arrival. next_token_seconds: mean of all further
-    ones. Nothing is decided by these targets yet.
+    ones. Nothing is decided by these targets yet. The page measures by those of "default".
     """
 
     name: Literal["priority", "default", "flex"]

@@ -67,14 +67,14 @@ def traffic(out: Console, report: Record, picture: Record, history: History) -> 
         latencies = picture["latencies"].get(name)
         if latencies is None and not any([*history.of(rates), *history.of(queue)]):
             continue
-        keys = ("first_p50", "first_p99", "next_p50", "next_p99")
         cells: tuple[Text | str, ...] = (
             Text(name),
             f"{service['tokens_per_second']:.1f}",
             Text(sparkline(history.of(rates), width, ascii_only=plain), "green"),
             str(service["waiting"]),
             Text(sparkline(history.of(queue), width // 2, ascii_only=plain), "yellow"),
-            *("-" if latencies is None else _short(latencies[key]) for key in keys),
+            *_percentiles(latencies, "first_token"),
+            *_percentiles(latencies, "next_token"),
         )
         table.add_row(*(cells[number] for number in shown))
     return table if table.row_count else Text("nobody asks for anything", "dim")
@@ -112,6 +112,15 @@ def cells(out: Console) -> int:
 
 def _colour(number: int) -> str:
     return _COLOURS[number % len(_COLOURS)]
+
+
+def _percentiles(latencies: Record | None, what: str) -> tuple[str, str]:
+    """P50 and P99, of what there is."""
+    quantiles = latencies and latencies[what]
+    if not quantiles:
+        return "-", "-"
+    p50, _, p99 = quantiles
+    return _short(p50), _short(p99)
 
 
 def _short(seconds: float) -> str:

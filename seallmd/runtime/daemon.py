@@ -23,6 +23,7 @@ import uvloop
 from seallmd import __version__
 from seallmd.api.control import ControlServer
 from seallmd.api.keys import Key, Keyring, locate_keys, read_keys
+from seallmd.api.metrics import Metrics
 from seallmd.api.server import http_addresses, start_http, tls_context
 from seallmd.config import Config, Size, load, reloaded
 from seallmd.core.settings import NodeSettings
@@ -171,11 +172,11 @@ class Daemon:
         await control.start()
         try:
             settings = self._config.http
-            http = await start_http(
-                self._engine, settings, self._listeners["http"], self._keyring, self._config.tier
-            )
+            metrics = Metrics(self._engine.status, tiers=self._config.tier)
+            http = await start_http(self._engine, settings, self._listeners["http"], self._keyring, metrics)
             control.http = http_addresses(http, tls=bool(settings.tls_certificate))
             control.reload = self._reload
+            control.latencies = metrics.window.by_service
             try:
                 await self._engine.start()
                 watch.start()

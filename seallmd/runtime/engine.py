@@ -38,7 +38,6 @@ from seallmd.runtime.devices import DevicePlan
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
 from seallmd.runtime.feed import EventFeed
 from seallmd.runtime.journal import FlightRecorder, Journal
-from seallmd.runtime.latencies import Latencies, RecentLatencies
 from seallmd.runtime.log import RequestRecord
 from seallmd.runtime.supervised import Supervised
 
@@ -67,7 +66,6 @@ class Engine:
         pause before a dead child is started again. flight_bytes: memory for the last minutes' events."""
         self.node = Node(settings)
         self.feed = EventFeed()
-        self._latencies = RecentLatencies()
         self._flight = FlightRecorder(self.node, flight_bytes) if flight_bytes else None
         self._settings = settings
         self._plan = plan
@@ -233,9 +231,6 @@ class Engine:
                 self._streams.pop(request).end(action)
                 record = self._records.pop(request)
                 record.finished(action, self._now())
-                if action.reason in ("stop", "length") and record.first:
-                    taken = record.first - record.arrived, self._now() - record.arrived
-                    self._latencies.add(record.service, self._now(), *taken, record.output)
                 self.feed.tell("request", record.service, record.summary(action, self._now()))
                 if not self._streams:
                     self._quiet.set()
@@ -343,10 +338,6 @@ class Engine:
     def arena_maps(self, cells: int) -> list[ArenaMap]:
         """Who holds which part of each device's arena, in at most so many cells."""
         return arena_maps(self.node.state, cells)
-
-    def latencies(self) -> dict[str, Latencies]:
-        """How long requests took lately, by service."""
-        return self._latencies.report(self._now())
 
     def plan(self) -> PlanStatus | None:
         """The plan in force and the best one known; None while nothing is planned."""

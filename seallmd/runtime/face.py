@@ -17,7 +17,6 @@ from seallmd.core.messages import ModelShape, Sampling, Scores
 from seallmd.core.settings import ServiceSettings
 from seallmd.core.status import ArenaMap, NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 from seallmd.runtime.feed import EventFeed
-from seallmd.runtime.latencies import Latencies
 
 
 class ServiceView(msgspec.Struct, frozen=True):
@@ -133,9 +132,6 @@ class EngineFace(Protocol):
 
     def detail(self, service: str) -> ServiceDetail | None:
         """All that is known of one service; None when there is no such service."""
-
-    def latencies(self) -> dict[str, Latencies]:
-        """How long requests took lately, by service."""
 
     @property
     def feed(self) -> EventFeed:

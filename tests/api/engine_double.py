@@ -29,7 +29,6 @@ from seallmd.core.status import (
 from seallmd.errors import ControlError
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
 from seallmd.runtime.feed import EventFeed
-from seallmd.runtime.latencies import Latencies
 
 SPOKEN = "Hello wörld, 日本語 and 👩‍👩‍👧 at last."
 CORPUS = ["hello world, the quick brown fox jumps over the lazy dog", "wörld ünïcode 日本"] * 3
@@ -182,9 +181,6 @@ class FakeEngine:
         self.kept[service] = seconds
 
     async def operate(self, make: Callable[[int], OperatorEvent]) -> None:
-        raise NotImplementedError
-
-    def latencies(self) -> dict[str, Latencies]:
         raise NotImplementedError
 
     def requests(self) -> list[RequestStatus]:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from seallmd.api.latency_window import WINDOW_SECONDS, LatencyWindow
+from seallmd.api.latency_window import WINDOW_SECONDS, LatencyWindow, Targets
 
 
 class Clock:
@@ -39,7 +39,7 @@ def test_expiry() -> None:
     for _ in range(3):
         window.first_token("a", 0.1)
         window.next_token("a", 0.01)
-        window.ended("a", 0.1, 0.3, 10)
+        window.ended("a", met=True)
         clock.now += 90
     assert window.by_service()["a"].ended == 3
     clock.now += 50
@@ -61,18 +61,19 @@ def test_recent_is_shorter_than_the_window() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "whole", "tokens", "met"),
-    [
-        (1.9, 1.9, 1, 1),
-        (2.1, 2.1, 1, 0),  # too late a first token
-        (0.1, 0.1 + 9 * 0.19, 10, 1),
-        (0.1, 0.1 + 9 * 0.21, 10, 0),  # too slow after it
-    ],
+    ("first", "each", "met"),
+    [(1.9, 0.0, True), (2.1, 0.0, False), (0.1, 0.19, True), (0.1, 0.21, False)],
 )
-def test_targets(first: float, whole: float, tokens: int, met: int) -> None:
-    """Both targets count, the second one on average."""
+def test_targets(first: float, each: float, met: bool) -> None:
+    """Both count."""
+    assert Targets().met(first, each) is met
+
+
+def test_ends() -> None:
+    """Those that ended, and of these those that met their targets; failed ones apart."""
     window = LatencyWindow(Clock())
-    window.ended("a", first, whole, tokens)
+    window.ended("a", met=True)
+    window.ended("a", met=False)
     window.failed("a")
     figures = window.by_service()["a"]
-    assert (figures.met, figures.ended, figures.failed) == (met, 1, 1)
+    assert (figures.met, figures.ended, figures.failed) == (1, 2, 1)

@@ -177,6 +177,9 @@ def test_targets_of_tiers_are_measured() -> None:
     assert value(page, "seallmd_slo_requests_total", tier="priority", met="false") == 3
     assert value(page, "seallmd_request_failures_total", code="worker_lost") == 1
     assert value(page, "vllm:request_time_per_output_token_seconds_count") == 5
+    # The window measures requests of other tiers by its own targets.
+    figures = metrics.window.by_service()["m"]
+    assert (figures.met, figures.ended, figures.failed) == (1, 4, 1)
 
 
 async def test_why_requests_wait(url: str, engine: FakeEngine) -> None:

@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 
 from seallmd.api.control import ControlServer
+from seallmd.api.latency_window import Figures
 from seallmd.api.server import http_addresses, start_http
 from seallmd.api.settings import HttpSettings
 from seallmd.core.cost import StepCosts
@@ -32,10 +33,10 @@ from seallmd.core.status import (
 from seallmd.errors import ControlError
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
 from seallmd.runtime.feed import EventFeed
-from seallmd.runtime.latencies import Latencies
 from tests.api.engine_double import SPOKEN, FakeEngine, view, write_model
 
 MIB = 1 << 20
+LATENCIES = {"busy[red]": Figures((0.25, 1.0, 2.5), (0.04, 0.1, 0.125), ended=17, met=16, failed=0)}
 
 LOST = DeviceStatus(
     device=1,
@@ -169,9 +170,6 @@ class FakeNode:
         parts = [Cell("weights", "busy[red]"), Cell("kv", "busy[red]"), Cell("kv", "quick")]
         return [ArenaMap(0, cells, (*parts, *[Cell("free", "")] * (cells - 3)))]
 
-    def latencies(self) -> dict[str, Latencies]:
-        return {"busy[red]": Latencies(17, 0.25, 2.5, 0.04, 0.125)}
-
     def status(self) -> NodeStatus:
         return NodeStatus("round-robin", False, 2 * MIB, (UP, LOST), tuple(self.table.values()))
 
@@ -216,6 +214,7 @@ async def server(node: FakeNode, tmp_path: Path) -> AsyncIterator[ControlServer]
     """A served control socket."""
     path = tmp_path / "run" / "control.sock"
     server = ControlServer(node, path)
+    server.latencies = lambda: LATENCIES
     await server.start()
     yield server
     await server.close()

@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console, Group
 
 from seallmd.ctl import picture
-from tests.ctl.conftest import FakeNode
+from tests.ctl.conftest import LATENCIES, FakeNode
 
 
 def report_of(node: FakeNode) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the control socket tells: status, and maps with latencies."""
-    pictures = {"maps": node.arena_maps(30), "latencies": node.latencies()}
+    pictures = {"maps": node.arena_maps(30), "latencies": LATENCIES}
     return msgspec.to_builtins(node.status()), msgspec.to_builtins(pictures)
 
 

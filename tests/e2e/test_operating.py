@@ -147,7 +147,7 @@ def check_looking_on(daemon: Daemon) -> None:
     owners = {service for kind, service in top["maps"][0]["cells"] if kind == "weights"}
     assert owners <= {"a", "b"}
     assert owners
-    assert top["latencies"]["a"]["requests"] > 0
+    assert top["latencies"]["a"]["ended"] > 0
 
 
 def check_removal(daemon: Daemon, head: str) -> None:
