@@ -6,7 +6,7 @@ figures are gathered (`history`, `latency_window`).
     GET  /ui                      the page; its other files lie below
     GET  /ui/feed                 server-sent events: one at once, then one a second. boot, sample and
                                   happening in the query: what the reader has already
-    POST /ui/services/NAME/VERB   load or evict; 200 once it is done
+    POST /ui/services/NAME/VERB   load, evict, pin, unpin, drain or undrain; 200 once it is done
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from seallmd.api.history import Happening, History, Sample
 from seallmd.api.latency_window import WINDOW_SECONDS, Figures, Targets
 from seallmd.api.serving import Serving, json_response
 from seallmd.api.ui_access import require_operator, why_not_operator
+from seallmd.core.events import PinWanted, ServiceDrainWanted
 from seallmd.core.status import ArenaMap, DeviceStatus, Holding, NodeStatus, ServiceStatus
 from seallmd.errors import ControlError, RequestError
 from seallmd.runtime.face import EngineFace
@@ -59,10 +60,16 @@ FEED_HEADERS = {
 }
 
 Verb = Callable[[EngineFace, str], Coroutine[Any, Any, None]]
-# The page has a button for each of these that it knows how to draw: load, evict, pin, unpin, drain, undrain.
+# The page has a button for each of these that it knows how to draw.
 VERBS: dict[str, Verb] = {
     "load": lambda engine, service: engine.load(service),
     "evict": lambda engine, service: engine.evict(service, now=False),
+    "pin": lambda engine, service: engine.operate(lambda ticket: PinWanted(ticket, service)),
+    "unpin": lambda engine, service: engine.operate(lambda ticket: PinWanted(ticket, service, pinned=False)),
+    "drain": lambda engine, service: engine.operate(lambda ticket: ServiceDrainWanted(ticket, service)),
+    "undrain": lambda engine, service: engine.operate(
+        lambda ticket: ServiceDrainWanted(ticket, service, drained=False)
+    ),
 }
 
 

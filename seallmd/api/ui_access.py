@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from seallmd.api.guard import is_loopback, names_this_machine
+from seallmd.api.keys import current_key
 from seallmd.errors import RequestError
 
 # No form and no image can send it, and scripts of other pages may not: that would take CORS.
@@ -21,10 +22,13 @@ _PROXIES = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
 def why_not_operator(request: web.Request) -> str:
     """Why whoever sent this may not operate the daemon; empty when they may.
 
-    This is where an admin key decides once there are keys. Without any, it takes a browser on this machine: a
-    TCP connection over loopback (behind a Unix socket there is a proxy), to a name of loopback (any other may
-    be somebody's who points it here, DNS rebinding), and no trace of a proxy.
+    Once there are keys, it takes one with `admin`. Without any, it takes a browser on this machine: a TCP
+    connection over loopback (behind a Unix socket there is a proxy), to a name of loopback (any other may be
+    somebody's who points it here, DNS rebinding), and no trace of a proxy.
     """
+    key = current_key.get()
+    if key is not None:
+        return "" if key.admin else "Models are loaded and evicted with an API key that has admin = true."
     peer = None if request.transport is None else request.transport.get_extra_info("peername")
     near = isinstance(peer, tuple) and is_loopback(str(peer[0]))
     named = names_this_machine(request.headers.get("Host", ""))

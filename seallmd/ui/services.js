@@ -12,7 +12,8 @@ const VERBS = {
   evict: { word: "Evict", fits: (status) => !GONE.includes(status.state) && !status.pinned },
   pin: { word: "Pin", fits: (status) => !status.pinned && status.state !== "refused" },
   unpin: { word: "Unpin", fits: (status) => status.pinned },
-  drain: { word: "Drain", fits: (status) => status.state === "resident" },
+  drain: { word: "Drain", fits: (status) => !status.drained && !GONE.includes(status.state) },
+  undrain: { word: "Undrain", fits: (status) => status.drained },
 };
 const LOADING = ["reading", "copying", "probing"];
 const STATES = { reading: "being read", copying: "coming in", probing: "being examined", absent: "away",

@@ -120,6 +120,7 @@ class FakeEngine:
         self.maps: list[ArenaMap] = []
         self.loaded: list[str] = []
         self.evicted: list[str] = []
+        self.operated: list[OperatorEvent] = []
         self.streams: dict[int, TokenStream] = {}
         self.idle = asyncio.Event()
         self.arrived = asyncio.Event()
@@ -181,7 +182,7 @@ class FakeEngine:
         self.kept[service] = seconds
 
     async def operate(self, make: Callable[[int], OperatorEvent]) -> None:
-        raise NotImplementedError
+        self.operated.append(make(0))
 
     def requests(self) -> list[RequestStatus]:
         raise NotImplementedError

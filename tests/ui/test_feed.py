@@ -11,8 +11,11 @@ import aiohttp
 import msgspec
 import pytest
 
+from seallmd.api.keys import Key, Keyring
 from seallmd.api.server import start_http
 from seallmd.api.settings import HttpSettings
+from seallmd.api.ui import VERBS
+from seallmd.core.events import PinWanted
 from tests.api.engine_double import FakeEngine
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -66,7 +69,7 @@ async def test_frame(engine: FakeEngine, url: str) -> None:
     runs = [["weights", "m", 60], ["free", "", 130], ["promised", "m", 6], ["kv", "m", 60]]
     assert (device["cells"], device["cell_count"]) == (runs, 256)
     assert frame["samples"][0]["services"]["m"] == ["resident", 0, 0, 0.0]
-    assert (frame["verbs"], frame["denied"]) == (["load", "evict"], "")
+    assert (frame["verbs"], frame["denied"]) == (list(VERBS), "")
 
 
 async def test_resuming(url: str) -> None:
@@ -128,6 +131,24 @@ async def test_unix_socket(engine: FakeEngine, tmp_path: Path) -> None:
             session.post("http://localhost/ui/services/m/evict", headers=OURS) as response,
         ):
             assert response.status == 403
+    finally:
+        await runner.cleanup()
+
+
+async def test_admin_keys(engine: FakeEngine) -> None:
+    """Once there are keys, one with admin operates from wherever it is, and nobody else does."""
+    keys = [Key(name="root", key="a" * 20, admin=True), Key(name="user", key="b" * 20)]
+    runner = await start_http(engine, HttpSettings(port=0), keyring=Keyring(keys))
+    try:
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        assert await post(url, "/ui/services/m/pin", **OURS) == 401
+        assert await post(url, "/ui/services/m/pin", **OURS, Authorization=f"Bearer {keys[1].key}") == 403
+        admin = {"Authorization": f"Bearer {keys[0].key}", "X-Forwarded-For": "203.0.113.9"}
+        assert await post(url, "/ui/services/m/pin", **admin) == 403  # not from the page
+        assert await post(url, "/ui/services/m/pin", **OURS, **admin) == 200
+        assert engine.operated == [PinWanted(0, "m")]
+        async with aiohttp.ClientSession() as session:
+            assert "drain" in (await first_frame(session, url, **admin))["verbs"]
     finally:
         await runner.cleanup()
 

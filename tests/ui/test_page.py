@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.async_api import Page, expect
 
-from seallmd.core.events import Finish
+from seallmd.core.events import Finish, PinWanted, ServiceDrainWanted
 from tests.api.engine_double import SPOKEN, FakeEngine
 from tests.ui.conftest import tokens
 
@@ -70,7 +70,16 @@ async def test_buttons(page: Page, engine: FakeEngine) -> None:
     assert (engine.evicted, engine.loaded) == (["m"], ["away"])
     await expect(page.get_by_role("button", name="Evict held")).to_have_count(0)
     await expect(page.get_by_role("button", name=re.compile("gone"))).to_have_count(0)
-    await expect(page.get_by_role("button", name=re.compile("^Pin"))).to_have_count(0)  # not served here
+    await expect(page.get_by_role("button", name="Undrain m")).to_have_count(0)
+    for button in ("Pin m", "Unpin held", "Drain m"):
+        await page.get_by_role("button", name=button, exact=True).click()
+        await expect(page.get_by_role("button", name=button, exact=True)).to_be_enabled()
+    await expect(page.locator("#notice")).to_be_hidden()
+    assert engine.operated == [
+        PinWanted(0, "m"),
+        PinWanted(0, "held", pinned=False),
+        ServiceDrainWanted(0, "m"),
+    ]
 
 
 async def test_follows_changes(page: Page, engine: FakeEngine) -> None:
