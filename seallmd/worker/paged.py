@@ -130,7 +130,7 @@ class PagedBatch:
         if call.softcap is None and call.sinks is None:
             out = scaled_dot_product_attention(folded, key, value, group.mask, scale=call.scale)
         else:
-            out = _plain_attention(call, folded, key, value, group.mask, tokens=1)
+            out = plain_attention(call, folded, key, value, group.mask, tokens=1)
         return out.flatten(1, 2)
 
     def _chunk(self, call: Call, chunk: _Chunk, query: torch.Tensor) -> torch.Tensor:
@@ -148,7 +148,7 @@ class PagedBatch:
             if mask is None:
                 mask = self._mask(torch.arange(chunk.tokens)[:, None], torch.arange(chunk.keys), None)
             folded = heads.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-            out = _plain_attention(call, folded, key, value, mask, tokens=chunk.tokens)
+            out = plain_attention(call, folded, key, value, mask, tokens=chunk.tokens)
             out = out.unflatten(2, (-1, chunk.tokens)).flatten(1, 2)
         return out[0].transpose(0, 1)
 
@@ -251,7 +251,7 @@ def _split(items: list[_Single], page: Page) -> list[list[_Single]]:
     return parts
 
 
-def _plain_attention(
+def plain_attention(
     call: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, tokens: int
 ) -> torch.Tensor:
     """Attention with capped scores (Gemma 2) or sinks (gpt-oss), which SDPA cannot do.

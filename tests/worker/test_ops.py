@@ -128,13 +128,20 @@ class Scene:
     """An arena with the KV of a few requests of one layer, and the packed rows of their next step."""
 
     def __init__(
-        self, shape: LayerShape, heads: int, dtype: torch.dtype, block_tokens: int, seed: int
+        self,
+        shape: LayerShape,
+        heads: int,
+        dtype: torch.dtype,
+        block_tokens: int,
+        seed: int,
+        lengths: list[tuple[int, int]] | None = None,  # tokens of each span, and its context
     ) -> None:
         rng = random.Random(seed)
         self.shape, self.heads = shape, heads
         token_bytes = dtype.itemsize * shape.kv_heads * (shape.k_dim + shape.v_dim)
         self.block_bytes = (block_tokens * token_bytes + 63) // 64 * 64
-        lengths = [(1, 1), (1, 70), (9, 9), (1, 131), (30, 77), (1, block_tokens), (2, 2 * block_tokens)]
+        usual = [(1, 1), (1, 70), (9, 9), (1, 131), (30, 77), (1, block_tokens), (2, 2 * block_tokens)]
+        lengths = lengths or usual
         tables = [-(-context // block_tokens) for _, context in lengths]
         free = list(range(sum(tables)))
         rng.shuffle(free)

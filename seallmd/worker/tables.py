@@ -1,0 +1,106 @@
+"""Where the packed tokens of one step belong, as tensors on the device: what kernels over block tables read.
+
+Owns their layout, and the cutting of queries into tiles. Everything but shapes is data, so that one captured
+graph serves every step of a shape. Must not know kernels, requests or where blocks come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from seallmd.worker.kv import Page
+
+
+class SpanLike(Protocol):
+    """As `paged.Span`."""
+
+    @property
+    def first(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def table(self) -> Sequence[int]: ...
+
+
+class Tiles(NamedTuple):
+    """Queries that one program answers: up to `size` neighbouring tokens of a span.
+
+    spans, starts: int32 [tiles], whose tokens, and the first of them counted from the span's own first.
+    longest: no context of theirs has more tokens.
+    """
+
+    spans: torch.Tensor
+    starts: torch.Tensor
+    size: int
+    longest: int
+
+
+class Tables:
+    """A step's block tables and spans, int32 on one device.
+
+    blocks [spans, width]: a block table each, page after page, its end padded with anything. contexts
+    [spans]: tokens up to the span's last. firsts, counts [spans]: its packed rows. span_of, positions
+    [tokens]: of each packed row.
+    """
+
+    def __init__(
+        self,
+        blocks: torch.Tensor,
+        contexts: torch.Tensor,
+        firsts: torch.Tensor,
+        counts: torch.Tensor,
+        span_of: torch.Tensor,
+        positions: torch.Tensor,
+        spans: Sequence[SpanLike],
+    ) -> None:
+        self.blocks, self.contexts, self.firsts, self.counts = blocks, contexts, firsts, counts
+        self.span_of, self.positions = span_of, positions
+        self._spans = spans
+        self._tiles: dict[int, Tiles | None] = {}
+
+    def singles(self) -> Tiles | None:
+        """Spans of one token, a tile each."""
+        return self._cut(1)
+
+    def chunks(self, size: int) -> Tiles | None:
+        """Longer spans in tiles of up to `size` tokens, at least 2."""
+        return self._cut(size)
+
+    def _cut(self, size: int) -> Tiles | None:
+        if size not in self._tiles:
+            chosen = [(n, s) for n, s in enumerate(self._spans) if (s.tokens == 1) == (size == 1)]
+            cut = [(n, start) for n, span in chosen for start in range(0, span.tokens, size)]
+            longest = max((span.context for _, span in chosen), default=0)
+            self._tiles[size] = self._on_device(cut, size, longest) if cut else None
+        return self._tiles[size]
+
+    def _on_device(self, cut: list[tuple[int, int]], size: int, longest: int) -> Tiles:
+        pairs = torch.tensor(list(zip(*cut, strict=True)), dtype=torch.int32).to(self.blocks.device)
+        return Tiles(pairs[0], pairs[1], size, longest)
+
+
+def tables_of(spans: Sequence[SpanLike], page: Page, device: torch.device) -> Tables:
+    """The tables of a step. One copy to the device."""
+    width = max(page.holding(span.context) * page.blocks for span in spans)
+    blocks: list[int] = []
+    for span in spans:
+        own = span.table[:width]
+        blocks += own
+        blocks += [0] * (width - len(own))
+    numbers = [span.context for span in spans]
+    numbers += [span.first for span in spans]
+    numbers += [span.tokens for span in spans]
+    for number, span in enumerate(spans):
+        numbers += [number] * span.tokens
+    for span in spans:
+        numbers += range(span.context - span.tokens, span.context)
+    tokens = sum(span.tokens for span in spans)
+    packed = torch.tensor(blocks + numbers, dtype=torch.int32).to(device)
+    sizes = (len(blocks), *[len(spans)] * 3, tokens, tokens)
+    table, contexts, firsts, counts, span_of, positions = packed.split(sizes)
+    return Tables(table.view(-1, width), contexts, firsts, counts, span_of, positions, spans)
