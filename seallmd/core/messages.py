@@ -480,6 +480,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, gc=False):
     cache: directory for downloaded and converted models and for compiled operations. host_kv_bytes: host
     memory for preempted KV, in slots of one block. kv_layout: "merged" (a block holds all layers of its
     tokens) or "split" (one layer).
+    kernels: whether a GPU runs Triton operations, where they agree with plain torch. graph_bytes: how much of
+    `reserve_bytes` CUDA graphs may take, 0 = none are captured.
     rendezvous: a private directory in which the members of tensor-parallel groups find each other.
     """
 
@@ -492,4 +494,6 @@ class WorkerSettings(msgspec.Struct, frozen=True, gc=False):
     cache: str = ""
     host_kv_bytes: int = 0
     kv_layout: Literal["merged", "split"] = "merged"
+    kernels: bool = True
+    graph_bytes: int = 0
     rendezvous: str = ""

@@ -40,16 +40,45 @@ class Copy(ABC):
         """Give up. Returns when nothing writes to the arena any more."""
 
 
+class Arriving:
+    """Numbers on their way from the device to the host. tensor: int64 [n], where they were computed."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def arrived(self) -> bool:
+        """Whether `take` returns at once."""
+        return True
+
+    def take(self) -> list[int]:
+        """The numbers; waits for them. Raises AcceleratorError when the device is lost."""
+        numbers: list[int] = self.tensor.tolist()
+        return numbers
+
+
 class Device(ABC):
     """arena: uint8 [bytes], a multiple of the block size, on `torch_device`. label: a name for people.
 
-    host_kv: uint8 [slots, block_bytes] in host memory, for the KV of preempted requests.
+    memory: the arena and one block behind it, number `scratch`, that the ledger does not know: whatever is
+    written there is of no use to anybody. host_kv: uint8 [slots, block_bytes] in host memory, for the KV of
+    preempted requests. late: calls return before the device has done what they ask for.
     """
 
     torch_device: torch.device
     label: str
+    memory: torch.Tensor
     arena: torch.Tensor
+    scratch: int
     host_kv: torch.Tensor
+    late = False
+
+    def _take(self, memory: torch.Tensor, block_bytes: int) -> None:
+        self.memory, self.arena = memory, memory[:-block_bytes]
+        self.scratch = self.arena.numel() // block_bytes
+
+    def fetch(self, tensor: torch.Tensor) -> Arriving:
+        """Begin to bring int64 [n] to the host, after all that was enqueued."""
+        return Arriving(tensor)
 
     def __init__(self) -> None:
         self._images: dict[str, tuple[tuple[int, int], torch.Tensor]] = {}
@@ -181,7 +210,7 @@ class CpuDevice(Device):
         if size <= 0:
             raise MemoryError("a CPU device needs arena_bytes of at least one block")
         require_memory(size, "the arena")
-        self.arena = _resident(size)
+        self._take(_resident(size + settings.block_bytes), settings.block_bytes)
         self.host_kv = _host_kv(settings)
         self.label = f"cpu: {_cpu_name()}, {settings.threads} threads"
 
@@ -230,6 +259,8 @@ def _cpu_name() -> str:
 class CudaDevice(Device):
     """A GPU. Images are page-locked once."""
 
+    late = True
+
     def __init__(self, settings: WorkerSettings, device: torch.device) -> None:
         super().__init__()
         torch.cuda.set_device(device)
@@ -239,7 +270,8 @@ class CudaDevice(Device):
         size = size // settings.block_bytes * settings.block_bytes
         if size <= 0:
             raise MemoryError("the GPU has no memory left for an arena")
-        self.arena = torch.zeros(size, dtype=torch.uint8, device=device)
+        memory = torch.zeros(size + settings.block_bytes, dtype=torch.uint8, device=device)
+        self._take(memory, settings.block_bytes)
         self.host_kv = _host_kv(settings)
         if len(self.host_kv):
             _page_lock(self.host_kv, "host memory for KV")
@@ -283,9 +315,30 @@ class CudaDevice(Device):
     def release_caches(self) -> None:
         torch.cuda.empty_cache()
 
+    def fetch(self, tensor: torch.Tensor) -> Arriving:
+        return _Flying(tensor)
+
     def _after_steps(self) -> None:
         """Copies from here on wait: the ledger reuses blocks that earlier steps may still read."""
         self._stream.wait_event(torch.cuda.current_stream(self.torch_device).record_event())
+
+
+class _Flying(Arriving):
+    """On their way into page-locked memory."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__(tensor)
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.current_stream(tensor.device).record_event()
+
+    def arrived(self) -> bool:
+        return bool(self._event.query())
+
+    def take(self) -> list[int]:
+        self._event.synchronize()
+        numbers: list[int] = self._host.tolist()
+        return numbers
 
 
 def _page_lock(memory: torch.Tensor, name: str) -> None:

@@ -9,18 +9,19 @@ from __future__ import annotations
 import gc
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 
 from seallmd.core.messages import Hello, Shutdown, ToWorker, WorkerSettings
 from seallmd.worker import ops
 from seallmd.worker.channel import Channel, Closed
-from seallmd.worker.device import open_device
-from seallmd.worker.process import begin
+from seallmd.worker.device import Device, open_device
+from seallmd.worker.graphs import Recorder
+from seallmd.worker.process import begin, log_line
 from seallmd.worker.worker import Worker
 
 _IMPORT_POLL_SECONDS = 0.005
+_FLIGHT_POLL_SECONDS = 0.0001
 # Of a step's time, for copies beside it. Residents keep stepping; and with one piece a step, a copy of half a
 # gigabyte beside steps of 0.1 s took 3 s.
 _COPY_SHARE = 0.25
@@ -35,11 +36,12 @@ def run(settings_json: bytes, sock: socket.socket) -> None:
     settings = begin(settings_json)
     _start_operations(settings)
     device = open_device(settings)
+    recorder = _start_kernels(settings, device)
     channel = Channel(sock, ToWorker)
-    label = f"{device.label}, {ops.summary()}" if settings.device == "cpu" else device.label
+    label = f"{device.label}, {ops.summary()}"
     try:
         channel.send(Hello(os.getpid(), label, device.arena.numel()))
-        worker = Worker(device, settings, channel.send)
+        worker = Worker(device, settings, channel.send, recorder)
         gc.freeze()  # libraries and all: a collection that looks at them takes 0.1 s, amid a step
         _serve(channel, worker)
     except Closed as end:
@@ -49,22 +51,43 @@ def run(settings_json: bytes, sock: socket.socket) -> None:
 
 def _start_operations(settings: WorkerSettings) -> None:
     if settings.device == "cpu" and settings.cache:
-        say = f"seallmd: {settings.name}:"
-        started = ops.start(Path(settings.cache), lambda line: print(say, line, file=sys.stderr, flush=True))
-        print(say, started, file=sys.stderr, flush=True)
+        say = log_line(settings.name)
+        say(ops.start(Path(settings.cache), say))
+
+
+def _start_kernels(settings: WorkerSettings, device: Device) -> Recorder | None:
+    """What a GPU has instead of compiled operations; it must be open."""
+    if device.torch_device.type != "cuda":
+        return None
+    from seallmd.worker.cuda_graphs import CudaRecorder
+
+    if settings.kernels and settings.cache:
+        ops.start_kernels(device.torch_device, Path(settings.cache), log_line(settings.name))
+    return CudaRecorder(device.torch_device)
 
 
 def _serve(channel: Channel, worker: Worker) -> None:
     progressed = True
     while True:
-        wait = 0 if progressed else _IMPORT_POLL_SECONDS
-        message = channel.get(wait if worker.copying else None)
+        message = channel.get(_patience(worker, progressed))
         if isinstance(message, Shutdown):
+            worker.land()
             return
         started = time.perf_counter()
         if message is not None:
             worker.handle(message)
+        elif worker.flying and worker.arrived():
+            worker.land()
         progressed = _copy_for(worker, _COPY_SHARE * (time.perf_counter() - started))
+
+
+def _patience(worker: Worker, progressed: bool) -> float | None:
+    """How long to wait for a message before there is something else to do, None for ever."""
+    if worker.copying and progressed:
+        return 0
+    if worker.flying:
+        return 0 if worker.arrived() else _FLIGHT_POLL_SECONDS
+    return _IMPORT_POLL_SECONDS if worker.copying else None
 
 
 def _copy_for(worker: Worker, seconds: float) -> bool:

@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -83,6 +85,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | OSError) and any(
         words in str(error) for words in ("not enough memory", "allocate memory")
     )
+
+
+def log_line(name: str) -> Callable[[str], None]:
+    """Writes lines to the log in the name of a process."""
+    return lambda line: print(f"seallmd: {name}: {line}", file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException) -> str:

@@ -16,10 +16,15 @@ from seallmd.worker.paged import Span
 from seallmd.worker.sampler import Draw
 from seallmd.worker.scores import PromptPart
 
+# Stands for a token that the device has drawn and the host has not seen; the last of a request at most.
+PENDING = -1
+
 
 @dataclass(slots=True)
 class Request:
     """tokens: prompt and output. run: tokens whose KV is in the arena, None before the first row.
+
+    drawn: which of the tokens drawn by the last step is the pending one.
 
     scored: as in `messages.Admit`. matcher: follows the output in its grammar, where it has one.
     """
@@ -32,6 +37,7 @@ class Request:
     scored: int = 1
     matcher: Matcher | None = None
     run: int | None = None
+    drawn: int = 0
     table: list[int] = field(default_factory=list)
 
 
@@ -39,7 +45,9 @@ class Request:
 class Packed:
     """The rows of one step, packed. last: packed index of each sampling row's last token.
 
-    rows: those that are run, the same in number as `spans`. scoring: prompt tokens that need scores.
+    rows: those that are run, the same in number as `spans`. scoring: prompt tokens that need scores. fed:
+    packed rows whose ids are pending, each with its number among the tokens drawn by the step before. places:
+    among its request's tokens, of each token drawn by this step (see `Requests.advance`).
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -50,6 +58,8 @@ class Packed:
     sampling: list[Request] = field(default_factory=list)
     last: list[int] = field(default_factory=list)
     scoring: list[PromptPart] = field(default_factory=list)
+    fed: list[tuple[int, int]] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
 
     def draws(self) -> list[Draw]:
         """The sampler's view of the sampling rows."""
@@ -118,21 +128,30 @@ class Requests:
             self._append(packed, request, row, page)
         return packed
 
-    def commit(self, rows: Iterable[Row], packed: Packed, drawn: Iterable[int]) -> tuple[int, ...]:
-        """The packed rows ran and drew `drawn`. Returns one token per sampling row, 0 for a skipped one."""
-        tokens = iter(drawn)
-        answer = []
-        ran = {row.request for row in packed.rows}
-        for row in rows:
-            if row.request not in ran:
-                answer += [0] * row.sample
-                continue
-            request = self._known[row.request]
-            request.run = row.start + row.count
-            if row.sample:
-                request.tokens.append(next(tokens))
-                answer.append(request.tokens[-1])
-        return tuple(answer)
+    def needs_tokens(self, rows: Iterable[Row]) -> bool:
+        """Whether drawing for these rows takes a token that is still pending."""
+        requests = [self._known.get(row.request) for row in rows if row.sample]
+        return any(r is not None and r.tokens[-1] == PENDING and _reads_text(r) for r in requests)
+
+    def advance(self, packed: Packed) -> None:
+        """The packed rows are on the device; what they draw is pending."""
+        for row in packed.rows:
+            self._known[row.request].run = row.start + row.count
+        for number, request in enumerate(packed.sampling):
+            request.drawn = number
+            packed.places.append(len(request.tokens))
+            request.tokens.append(PENDING)
+
+    @staticmethod
+    def settle(rows: Iterable[Row], packed: Packed, drawn: Iterable[int]) -> tuple[int, ...]:
+        """The packed rows drew `drawn`. Returns one token per sampling row of `rows`, 0 for a skipped one.
+
+        Their requests may have been dropped meanwhile.
+        """
+        found = {}
+        for request, place, token in zip(packed.sampling, packed.places, drawn, strict=True):
+            request.tokens[place] = found[request.id] = token
+        return tuple(found.get(row.request, 0) for row in rows if row.sample)
 
     @staticmethod
     def _append(packed: Packed, request: Request, row: Row, page: Page) -> None:
@@ -159,8 +178,22 @@ class Requests:
                 part = PromptPart(row.request, first, tokens, at, request.sampling.prompt_logprobs)
                 packed.scoring.append(part)
         packed.spans.append(Span(len(packed.ids), row.count, end, request.table))
-        packed.ids += request.tokens[row.start : end]
+        if request.tokens[end - 1] == PENDING:
+            packed.fed.append((len(packed.ids) + row.count - 1, request.drawn))
+        packed.ids += [max(token, 0) for token in request.tokens[row.start : end]]
         packed.positions += range(row.start, end)
         if row.sample:
             packed.sampling.append(request)
             packed.last.append(len(packed.ids) - 1)
+
+
+def _reads_text(request: Request) -> bool:
+    """Whether drawing its next token takes the ones before, and not only how many they are."""
+    sampling = request.sampling
+    return (
+        request.matcher is not None
+        or sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty != 0.0
+        or sampling.frequency_penalty != 0.0
+        or bool(sampling.bad_words)
+    )

@@ -63,6 +63,10 @@ class Tables:
         self._spans = spans
         self._tiles: dict[int, Tiles | None] = {}
 
+    def use(self, tiles: Tiles) -> None:
+        """Take these instead of cutting the spans: for a step whose spans are known to the device alone."""
+        self._tiles[tiles.size] = tiles
+
     def singles(self) -> Tiles | None:
         """Spans of one token, a tile each."""
         return self._cut(1)
@@ -104,3 +108,27 @@ def tables_of(spans: Sequence[SpanLike], page: Page, device: torch.device) -> Ta
     sizes = (len(blocks), *[len(spans)] * 3, tokens, tokens)
     table, contexts, firsts, counts, span_of, positions = packed.split(sizes)
     return Tables(table.view(-1, width), contexts, firsts, counts, span_of, positions, spans)
+
+
+class DecodeTables(NamedTuple):
+    """What stays the same in all steps of one shape whose spans have one token each."""
+
+    blocks: torch.Tensor
+    contexts: torch.Tensor
+    rows: torch.Tensor  # 0, 1, 2, ...
+    ones: torch.Tensor
+    tiles: Tiles
+
+    def at(self, positions: torch.Tensor) -> Tables:
+        """The tables of a step. positions: of each row's token, contexts - 1."""
+        tables = Tables(self.blocks, self.contexts, self.rows, self.ones, self.rows, positions, ())
+        tables.use(self.tiles)
+        return tables
+
+
+def decode_tables(blocks: torch.Tensor, contexts: torch.Tensor, longest: int) -> DecodeTables:
+    """For steps that leave their tables in `blocks` and `contexts`, none of more than `longest` tokens."""
+    rows = torch.arange(len(contexts), dtype=torch.int32, device=contexts.device)
+    return DecodeTables(
+        blocks, contexts, rows, torch.ones_like(rows), Tiles(rows, torch.zeros_like(rows), 1, longest)
+    )

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,38 +32,39 @@ from seallmd.core.messages import (
     Ping,
     Pong,
     RestoreBlocks,
-    RowFailed,
     SaveBlocks,
-    Scores,
     Step,
     StepDone,
     StepFailed,
     WorkerSettings,
 )
-from seallmd.worker import grammar, ops
-from seallmd.worker.attention import answered_by, run_recorded
+from seallmd.worker import forward, grammar, ops
+from seallmd.worker.attention import run_recorded
 from seallmd.worker.device import Copy, Device
+from seallmd.worker.graphs import DecodeGraphs, GraphPool, Recorder
 from seallmd.worker.group import GroupLost, Joining, ProcessGroup
 from seallmd.worker.kv import KvView
 from seallmd.worker.layout import Layout, bind, layout_of, unbind
+from seallmd.worker.ops import gpu_model
+from seallmd.worker.ops.kernels import Kernels
 from seallmd.worker.ops.model import FastModel, runs_wide, wide_skeleton
-from seallmd.worker.paged import PagedBatch
 from seallmd.worker.parallel import Seat, divide, sit
-from seallmd.worker.process import is_out_of_memory, one_line
+from seallmd.worker.process import is_out_of_memory, log_line, one_line
 from seallmd.worker.requests import Packed, Requests
-from seallmd.worker.sampler import row_argmax, sample
-from seallmd.worker.scores import Head, score_drawn, score_prompts
 from seallmd.worker.skeleton import DTYPES, build_skeleton, fix_rope, load_config
 
 _TELL_BYTES = 64 << 20  # of a copy, between two reports of its progress
 
 
-class _Outcome(NamedTuple):
-    """What a step has to tell; as in `messages.StepDone`."""
+@dataclass
+class _Flight:
+    """A step on the device, whose tokens the host has not read."""
 
-    tokens: tuple[int, ...] = ()
-    scores: tuple[Scores, ...] = ()
-    failed: tuple[RowFailed, ...] = ()
+    step: Step
+    packed: Packed
+    outcome: forward.Outcome
+    started: float
+    leads: bool  # whether this rank tells the tokens
 
 
 class _Origin(NamedTuple):
@@ -83,8 +83,9 @@ class _Model:
 
     kv: None until the first forward pass has shown what its layers store. wide: the same tree for float32
     arithmetic on 16-bit weights, until the first binding has shown whether it runs. fast: what of the tree
-    was replaced by compiled operations. seats: of the tensor-parallel rank, one in each tree. group: its
-    process group while it is resident.
+    was replaced by compiled operations. kernels: the Triton operations that its attention runs on. graphs: of
+    its decode steps. seats: of the tensor-parallel rank, one in each tree. group: its process group while it
+    is resident.
     """
 
     origin: _Origin
@@ -93,6 +94,8 @@ class _Model:
     kv: KvView | None = None
     wide: PreTrainedModel | None = None
     fast: FastModel | None = None
+    kernels: Kernels | None = None
+    graphs: DecodeGraphs | None = None
     seats: tuple[Seat, ...] = ()
     group: ProcessGroup | None = None
 
@@ -137,10 +140,20 @@ class _Arrival:
 
 
 class Worker:
-    """Everything a worker process does, without the process. send: takes answers in order."""
+    """Everything a worker process does, without the process. send: takes answers in order.
 
-    def __init__(self, device: Device, settings: WorkerSettings, send: Callable[[Message], None]) -> None:
+    recorder: captures graphs of decode steps; None to do without.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        settings: WorkerSettings,
+        send: Callable[[Message], None],
+        recorder: Recorder | None = None,
+    ) -> None:
         self._device = device
+        self._say = log_line(settings.name)
         self._rendezvous = Path(settings.rendezvous)
         self._block_bytes = settings.block_bytes
         self._kv_layout = settings.kv_layout
@@ -151,6 +164,12 @@ class Worker:
         self._resident: dict[str, _Model] = {}
         self._arriving: deque[_Arrival] = deque()
         self._native = ops.compiled() if device.torch_device.type == "cpu" else None
+        self._kernels = ops.gpu_kernels()
+        self._pool: GraphPool | None = None
+        if recorder is not None and settings.graph_bytes:
+            self._pool = GraphPool(recorder, device.torch_device, settings.graph_bytes, self._say)
+        self._flight: _Flight | None = None
+        self._landed = 0.0  # when the last step's tokens were read
         # Importing a model's module takes up to a second: beside the copy, not after it.
         self._importer = ThreadPoolExecutor(1, thread_name_prefix="importer")
 
@@ -190,25 +209,67 @@ class Worker:
 
     # -------------------------------------------------------------------------------------------- steps
 
+    @property
+    def flying(self) -> bool:
+        """Whether a step is on the device whose tokens nobody has read: `land` it, or send the next one."""
+        return self._flight is not None
+
+    def arrived(self) -> bool:
+        """Whether `land` would not wait."""
+        tokens = None if self._flight is None else self._flight.outcome.tokens
+        return tokens is None or tokens.arrived()
+
+    def land(self) -> None:
+        """Wait for the step on the device, and tell its end."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            self._tell(flight)
+
     def _step(self, step: Step) -> None:
         started = time.perf_counter()
+        if not self._may_follow(step):
+            self.land()
         try:
-            done = self._run(step)
+            flight = self._run(step, started)
         except torch.AcceleratorError:
             raise  # the CUDA context is lost with everything in it: only a new process helps
         except Exception as error:  # noqa: BLE001 - a failed step is reported, the other services go on
+            self.land()
             self._requests.fail([admit.request for admit in step.admit] + [row.request for row in step.rows])
             self._leave(step.service)  # others may be waiting for this rank, and would for long
             memory = is_out_of_memory(error)
             if memory:
                 self._device.release_caches()
             self._send(StepFailed(step.step, one_line(error), memory))
-        else:
-            self._send(
-                StepDone(step.step, done.tokens, time.perf_counter() - started, done.scores, done.failed)
-            )
+            return
+        self.land()  # the one before: the device has got its next work
+        self._flight = flight
+        if not self._device.late:
+            self.land()
 
-    def _run(self, step: Step) -> _Outcome:
+    def _may_follow(self, step: Step) -> bool:
+        """Whether a step may be sent to the device before the last one's tokens are known."""
+        resident = self._resident.get(step.service)
+        return (
+            self._flight is not None
+            and resident is not None
+            and resident.group is None
+            and not self._requests.needs_tokens(step.rows)
+        )
+
+    def _tell(self, flight: _Flight) -> None:
+        tokens, scores, failed = flight.outcome
+        drawn = [] if tokens is None else tokens.take()
+        answer = self._requests.settle(flight.step.rows, flight.packed, drawn)
+        begun = max(flight.started, self._landed)  # it waited on the device for the one before
+        self._landed = time.perf_counter()
+        seconds = self._landed - begun
+        if flight.leads:
+            self._send(StepDone(flight.step.step, answer, seconds, scores, failed))
+        else:
+            self._send(StepDone(flight.step.step, (), seconds))
+
+    def _run(self, step: Step, started: float) -> _Flight:
         resident = self._resident.get(step.service)
         if resident is None or resident.kv is None:
             raise RuntimeError(f"{step.service} is not resident")
@@ -216,15 +277,16 @@ class Worker:
         if resident.seats and group is None:
             raise GroupLost("its tensor-parallel group is broken")
         self._requests.admit(step.service, step.admit, resident.model.get_input_embeddings().num_embeddings)
-        if group is None or group.rank == 0:  # it draws for all
+        leads = group is None or group.rank == 0  # it draws for all
+        if leads:
             self._constrain(step.admit, resident)
         packed = self._requests.pack(step.service, step.rows, resident.kv.page)
         self._device.wait_for(span.table for span in packed.spans)
-        done = _Outcome()
+        outcome = forward.Outcome()
         if packed.rows:
-            done = self._forward(resident.model, resident.kv, packed, group)
-        tokens = self._requests.commit(step.rows, packed, done.tokens)
-        return done._replace(tokens=tokens) if group is None or group.rank == 0 else _Outcome()
+            outcome = self._forward(resident, resident.kv, packed)
+        self._requests.advance(packed)
+        return _Flight(step, packed, outcome, started, leads)
 
     def _constrain(self, admits: tuple[Admit, ...], resident: _Model) -> None:
         """Begin to compile the grammars of new requests, beside the forward pass."""
@@ -239,44 +301,10 @@ class Worker:
         if resident is not None:
             resident.leave()
 
-    def _forward(
-        self, model: PreTrainedModel, kv: KvView, packed: Packed, group: ProcessGroup | None
-    ) -> _Outcome:
-        """The step's drawn tokens, one for each of `packed.sampling`, and what is told beside them."""
-        device = self._device.torch_device
-        native = self._native
-        with torch.inference_mode(), answered_by(PagedBatch(kv, packed.spans, device, native)):
-            if native is None:  # the compiled attention reads nothing that was not written
-                kv.clear(packed.fresh)
-            last = torch.tensor(packed.last, dtype=torch.long, device=device)
-            input_ids = torch.tensor([packed.ids], device=device)
-            head = Head(model, input_ids) if packed.scoring else None
-            with nullcontext() if head is None else head.watching():
-                logits: torch.Tensor = model(
-                    input_ids=input_ids,
-                    position_ids=torch.tensor([packed.positions], device=device),
-                    use_cache=False,
-                    logits_to_keep=last,
-                ).logits[0]
-            failed: tuple[RowFailed, ...] = ()
-            scores = [] if head is None else score_prompts(head, packed.scoring)
-            if not packed.sampling:
-                if group is not None:
-                    group.finish()
-                return _Outcome(scores=tuple(scores))
-            if logits.shape[0] != len(packed.last):  # a family that computes all logits
-                logits = logits[last]
-            if group is None or group.rank == 0:
-                argmax = row_argmax if native is None else native.argmax
-                draws, ids = packed.draws(), [request.id for request in packed.sampling]
-                matchers = [request.matcher for request in packed.sampling]
-                masks, failed = grammar.masks_of(draws, matchers, ids)
-                tokens = sample(logits, draws, masks, argmax)
-                scores += score_drawn(logits, tokens, draws, ids)
-            else:
-                tokens = torch.empty_like(last)
-            drawn: list[int] = tokens.tolist() if group is None else group.agree(tokens)
-            return _Outcome(tuple(drawn), tuple(scores), failed)
+    def _forward(self, resident: _Model, kv: KvView, packed: Packed) -> forward.Outcome:
+        runner = forward.Runner(resident.model, kv, resident.kernels, resident.graphs, resident.group)
+        before = None if self._flight is None else self._flight.outcome.tokens
+        return forward.run(self._device, self._native, runner, packed, before)
 
     def _move(self, message: MoveBlocks) -> None:
         self._device.wait_for((message.src, message.dst))
@@ -349,6 +377,9 @@ class Worker:
     def _bound(self, arrival: _Arrival) -> _Model:
         wanted = arrival.wanted
         if arrival.config is not None:
+            former = self._models.pop(wanted.service, None)
+            if former is not None and former.graphs is not None:
+                former.graphs.drop()
             self._models[wanted.service] = self._build(wanted, arrival.config.result())
         known = self._models[wanted.service]
         sizes = tuple(extent.bytes_ for extent in wanted.extents)
@@ -359,6 +390,8 @@ class Worker:
             self._settle(known, wanted)
         if known.fast is not None and known.kv is not None:
             known.fast.bind(known.kv)
+        if known.graphs is not None:
+            known.graphs.place(wanted.extents)
         if arrival.joining is not None:
             known.join(arrival.joining.take())
         return known
@@ -376,9 +409,16 @@ class Worker:
         if self._native is not None:
             known.fast = FastModel(known.model, self._native)
             known.fast.install(shapes)
-        known.kv = KvView(
-            self._device.arena, self._block_bytes, shapes, DTYPES[wanted.dtype], self._kv_layout
-        )
+        dtype = DTYPES[wanted.dtype]
+        known.kv = KvView(self._device.memory, self._block_bytes, shapes, dtype, self._kv_layout)
+        if self._kernels is not None:
+            gpu_model.install(known.model, self._kernels)
+            fitting = gpu_model.fitted(known.model, shapes, dtype, self._kernels, self._say)
+            known.kernels = fitting if fitting.attention is not None else None
+        if self._pool is not None and wanted.group is None:
+            known.graphs = DecodeGraphs(
+                self._pool, known.model, known.kv, known.kernels, self._device.scratch
+            )
 
     def _build(self, wanted: CopyIn, config: PreTrainedConfig) -> _Model:
         dtype = DTYPES[wanted.dtype]

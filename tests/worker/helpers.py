@@ -15,8 +15,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from seallmd.core import messages as msg
-from seallmd.worker import worker as worker_module
+from seallmd.worker import forward
 from seallmd.worker.device import CpuDevice
+from seallmd.worker.graphs import Recorder
 from seallmd.worker.host import Host
 from seallmd.worker.kv import page_of
 from seallmd.worker.worker import Worker
@@ -129,6 +130,8 @@ class Rig:
         block_bytes: int = BLOCK_BYTES,
         kv_layout: Literal["merged", "split"] = "merged",
         host_kv_bytes: int = 0,
+        recorder: Recorder | None = None,
+        graph_bytes: int = 1 << 30,
     ) -> None:
         self.block_bytes, self.kv_layout = block_bytes, kv_layout
         self.said: list[msg.Message] = []
@@ -140,24 +143,25 @@ class Rig:
             cache=str(cache),
             host_kv_bytes=host_kv_bytes,
             kv_layout=kv_layout,
+            graph_bytes=graph_bytes,
             rendezvous=str(cache / "rendezvous"),
         )
         self.host = Host(settings, self.said.append, lambda item: self.host.handle(item))
         self.device = CpuDevice(settings)
-        self.worker = Worker(self.device, settings, self.said.append)
+        self.worker = Worker(self.device, settings, self.said.append, recorder)
         self.free = list(range(blocks))
         random.Random(7).shuffle(self.free)
         self.shapes: dict[str, msg.ModelShape] = {}
         self.sent: dict[str, msg.CopyIn] = {}
         self.steps = 0
         self.logits = torch.empty(0)
-        draw = worker_module.sample
+        draw = forward.sample
 
         def spy(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
             self.logits = logits.clone()
             return draw(logits, *rest)
 
-        monkeypatch.setattr(worker_module, "sample", spy)
+        monkeypatch.setattr(forward, "sample", spy)
 
     def take(self) -> Any:
         """The last thing said, progress aside; everything before it is forgotten."""

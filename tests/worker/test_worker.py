@@ -88,7 +88,7 @@ def test_the_model_raising_is_a_failed_step(loaded: Rig, monkeypatch: pytest.Mon
     def explode(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("out of memory,\nreally")
 
-    monkeypatch.setattr("seallmd.worker.worker.PagedBatch.attend", explode)
+    monkeypatch.setattr("seallmd.worker.forward.PagedBatch.attend", explode)
     failed = loaded.step("s", [admit(1, [3])], [msg.Row(1, 0, 1, True, loaded.blocks("s", 0, 1))])
     assert failed == msg.StepFailed(loaded.steps, "out of memory, really", memory=True)
 

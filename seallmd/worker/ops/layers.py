@@ -17,8 +17,7 @@ from seallmd.core.messages import LayerShape
 from seallmd.worker.attention import Answerer, Call, answered_by, answering
 from seallmd.worker.kv import KvView
 from seallmd.worker.ops import native as c
-from seallmd.worker.ops import reference
-from seallmd.worker.ops.modules import FastNorm, close
+from seallmd.worker.ops.modules import FastNorm, recognise_activation
 from seallmd.worker.paged import PagedBatch, Span
 
 _PROBE_TOKENS = 7
@@ -128,7 +127,7 @@ def _parts(layer: nn.Module) -> Parts | None:
     }
     projections = {name: getattr(attention, f"{name}_proj", None) for name in "qkvo"}
     projections |= {name: getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")}
-    activation = _activation(getattr(mlp, "act_fn", None))
+    activation = recognise_activation(getattr(mlp, "act_fn", None))
     if activation is None or any(type(linear) is not nn.Linear for linear in projections.values()):
         return None
     if norms["before_attention"] is None or norms["before_mlp"] is None:
@@ -144,19 +143,17 @@ def _parts(layer: nn.Module) -> Parts | None:
     return Parts(norms, projections, activation)  # type: ignore[arg-type]
 
 
-def _activation(function: Any) -> str | None:
-    if not callable(function):
-        return None
-    x = torch.linspace(-9, 9, 64)
-    return next((name for name, ours in reference.ACTIVATIONS.items() if close(ours(x), function(x))), None)
-
-
-def probe_kv(shapes: Sequence[LayerShape]) -> KvView:
-    """A small arena of our own, in float32, so that nothing is lost by storing."""
-    token_bytes = 4 * sum(s.kv_heads * (s.k_dim + s.v_dim) for s in shapes)
+def probe_kv(
+    shapes: Sequence[LayerShape],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
+) -> KvView:
+    """A small arena of our own; in float32 nothing is lost by storing."""
+    token_bytes = dtype.itemsize * sum(s.kv_heads * (s.k_dim + s.v_dim) for s in shapes)
     block_bytes = token_bytes * _PROBE_BLOCK_TOKENS
     blocks = -(-_PROBE_TOKENS // _PROBE_BLOCK_TOKENS)
-    return KvView(torch.zeros(blocks * block_bytes, dtype=torch.uint8), block_bytes, shapes, torch.float32)
+    arena = torch.zeros(blocks * block_bytes, dtype=torch.uint8, device=device)
+    return KvView(arena, block_bytes, shapes, dtype)
 
 
 def probe_batch(kv: KvView, native: c.Native | None) -> PagedBatch:

@@ -52,12 +52,20 @@ def recognise_norm(module: nn.Module) -> tuple[float, float] | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if weight is None or weight.ndim != 1 or len(module._parameters) != 1 or not isinstance(eps, float):
         return None
-    x = _noise(3, weight.numel())
+    x = _noise(3, weight.numel()).to(weight.device)
     expected = _run(module, x)
     for offset in (0.0, 1.0):
         if expected is not None and close(reference.norm(x, weight, eps, offset), expected):
             return eps, offset
     return None
+
+
+def recognise_activation(function: Any) -> str | None:
+    """The name in `reference.ACTIVATIONS` of what a function computes."""
+    if not callable(function):
+        return None
+    x = torch.linspace(-9, 9, 64)
+    return next((name for name, ours in reference.ACTIVATIONS.items() if close(ours(x), function(x))), None)
 
 
 def close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
