@@ -5,17 +5,21 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from seallmd.core.messages import LayerShape
+from seallmd.worker import ops
 from seallmd.worker.attention import Call
 from seallmd.worker.kv import KvView
 from seallmd.worker.ops import kernels, reference, triton_attention, triton_rows
 from seallmd.worker.paged import PagedBatch, Span
 from seallmd.worker.tables import tables_of
+from tests.worker.helpers import Rig, Talk, plain, run_step, save_tiny
+from tests.worker.test_graphs import Rerun
 from tests.worker.test_ops import CPU, Scene, noise
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow")  # numpy's, which computes for the interpreter
@@ -215,3 +219,66 @@ def test_a_trial_that_ended_the_process(tmp_path: Path, monkeypatch: pytest.Monk
     said: list[str] = []
     assert kernels.start(CPU, tmp_path, said.append) is None
     assert "ended the process" in said[0]
+
+
+class Watched:
+    """The kernels, with a count of the calls of each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls = dict.fromkeys(("attention", "norm", "gated"), 0)
+        self.wrong_layer = -1
+
+        def attend(kv: KvView, tables: Any, call: Call, processors: int) -> torch.Tensor:
+            self.calls["attention"] += 1
+            out = triton_attention.attend(kv, tables, call, processors)
+            return 2 * out if call.layer == self.wrong_layer else out
+
+        def norm(*arguments: Any) -> torch.Tensor:
+            self.calls["norm"] += 1
+            return triton_rows.norm(*arguments)
+
+        def gated(*arguments: Any) -> torch.Tensor:
+            self.calls["gated"] += 1
+            return triton_rows.gated(*arguments)
+
+        attention = SimpleNamespace(write=triton_attention.write, attend=attend)
+        whole = kernels.Kernels(attention, norm, gated, processors=64)  # type: ignore[arg-type]
+        monkeypatch.setattr(ops, "_kernels", whole)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_models(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whole models in the worker, prompts in chunks beside decodes, with graphs: the plain model's logits."""
+    watched, recorder = Watched(monkeypatch), Rerun()
+    model = plain(save_tiny(tmp_path / "m", family, num_hidden_layers=2, layer_types=None))
+    rig = recorder.rig = Rig(monkeypatch, tmp_path / "cache", recorder=recorder)
+    rig.load("s", tmp_path / "m")
+    assert (watched.calls["gated"] > 0) == (family != "gpt_oss")
+    rig.spoil(rig.free)  # nothing is cleared: kernels never read what was not written
+    watched.calls = dict.fromkeys(watched.calls, 0)
+    first, second = (Talk(rig, n, "s", [(5 * i + n) % 90 + 3 for i in range(14)]) for n in (1, 2))
+    run_step(rig, model, [(first, 14)])
+    run_step(rig, model, [(second, 6), (first, 1)])
+    run_step(rig, model, [(first, 1), (second, 8)])
+    for _ in range(3):
+        run_step(rig, model, [(first, 1), (second, 1)])
+    assert watched.calls["attention"] == 2 * 6
+    assert watched.calls["norm"] >= 6 * 5
+    assert recorder.replayed == 2
+
+
+def test_a_model_whose_attention_disagrees(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One layer that is off, and the model runs on plain torch; that is told."""
+    watched = Watched(monkeypatch)
+    watched.wrong_layer = 2
+    model = plain(save_tiny(tmp_path / "m"))
+    rig = Rig(monkeypatch, tmp_path / "cache")
+    rig.load("s", tmp_path / "m")
+    assert "attention of llama in plain torch, the Triton operation failed" in capsys.readouterr().err
+    watched.calls["attention"] = 0
+    talk = Talk(rig, 1, "s", [3, 4, 5])
+    run_step(rig, model, [(talk, 3)])
+    run_step(rig, model, [(talk, 1)])
+    assert watched.calls["attention"] == 0
