@@ -51,18 +51,22 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     kind: "cuda" = every GPU, "cpu" = worker processes with a byte budget, "auto" = GPUs if there are any.
     cpu_workers: how many CPU devices. memory: arena of each CPU device; empty = a quarter of the machine's
     memory shared among them, at most 4 GiB each. reserve: GPU memory kept out of the arena, for activations
-    and CUDA itself. threads: math threads of each CPU device; 0 = the cores shared among them. block: the
-    arena's unit; empty = 2 MiB on GPUs, 512 KiB on CPUs. host_memory: limit for host images of models;
-    empty = half of the machine's memory. host_kv: host memory of each device for the KV of preempted
-    requests; empty = 4 GiB for a GPU, a quarter of its arena for a CPU device. kv_layout: whether a block
-    holds all layers of its tokens ("merged") or one ("split"). cache: where downloaded and converted models
-    are kept; empty = ~/.cache/seallmd.
+    and CUDA itself. graphs: GPU memory kept out besides, for CUDA graphs of decode steps; "0 B" = none are
+    captured. kernels: "triton" = each Triton operation that agrees with plain torch on a GPU, "torch" = none.
+    threads: math threads of each CPU device; 0 = the cores shared among them. block: the arena's unit;
+    empty = 2 MiB on GPUs, 512 KiB on CPUs. host_memory: limit for host images of models; empty = half of the
+    machine's memory. host_kv: host memory of each device for the KV of preempted requests; empty = 4 GiB for a
+    GPU, a quarter of its arena for a CPU device. kv_layout: whether a block holds all layers of its tokens
+    ("merged") or one ("split"). cache: where downloaded and converted models are kept; empty =
+    ~/.cache/seallmd.
     """
 
     kind: Literal["auto", "cuda", "cpu"] = "auto"
     cpu_workers: Annotated[int, Meta(ge=1, le=64)] = 2
     memory: str = ""
     reserve: str = "2 GiB"
+    graphs: str = "512 MiB"
+    kernels: Literal["triton", "torch"] = "triton"
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     block: str = ""
     host_memory: str = ""
@@ -212,7 +216,7 @@ def _check(config: Config, path: Path, text: str) -> None:
             line = _line_of(text, f"`$.service[{index}].devices`", "")
             raise ConfigError(f"{path}:{line}: {wrong}")
     devices = config.devices
-    for key in ("memory", "reserve", "block", "host_memory", "host_kv"):
+    for key in ("memory", "reserve", "graphs", "block", "host_memory", "host_kv"):
         _check_size(getattr(devices, key), f"`$.devices.{key}`", path, text)
     for key in ("limit", "flight"):
         _check_size(getattr(config.journal, key), f"`$.journal.{key}`", path, text)

@@ -79,10 +79,17 @@ def _roofline(gpu: str) -> Roofline:
 
 
 def _gpu_workers(settings: DeviceSettings, gpus: list[str], block: int) -> tuple[WorkerSettings, ...]:
-    reserve = Size(settings.reserve).bytes_
+    graphs = Size(settings.graphs).bytes_
+    common = WorkerSettings(
+        "gpu",
+        "cuda",
+        reserve_bytes=Size(settings.reserve).bytes_ + graphs,
+        block_bytes=block,
+        kernels=settings.kernels == "triton",
+        graph_bytes=graphs,
+    )
     return tuple(
-        WorkerSettings(f"gpu{i}", f"cuda:{i}", reserve_bytes=reserve, block_bytes=block)
-        for i in range(len(gpus))
+        msgspec.structs.replace(common, name=f"gpu{i}", device=f"cuda:{i}") for i in range(len(gpus))
     )
 
 

@@ -28,6 +28,7 @@ from seallmd.worker.sampler import row_argmax, sample
 from seallmd.worker.scores import Head, score_drawn, score_prompts
 from seallmd.worker.table_batch import TableBatch
 from seallmd.worker.tables import tables_of
+from seallmd.worker.transfer import to_device
 
 
 class Runner(NamedTuple):
@@ -76,7 +77,7 @@ class _Fed:
         if packed.fed:
             if before is None:
                 raise RuntimeError("a row runs a token that nobody drew")
-            at, source = torch.tensor(packed.fed).to(device, non_blocking=True).unbind(1)
+            at, source = to_device(packed.fed, device).unbind(1)
             self._rows, self._values = at, before.tensor[source]
 
     def put(self, ids: torch.Tensor) -> None:
@@ -98,14 +99,14 @@ def _eager(
         if native is None:  # the others read nothing that was not written
             kv.clear(packed.fresh)
     with answered_by(answerer):
-        last = torch.tensor(packed.last, dtype=torch.long, device=where)
-        input_ids = torch.tensor([packed.ids], device=where)
+        last = to_device(packed.last, where, torch.long)
+        input_ids = to_device([packed.ids], where)
         fed.put(input_ids[0])
         head = Head(model, input_ids) if packed.scoring else None
         with nullcontext() if head is None else head.watching():
             logits: torch.Tensor = model(
                 input_ids=input_ids,
-                position_ids=torch.tensor([packed.positions], device=where),
+                position_ids=to_device([packed.positions], where),
                 use_cache=False,
                 logits_to_keep=last,
             ).logits[0]

@@ -27,6 +27,7 @@ from seallmd.worker.ops.kernels import Kernels
 from seallmd.worker.requests import Packed
 from seallmd.worker.table_batch import TableBatch
 from seallmd.worker.tables import decode_tables
+from seallmd.worker.transfer import to_device
 
 MOST_ROWS = 256
 _MOST_GRAPHS = 256
@@ -180,7 +181,7 @@ class DecodeGraphs:
             return None
         if packed.last == list(range(len(packed.ids))):
             return logits[: len(packed.ids)]
-        return logits[torch.tensor(packed.last, dtype=torch.long, device=logits.device)]
+        return logits[to_device(packed.last, logits.device, torch.long)]
 
     def _shape(self, packed: Packed) -> Shape | None:
         if self._refused or len(packed.ids) != len(packed.spans):

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from seallmd.core.messages import LayerShape
+from seallmd.worker.transfer import to_device
 
 
 class Page(NamedTuple):
@@ -83,7 +84,7 @@ class KvView:
         """Zero whole blocks. Attention reads the unwritten end of a block under a mask, and a NaN left there
         by a former owner would pass through it (0 * NaN)."""
         if blocks:
-            self._blocks.index_fill_(0, torch.tensor(blocks, device=self._blocks.device), 0)
+            self._blocks.index_fill_(0, to_device(blocks, self._blocks.device), 0)
 
     def write(
         self, layer: int, pages: torch.Tensor, offset: torch.Tensor, key: torch.Tensor, value: torch.Tensor

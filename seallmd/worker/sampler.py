@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from seallmd.core.messages import Sampling
+from seallmd.worker.transfer import to_device
 
 _MASK64 = (1 << 64) - 1
 _LEAST_TEMPERATURE = 1e-6
@@ -56,7 +57,7 @@ def sample(
     drawing = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if not drawing:
         return greedy
-    rows = torch.tensor(drawing, device=logits.device)
+    rows = to_device(drawing, logits.device)
     picked = _draw(adjusted[rows], [draws[row] for row in drawing])
     hopeless = adjusted[rows].amax(-1).isneginf()
     greedy[rows] = torch.where(hopeless, greedy[rows], picked)
@@ -97,8 +98,8 @@ class _Entries:
 
     def on(self, logits: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
         """Index into `logits`, and the values; ids outside the vocabulary are left out."""
-        index = torch.tensor([self.rows, self.ids], device=logits.device)
-        values = torch.tensor(self.values, dtype=logits.dtype, device=logits.device)
+        index = to_device([self.rows, self.ids], logits.device)
+        values = to_device(self.values, logits.device, logits.dtype)
         known = (index[1] >= 0) & (index[1] < logits.shape[1])
         rows, ids = index[:, known]
         return (rows, ids), values[known]
@@ -137,7 +138,7 @@ def _adjust(raw: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         index, _ = banned.on(logits)
         logits[index] = float("-inf")
     for row in limited:
-        allowed = torch.tensor(draws[row].sampling.allowed, device=logits.device)
+        allowed = to_device(draws[row].sampling.allowed, logits.device)
         kept = logits[row, allowed]
         logits[row] = float("-inf")
         logits[row, allowed] = kept
@@ -184,17 +185,17 @@ def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     device = logits.device
     settings = [draw.sampling for draw in draws]
     # The maximum goes first and the temperature has a floor: dividing must give neither inf - inf nor 0 / 0.
-    heat = torch.tensor([max(s.temperature, _LEAST_TEMPERATURE) for s in settings], device=device)
+    heat = to_device([max(s.temperature, _LEAST_TEMPERATURE) for s in settings], device)
     scaled = (logits - logits.amax(-1, keepdim=True)) / heat[:, None]
     scaled = _keep_top_k(scaled, settings)
     weights = torch.exp(scaled)  # the likeliest token weighs 1
     weights = _keep_top_p(weights, settings)
     if any(s.min_p > 0 for s in settings):
-        least = torch.tensor([s.min_p for s in settings], dtype=weights.dtype, device=device)
+        least = to_device([s.min_p for s in settings], device, weights.dtype)
         weights = weights.masked_fill(weights < least[:, None], 0)
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     uniforms = [uniform(d.sampling.seed, len(d.tokens)) for d in draws]
-    target = torch.tensor(uniforms, dtype=torch.float64, device=device) * cumulative[:, -1]
+    target = to_device(uniforms, device, torch.float64) * cumulative[:, -1]
     # right: the first entry strictly above the target, which is never one of weight 0
     picked = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
     return picked.clamp_(max=logits.shape[1] - 1)  # a row of NaN ends up behind the last id
@@ -207,8 +208,8 @@ def _keep_top_k(scaled: torch.Tensor, settings: Sequence[Sampling]) -> torch.Ten
     limited = [row for row, k in enumerate(wanted) if k < vocabulary]
     if not limited:
         return scaled
-    rows = torch.tensor(limited, device=scaled.device)
-    k = torch.tensor([wanted[row] for row in limited], device=scaled.device)
+    rows = to_device(limited, scaled.device)
+    k = to_device([wanted[row] for row in limited], scaled.device)
     largest = torch.topk(scaled[rows], max(wanted[row] for row in limited), dim=-1).values
     least = torch.full_like(scaled[:, :1], float("-inf"))
     least[rows] = largest.gather(1, (k - 1)[:, None])
@@ -221,16 +222,19 @@ def _keep_top_p(weights: torch.Tensor, settings: Sequence[Sampling]) -> torch.Te
     if not limited:
         return weights
     least = torch.zeros_like(weights[:, :1])
-    for size in (min(_SORT_FIRST, weights.shape[1]), weights.shape[1]):
-        rows = torch.tensor(limited, device=weights.device)
-        share = torch.tensor(
-            [settings[row].top_p for row in limited], dtype=torch.float64, device=weights.device
-        )
+    vocabulary = weights.shape[1]
+    # On a GPU sorting is quick, and asking it whether a first part was enough is not.
+    first = min(_SORT_FIRST, vocabulary) if weights.device.type == "cpu" else vocabulary
+    for size in (first, vocabulary):
+        rows = to_device(limited, weights.device)
+        share = to_device([settings[row].top_p for row in limited], weights.device, torch.float64)
         wanted = share[:, None] * weights[rows].sum(-1, keepdim=True, dtype=torch.float64)
         largest = torch.topk(weights[rows], size, dim=-1).values
         reached = largest.cumsum(-1, dtype=torch.float64) - largest < wanted  # before adding this one
         last = (reached.sum(-1, keepdim=True) - 1).clamp_(min=0)
         least[rows] = largest.gather(1, last)
+        if size == vocabulary:
+            break
         # A row all of whose sorted tokens are wanted may want more of them: sort all of its vocabulary.
         more = reached.all(-1).tolist()
         limited = [row for row, unsure in zip(limited, more, strict=True) if unsure]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from seallmd.core.messages import Scores
 from seallmd.worker.sampler import Draw
+from seallmd.worker.transfer import to_device
 
 # Of logits in float32 at a time; the scores are made with as much again.
 _CHUNK_BYTES = 32 << 20
@@ -41,7 +42,7 @@ def score_drawn(
     wanted = [row for row, draw in enumerate(draws) if draw.sampling.logprobs >= 0]
     if not wanted:
         return []
-    rows = torch.tensor(wanted, device=logits.device)
+    rows = to_device(wanted, logits.device)
     tops = [draws[row].sampling.logprobs for row in wanted]
     table = _Table(logits[rows], drawn[rows], max(tops))
     places = [(requests[row], len(draws[row].tokens)) for row in wanted]
@@ -57,7 +58,7 @@ def score_prompts(head: Head, parts: Sequence[PromptPart]) -> list[Scores]:
             tokens = part.tokens[begin : begin + rows]
             at = part.at + begin
             logits = head.logits(range(at, at + len(tokens)))
-            table = _Table(logits, torch.tensor(tokens, device=logits.device), part.top)
+            table = _Table(logits, to_device(tokens, logits.device), part.top)
             scores.append(table.part(0, len(tokens), part.request, part.position + begin, part.top))
     return scores
 

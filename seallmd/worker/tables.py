@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from seallmd.worker.kv import Page
+from seallmd.worker.transfer import to_device
 
 
 class SpanLike(Protocol):
@@ -84,7 +85,7 @@ class Tables:
         return self._tiles[size]
 
     def _on_device(self, cut: list[tuple[int, int]], size: int, longest: int) -> Tiles:
-        pairs = torch.tensor(list(zip(*cut, strict=True)), dtype=torch.int32).to(self.blocks.device)
+        pairs = to_device(list(zip(*cut, strict=True)), self.blocks.device, torch.int32)
         return Tiles(pairs[0], pairs[1], size, longest)
 
 
@@ -104,7 +105,7 @@ def tables_of(spans: Sequence[SpanLike], page: Page, device: torch.device) -> Ta
     for span in spans:
         numbers += range(span.context - span.tokens, span.context)
     tokens = sum(span.tokens for span in spans)
-    packed = torch.tensor(blocks + numbers, dtype=torch.int32).to(device)
+    packed = to_device(blocks + numbers, device, torch.int32)
     sizes = (len(blocks), *[len(spans)] * 3, tokens, tokens)
     table, contexts, firsts, counts, span_of, positions = packed.split(sizes)
     return Tables(table.view(-1, width), contexts, firsts, counts, span_of, positions, spans)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from seallmd.config import DeviceSettings
+from seallmd.runtime import devices
 from seallmd.runtime.devices import plan
 
 
@@ -14,3 +17,19 @@ def test_workers_are_told_the_cache(tmp_path: Path) -> None:
     made = plan(DeviceSettings(kind="cpu", cpu_workers=2, cache=str(tmp_path), memory="64 MiB"))
     assert [worker.cache for worker in (*made.workers, made.host)] == [str(tmp_path)] * 3
     assert {worker.rendezvous for worker in made.workers} == {str(made.rendezvous)}
+
+
+def test_memory_of_graphs_is_no_part_of_the_arena(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What graphs may take is kept out of every GPU's arena beside the reserve, and switching them off gives
+    it back; the same for the choice of kernels."""
+    monkeypatch.setattr(devices, "_gpu_names", lambda: ["NVIDIA H200"] * 2)
+    common = {"cache": str(tmp_path), "reserve": "1 GiB"}
+    first, second = plan(DeviceSettings(**common, graphs="256 MiB")).workers
+    assert (first.device, second.device, second.name) == ("cuda:0", "cuda:1", "gpu1")
+    assert (first.reserve_bytes, first.graph_bytes, first.kernels) == (
+        (1 << 30) + (256 << 20),
+        256 << 20,
+        True,
+    )
+    (plain, _) = plan(DeviceSettings(**common, graphs="0 B", kernels="torch")).workers
+    assert (plain.reserve_bytes, plain.graph_bytes, plain.kernels) == (1 << 30, 0, False)
