@@ -55,8 +55,8 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     captured. kernels: "triton" = each Triton operation that agrees with plain torch on a GPU, "torch" = none.
     threads: math threads of each CPU device; 0 = the cores shared among them. block: the arena's unit;
     empty = 2 MiB on GPUs, 512 KiB on CPUs. host_memory: limit for host images of models; empty = half of the
-    machine's memory. host_kv: host memory of each device for the KV of preempted requests; empty = 4 GiB for a
-    GPU, a quarter of its arena for a CPU device. kv_layout: whether a block holds all layers of its tokens
+    machine's memory. host_kv: host memory of each device for the KV of preempted requests; empty = 4 GiB for
+    a GPU, a quarter of its arena for a CPU device. kv_layout: whether a block holds all layers of its tokens
     ("merged") or one ("split"). cache: where downloaded and converted models are kept; empty =
     ~/.cache/seallmd.
     """

@@ -4,10 +4,12 @@
     python -m tools.bench_gpu --device cpu --tiny  # the same code at a size for tests
 
 No daemon: the worker's own code in this process, driven by the messages that it gets in service. First every
-operation of the device against the same operation on the CPU in float32; then, model by model, decode steps
-by batch, prefill by length, swapping out and in again, and a captured graph replayed after the swap. Beside
-the figures stand the device's limits, measured in the same run: a decode step reads every weight once (a
-mixture of experts fewer, in small batches), prefill is matrix products. Weights are noise, as is the text.
+operation of the device, in plain torch and in Triton, against the same operation on the CPU in float32; then,
+model by model, decode steps by batch (in the ordinary way, from graphs, and from graphs with the next step
+sent before the last one's tokens are read), prefill by length, swapping out and in again, and the same
+requests from the same graphs after the swap. Beside the figures stand the device's limits, measured in the
+same run: a decode step reads every weight once (a mixture of experts fewer, in small batches), prefill is
+matrix products. Weights are noise, as is the text.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,19 +30,27 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from seallmd.core import messages as msg
-from seallmd.worker.attention import Call, answered_by
+from seallmd.core.messages import LayerShape
+from seallmd.worker import ops
+from seallmd.worker.attention import Answerer, Call
 from seallmd.worker.device import Device, open_device
+from seallmd.worker.graphs import Recorder
 from seallmd.worker.kv import KvView
 from seallmd.worker.layout import Layout, layout_of
-from seallmd.worker.paged import PagedBatch, Span
+from seallmd.worker.ops import reference
+from seallmd.worker.ops.kernels import CASES, Case, Kernels, difference, gated_error, norm_error, scene_of
+from seallmd.worker.paged import PagedBatch
 from seallmd.worker.process import quiet_libraries
 from seallmd.worker.sampler import Draw, sample
 from seallmd.worker.skeleton import build_skeleton
+from seallmd.worker.table_batch import TableBatch
+from seallmd.worker.tables import tables_of
 from seallmd.worker.worker import Worker
 
 _GREEDY = msg.Sampling(temperature=0.0)
 _CPU = torch.device("cpu")
 _PROMPT = 64  # tokens before decoding
+_WARM_UP = 3  # steps: as it is, captured, replayed
 _SERVICE = "bench"
 
 # By the published configurations; the key starts with the model type.
@@ -110,11 +121,12 @@ class Sizes(NamedTuple):
     steps: int
     kv_bytes: int
     block_bytes: int
+    graph_bytes: int
     probe: int
 
 
-FULL = Sizes((1, 16, 64, 256), (512, 2048, 8192, 16384), 20, 8 << 30, 2 << 20, 8192)
-SMALL = Sizes((1, 4), (16, 64), 2, 8 << 20, 8192, 64)
+FULL = Sizes((1, 16, 64, 256), (512, 2048, 8192, 16384), 20, 8 << 30, 2 << 20, 1 << 30, 8192)
+SMALL = Sizes((1, 4), (16, 64), 2, 8 << 20, 8192, 1 << 30, 64)
 
 
 # ------------------------------------------------------------------------------------------------ limits
@@ -146,6 +158,15 @@ def _best(device: torch.device, function: Callable[[], object]) -> float:
     return min(seconds)
 
 
+def make_recorder(device: Device) -> Recorder | None:
+    """What captures graphs."""
+    if device.torch_device.type != "cuda":
+        return None
+    from seallmd.worker.cuda_graphs import CudaRecorder
+
+    return CudaRecorder(device.torch_device)
+
+
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -154,52 +175,25 @@ def _finish(device: torch.device) -> None:
 # ------------------------------------------------------------------------------------------------ parity
 
 
-class Case(NamedTuple):
-    """One kind of attention. spans: (tokens, context) of each request."""
+def attention_error(case: Case, device: torch.device, dtype: torch.dtype, kernels: Kernels | None) -> float:
+    """How far attention on `device` in `dtype` is from the CPU's in float32 on the same rounded numbers.
 
-    name: str
-    spans: tuple[tuple[int, int], ...]
-    window: int | None = None
-    softcap: float | None = None
-    sinks: bool = False
-
-
-_CASES = (
-    Case("decode", ((1, 1), (1, 70), (1, 300), (1, 33))),
-    Case("chunks beside decodes", ((9, 9), (1, 131), (30, 77), (2, 64))),
-    Case("sliding window", ((1, 131), (30, 77), (40, 40)), window=17),
-    Case("capped scores", ((1, 131), (30, 77)), softcap=2.0),
-    Case("sinks", ((1, 131), (30, 77)), sinks=True),
-)
-
-
-def attention_error(case: Case, device: torch.device, dtype: torch.dtype) -> float:
-    """The largest difference between attention on `device` in `dtype` and on the CPU in float32, on the same
-    rounded numbers, relative to the largest output."""
-    shape, tokens, block_tokens = msg.LayerShape(2, 64, 64), sum(t for t, _ in case.spans), 16
-    spans, at, blocks = [], 0, 0
-    for count, context in case.spans:
-        need = -(-context // block_tokens)
-        spans.append(Span(at, count, context, list(range(blocks, blocks + need))[::-1]))
-        at, blocks = at + count, blocks + need
-    noise = torch.Generator().manual_seed(3)
-
-    def some(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=noise).to(dtype)
-
-    query, key, value = some(1, 8, tokens, 64), some(1, 2, tokens, 64), some(1, 2, tokens, 64)
-    sinks, stored = some(8) if case.sinks else None, some(2, blocks, block_tokens, 2, 64)
-    outs = []
-    for where, kind in ((_CPU, torch.float32), (device, dtype)):
-        size = block_tokens * 2 * 128 * kind.itemsize
-        kv = KvView(torch.zeros(blocks * size, dtype=torch.uint8, device=where), size, [shape], kind)
-        for view, numbers in zip(kv.views(0), stored, strict=True):
-            view.copy_(numbers)
-        q, k, v = (t.to(where, kind) for t in (query, key, value))
-        s = None if sinks is None else sinks.to(where, kind)
-        call = Call(0, q, k, v, 0.125, case.window, case.softcap, s, bidirectional=False, unknown=())
-        outs.append(PagedBatch(kv, spans, where).attend(call).float().cpu())
-    return float((outs[1] - outs[0]).abs().max() / outs[0].abs().max())
+    kernels: None for plain torch.
+    """
+    here = scene_of(case, device, dtype)
+    shape, page = LayerShape(*here.call.key.shape[1::2], here.call.value.shape[3]), here.kv.page
+    size = page.tokens * 4 * shape.kv_heads * (shape.k_dim + shape.v_dim)
+    blocks = here.kv.views(0)[0].shape[0]
+    kv = KvView(torch.zeros(blocks * size, dtype=torch.uint8), size, [shape], torch.float32)
+    for mine, theirs in zip(kv.views(0), here.kv.views(0), strict=True):
+        mine.copy_(theirs)
+    call = Call(*(t.cpu().float() if isinstance(t, torch.Tensor) else t for t in here.call))
+    expected = PagedBatch(kv, here.spans, _CPU).attend(call)
+    if kernels is None:
+        answerer: Answerer = PagedBatch(here.kv, here.spans, device)
+    else:
+        answerer = TableBatch(here.kv, tables_of(here.spans, page, device), kernels)
+    return difference(answerer.attend(here.call).cpu(), expected)
 
 
 def sampling_agrees(device: torch.device) -> float:
@@ -252,11 +246,12 @@ class Bench:
             arena_bytes=first * sizes.block_bytes + sizes.kv_bytes,
             block_bytes=sizes.block_bytes,
             host_kv_bytes=4 * sizes.block_bytes,
+            graph_bytes=sizes.graph_bytes,
         )
         self.device = open_device(settings)
         self._free = list(range(first, self.device.arena.numel() // sizes.block_bytes))
         random.Random(0).shuffle(self._free)
-        self._worker = Worker(self.device, settings, self._said.append)
+        self._worker = Worker(self.device, settings, self._said.append, make_recorder(self.device))
         path = f"/proc/{os.getpid()}/fd/{self._image}"
         self._copy = msg.CopyIn(_SERVICE, str(folder), "bfloat16", 0, path, tuple(extents))
         self._steps = self._requests = 0
@@ -288,11 +283,15 @@ class Bench:
         self._worker.handle(msg.DropWeights(_SERVICE))
         self.device.arena.fill_(0xFF)
 
-    def _step(self, admit: tuple[msg.Admit, ...], rows: tuple[msg.Row, ...]) -> float:
+    def _send(self, admit: tuple[msg.Admit, ...], rows: tuple[msg.Row, ...]) -> None:
         self._steps += 1
         self._worker.handle(msg.Step(self._steps, _SERVICE, admit, rows))
-        seconds: float = self._hear(msg.StepDone).seconds
-        return seconds
+
+    def _step(self, admit: tuple[msg.Admit, ...], rows: tuple[msg.Row, ...]) -> msg.StepDone:
+        self._send(admit, rows)
+        self._worker.land()
+        done: msg.StepDone = self._hear(msg.StepDone)
+        return done
 
     def _admit(self, count: int, prompt: int, tokens: int) -> tuple[list[msg.Admit], list[tuple[int, ...]]]:
         page, rng = self.resident.kv.page, random.Random(1)
@@ -306,72 +305,63 @@ class Bench:
             for n in range(count)
         ], tables
 
-    def decode(self, batch: int) -> float:
-        """Median seconds of a decode step, some way into the requests."""
-        steps = self._sizes.steps
-        admits, tables = self._admit(batch, _PROMPT, _PROMPT + steps + 2)
+    def _begin(self, batch: int, steps: int) -> list[msg.Admit]:
+        """Requests whose prompts have run, with blocks for so many steps more."""
+        admits, tables = self._admit(batch, _PROMPT, _PROMPT + steps + 1)
         for admit, table in zip(admits, tables, strict=True):
             self._step((admit,), (msg.Row(admit.request, 0, _PROMPT, True, table),))
-        seconds = [
+        return admits
+
+    def decode(self, batch: int, graphs: bool) -> tuple[float, list[tuple[int, ...]]]:
+        """Median seconds of a decode step, and the tokens of every one. graphs: whether they may be used."""
+        steps, mine = self._sizes.steps, self.resident.graphs
+        admits = self._begin(batch, _WARM_UP + steps)
+        self.resident.graphs = mine if graphs else None
+        done = [
             self._step((), tuple(msg.Row(admit.request, _PROMPT + n, 1, True) for admit in admits))
-            for n in range(steps + 1)
+            for n in range(_WARM_UP + steps)
         ]
+        self.resident.graphs = mine
         self._worker.handle(msg.Forget(tuple(admit.request for admit in admits)))
-        return statistics.median(seconds[1:])
+        return statistics.median(d.seconds for d in done[_WARM_UP:]), [d.tokens for d in done]
+
+    def decode_ahead(self, batch: int) -> float:
+        """Seconds of a decode step where each is sent before the tokens of the last are read."""
+        steps = self._sizes.steps
+        admits = self._begin(batch, _WARM_UP + steps)
+        begun = 0.0
+        for n in range(_WARM_UP + steps):
+            if n == _WARM_UP:
+                self._worker.land()
+                begun = time.perf_counter()
+            self._send((), tuple(msg.Row(admit.request, _PROMPT + n, 1, True) for admit in admits))
+        self._worker.land()
+        seconds = (time.perf_counter() - begun) / steps
+        self._said.clear()
+        self._worker.handle(msg.Forget(tuple(admit.request for admit in admits)))
+        return seconds
 
     def prefill(self, tokens: int) -> float:
         """Seconds of one step with a whole prompt; the better of two, as the first finds memory."""
         seconds = []
         for _ in range(2):
             (admit,), (table,) = self._admit(1, tokens, tokens + 1)
-            seconds.append(self._step((admit,), (msg.Row(admit.request, 0, tokens, True, table),)))
+            done = self._step((admit,), (msg.Row(admit.request, 0, tokens, True, table),))
+            seconds.append(done.seconds)
             self._worker.handle(msg.Forget((admit.request,)))
         return min(seconds)
 
-    @torch.inference_mode()
-    def over_a_swap(self) -> tuple[bool, float]:
-        """Whether a pass gives the same bits after a swap to the same place, and its seconds then.
-
-        On CUDA a graph is captured before, and replayed.
-        """
-        where, kv = self.device.torch_device, self.resident.kv
-        page = kv.page
-        spans = [
-            Span(n, 1, 1, self._free[n * page.blocks : (n + 1) * page.blocks])
-            for n in range(self._sizes.batches[0])
-        ]
-        batch = PagedBatch(kv, spans, where)
-        ids = torch.arange(len(spans), device=where)[None] % self._vocabulary
-        positions = torch.zeros_like(ids)
-
-        def run() -> torch.Tensor:
-            with answered_by(batch):
-                logits: torch.Tensor = self.resident.model(
-                    input_ids=ids, position_ids=positions, use_cache=False
-                ).logits
-            return logits
-
-        def clear() -> None:  # as the worker does: plain attention reads what was not written yet
-            kv.clear([block for span in spans for block in span.table])
-
-        clear()
-        before = run()  # also makes what the batch computes once, which a capture may not
-        replay = run
-        if where.type == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                captured = run()
-
-            def replay() -> torch.Tensor:
-                graph.replay()
-                return captured
-
-        before = replay().clone()
+    def over_a_swap(self) -> tuple[bool, int]:
+        """Whether the same requests draw the same after a swap to the same place, and how many graphs it
+        left."""
+        batch, mine = self._sizes.batches[0], self.resident.graphs
+        _, before = self.decode(batch, graphs=True)
+        kept = 0 if mine is None else len(mine)
         self.swap_out()
         self.swap_in()
-        clear()
-        same = torch.equal(replay(), before)
-        return same, _best(where, replay)
+        _, after = self.decode(batch, graphs=True)
+        same = after == before and (mine is None or len(mine) == kept)
+        return same, kept
 
 
 def _noise_image(layout: Layout, device: torch.device) -> int:
@@ -395,19 +385,34 @@ def _noise_image(layout: Layout, device: torch.device) -> int:
 # --------------------------------------------------------------------------------------------------- run
 
 
-def check_operations(device: torch.device) -> bool:
+def check_operations(device: torch.device, kernels: Kernels | None) -> bool:
     """Print how far each operation is from its reference; whether all are near enough."""
     good = True
-    for case in _CASES:
-        errors = [attention_error(case, device, dtype) for dtype in (torch.float32, torch.bfloat16)]
-        fine = errors[0] < 1e-4 and errors[1] < 2e-2
-        good &= fine
-        print(
-            f"attention, {case.name:22} float32 {errors[0]:.1e}  bfloat16 {errors[1]:.1e}  {_verdict(fine)}"
-        )
+    for name, chosen in (("plain", None), ("Triton", kernels)):
+        if name == "Triton" and (chosen is None or chosen.attention is None):
+            continue
+        for case in CASES:
+            good &= _line(
+                f"attention, {case.name}, {name}", partial(attention_error, case, device, kernels=chosen)
+            )
+    if kernels is not None and kernels.norm is not None:
+        for n in (576, 4096):
+            good &= _line(f"norm of {n}, Triton", partial(norm_error, kernels, device, n=n, offset=1.0))
+    if kernels is not None and kernels.gated is not None:
+        for activation in reference.ACTIVATIONS:
+            good &= _line(
+                f"{activation}, Triton", partial(gated_error, kernels, device, activation=activation)
+            )
     share = sampling_agrees(device)
     print(f"sampling: {share:.1%} of rows draw the same  {_verdict(share == 1)}")
     return good and share == 1
+
+
+def _line(name: str, error: Callable[..., float]) -> bool:
+    errors = [error(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    fine = errors[0] < 1e-4 and errors[1] < 2e-2
+    print(f"{name:40} float32 {errors[0]:.1e}  bfloat16 {errors[1]:.1e}  {_verdict(fine)}")
+    return fine
 
 
 def _verdict(fine: bool) -> str:
@@ -418,11 +423,16 @@ def bench_model(name: str, bench: Bench, sizes: Sizes, limits: Limits, weights: 
     """Print a model's figures; whether it was right. weights: numbers in its layers."""
     print(f"{name}: {bench.weight_bytes / 1e9:.2f} GB of weights")
     for batch in sizes.batches:
-        seconds = bench.decode(batch)
-        share = bench.weight_bytes / limits.bandwidth / seconds
-        rate = batch / seconds
+        plain, expected = bench.decode(batch, graphs=False)
+        graphs, tokens = bench.decode(batch, graphs=True)
+        ahead = bench.decode_ahead(batch)
+        share = bench.weight_bytes / limits.bandwidth / ahead
+        pairs = [pair for x, y in zip(expected, tokens, strict=True) for pair in zip(x, y, strict=True)]
+        same = statistics.mean(a == b for a, b in pairs)
+        rate = batch / ahead
         print(
-            f"  decode {batch:6}: {seconds * 1e3:8.2f} ms, {rate:9.0f} tokens/s, {share:4.0%} of read limit"
+            f"  decode {batch:6}: {plain * 1e3:8.2f} ms, from graphs {graphs * 1e3:.2f}, two deep "
+            f"{ahead * 1e3:.2f}: {rate:9.0f} tokens/s, {share:4.0%} of read limit; {same:.1%} the same tokens"
         )
     for tokens in sizes.prompts:
         seconds = bench.prefill(tokens)
@@ -437,9 +447,10 @@ def bench_model(name: str, bench: Bench, sizes: Sizes, limits: Limits, weights: 
     copied = copies_agree(bench.device, sizes.block_bytes)
     bench.swap_out()  # the copies went over weights
     bench.swap_in()
-    same, seconds = bench.over_a_swap()
+    same, kept = bench.over_a_swap()
     print(
-        f"  after a swap: {seconds * 1e3:.2f} ms {_verdict(same)}; copies of KV {_verdict(copied) or 'right'}"
+        f"  after a swap: {kept} graphs kept, tokens {_verdict(same) or 'the same'}; "
+        f"copies of KV {_verdict(copied) or 'right'}"
     )
     return same and copied
 
@@ -450,11 +461,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--tiny", action="store_true", help="tiny models and sizes, for tests")
     parser.add_argument("--models", nargs="+", default=list(_SHAPES), help="of those in the source")
+    parser.add_argument("--cache", default="~/.cache/seallmd", help="where compiled operations are kept")
     options = parser.parse_args(arguments)
     quiet_libraries()
     begun, device = time.perf_counter(), torch.device(options.device)
     sizes = SMALL if options.tiny else FULL
-    good = check_operations(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        ops.start_kernels(device, Path(options.cache).expanduser(), print)
+    print(f"operations: {ops.summary()}")
+    good = check_operations(device, ops.gpu_kernels())
     limits = measure_limits(device, sizes.probe)
     print(f"limits: {limits.bandwidth / 1e9:.0f} GB/s read, {limits.matrix / 1e12:.1f} TFLOP/s in bfloat16")
     for name in options.models:

@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from seallmd.worker import ops
+from seallmd.worker.device import Device
+from tools import bench_gpu
 from tools.bench_gpu import _SHAPES, main
 
 
-def test_a_tiny_run(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every part runs for every model, and all that is compared agrees."""
+class Rerun:
+    """As `graphs.Recorder`: runs what was captured again."""
+
+    captured = 0
+
+    def capture(self, function: Callable[[], None]) -> Rerun:
+        self.captured += 1
+        graph = Rerun()
+        graph.replay = function  # type: ignore[attr-defined]
+        return graph
+
+    def spent(self) -> int:
+        return 0
+
+
+def test_a_tiny_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part runs for every model, and all that is compared agrees, from graphs too."""
     ops.stop()
+    recorders = []
+
+    def make_recorder(_: Device) -> Rerun:
+        recorders.append(Rerun())
+        return recorders[-1]
+
+    monkeypatch.setattr(bench_gpu, "make_recorder", make_recorder)
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         code = main(["--device", "cpu", "--tiny"])
     finally:
@@ -22,3 +49,6 @@ def test_a_tiny_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "WRONG" not in out
     for name in _SHAPES:
         assert name.partition(" ")[2] in out
+    assert len(recorders) == len(_SHAPES)
+    assert all(recorder.captured >= 2 for recorder in recorders)
+    assert out.count("100.0% the same tokens") == 2 * len(_SHAPES)
