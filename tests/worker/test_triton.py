@@ -14,9 +14,17 @@ from pathlib import Path
 import pytest
 
 CASES = Path(__file__).with_name("triton_cases.py")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_compiled_for_a_gpu(tmp_path: Path) -> None:
+    """The compiler takes every operation, and no program needs more fast memory than small GPUs have."""
+    command = [sys.executable, "-m", "tests.worker.triton_compile"]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_in_the_interpreter() -> None:
     """Every case of triton_cases.py."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]

@@ -15,6 +15,8 @@ tested with Triton's interpreter on a CPU; on a GPU it is unmeasured.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -282,6 +284,18 @@ def splits_of(programs: int, longest: int, window: int | None, processors: int) 
     return 1 << max(wanted, 1).bit_length() - 1
 
 
+class Sizes(NamedTuple):
+    """keys: how many are read at once. warps: of a program."""
+
+    keys: int
+    warps: int
+
+
+def sizes_of(rows: int, dim: int, exact: bool) -> Sizes:
+    """What fits into fast memory beside a tile of so many rows. dim: of the larger of K and V."""
+    return Sizes(32 if exact or dim > 128 else 64, 8 if rows >= 128 else 4)
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """[1, heads, tokens, dim] -> [tokens, heads, dim], its last dimension contiguous."""
     rows = x[0].transpose(0, 1)
@@ -315,6 +329,7 @@ def _launch(
     k_pad, v_pad = (max(_LEAST_DOT, triton.next_power_of_2(dim)) for dim in (k_dim, v_dim))
     rows = max(_LEAST_DOT, triton.next_power_of_2(tiles.size * group))
     exact = query.dtype is torch.float32
+    sizes = sizes_of(rows, max(k_pad, v_pad), exact)
     spread = (tables.firsts, tables.counts, tiles.spans, tiles.starts)
     _attend[(count, kv_heads, splits)](
         query,
@@ -348,13 +363,13 @@ def _launch(
         V_PAD=v_pad,
         TILE=tiles.size,
         ROWS=rows,
-        KEYS=32 if exact or max(k_pad, v_pad) > 128 else 64,
+        KEYS=sizes.keys,
         HAS_SOFTCAP=call.softcap is not None,
         HAS_SINKS=call.sinks is not None,
         HAS_WINDOW=call.window is not None,
         SPLIT=splits > 1,
         PRECISION="ieee" if exact else "tf32",
-        num_warps=8 if rows >= 128 else 4,
+        num_warps=sizes.warps,
         num_stages=2,
     )
     if splits > 1:

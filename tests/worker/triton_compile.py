@@ -1,0 +1,88 @@
+"""Compiles the Triton operations for a GPU, which takes none: test_triton.py runs it in a process of its own.
+
+Triton's interpreter runs what the compiler refuses (types that change, shapes that are no powers of two), and
+has no limit on fast memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from seallmd.worker.ops import triton_attention, triton_rows
+
+_INDICES = ("blocks", "contexts", "firsts", "counts", "tile_spans", "tile_starts", "span_of", "positions")
+_SUMS = ("parts", "part_max", "part_sum")
+_NUMBERS = ("scale", "softcap", "eps", "offset")
+FAST_BYTES = 99 << 10  # of the smaller GPUs of our time, for one program
+
+
+def compile_for_gpu(kernel: Any, dtype: str, warps: int = 4, **constants: Any) -> int:
+    """Bytes of fast memory that a program takes. dtype: of every tensor but indices and sums."""
+
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in _INDICES:
+            return "*i32"
+        if name in _SUMS:
+            return "*fp32"
+        if name in _NUMBERS:
+            return "fp32"
+        small = ("n", "heads", "window", "splits", "table_stride")
+        plain = name in small or name.endswith(("_token", "_head", "_block", "stride")) or "page" in name
+        return "i32" if plain else f"*{dtype}"
+
+    source = ASTSource(kernel, {name: kind(name) for name in kernel.arg_names}, constants)
+    options = {"num_warps": warps, "num_stages": 2}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+    return int(compiled.metadata.shared)
+
+
+def attention(dtype: str, group: int, dim: int, tile: int, **kind: bool) -> int:
+    """As `triton_attention._launch` chooses."""
+    wide, exact = dim > 128, dtype == "fp32"
+    rows = max(16, triton.next_power_of_2(tile * group))
+    flags = {"HAS_SOFTCAP": False, "HAS_SINKS": False, "HAS_WINDOW": False, "SPLIT": False} | kind
+    sizes = triton_attention.sizes_of(rows, dim, exact)
+    return compile_for_gpu(
+        triton_attention._attend,
+        dtype,
+        sizes.warps,
+        GROUP=group,
+        K_DIM=dim - 8 * wide,
+        V_DIM=dim,
+        K_PAD=dim,
+        V_PAD=dim,
+        TILE=tile,
+        ROWS=rows,
+        KEYS=sizes.keys,
+        PRECISION="ieee" if exact else "tf32",
+        **flags,
+    )
+
+
+def main() -> int:
+    """Exit code 1 when something takes too much fast memory; a refusal of the compiler is an exception."""
+    taken = {
+        "decode": attention("bf16", 4, 128, 1, SPLIT=True, HAS_WINDOW=True),
+        "chunk": attention("bf16", 4, 128, 32, HAS_SOFTCAP=True),
+        "wide chunk": attention("fp16", 2, 256, 16, HAS_SINKS=True, HAS_WINDOW=True),
+        "exact chunk": attention("fp32", 3, 128, 10),
+        "write": compile_for_gpu(triton_attention._write, "bf16", K_DIM=80, V_DIM=128, K_PAD=128, V_PAD=128),
+        "combine": compile_for_gpu(
+            triton_attention._combine, "bf16", V_DIM=80, V_PAD=128, TILE=1, SPLITS_PAD=16, HAS_SINKS=True
+        ),
+        "norm": compile_for_gpu(triton_rows._norm, "bf16", N=4000, PAD=4096),
+        "gated": compile_for_gpu(triton_rows._gated, "bf16", GELU=True, BLOCK=1024),
+    }
+    print(taken)
+    return int(max(taken.values()) > FAST_BYTES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
