@@ -53,6 +53,7 @@ from seallmd.worker.process import is_out_of_memory, log_line, one_line
 from seallmd.worker.requests import Packed, Requests
 from seallmd.worker.skeleton import DTYPES, build_skeleton, fix_rope, load_config
 
+_PROBE_CONTEXT = 8  # tokens that every model takes
 _TELL_BYTES = 64 << 20  # of a copy, between two reports of its progress
 
 
@@ -413,7 +414,8 @@ class Worker:
         known.kv = KvView(self._device.memory, self._block_bytes, shapes, dtype, self._kv_layout)
         if self._kernels is not None:
             gpu_model.install(known.model, self._kernels)
-            fitting = gpu_model.fitted(known.model, shapes, dtype, self._kernels, self._say)
+            limit = wanted.context or _PROBE_CONTEXT
+            fitting = gpu_model.fitted(known.model, shapes, dtype, limit, self._kernels, self._say)
             known.kernels = fitting if fitting.attention is not None else None
         if self._pool is not None and wanted.group is None:
             known.graphs = DecodeGraphs(

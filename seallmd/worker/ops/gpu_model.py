@@ -28,6 +28,7 @@ from seallmd.worker.table_batch import TableBatch
 from seallmd.worker.tables import tables_of
 
 _PROMPT = 7
+_LONG = 600  # tokens: so many that the keys are read in parts
 
 
 def install(model: nn.Module, kernels: Kernels) -> None:
@@ -105,21 +106,27 @@ def fitted(
     model: PreTrainedModel,
     shapes: Sequence[LayerShape],
     dtype: torch.dtype,
+    context: int,
     kernels: Kernels,
     say: Callable[[str], None],
 ) -> Kernels:
-    """`kernels`, less attention where a layer of `model` disagrees. shapes, dtype: of its layers' KV."""
+    """`kernels`, less attention where a layer of `model` disagrees. shapes, dtype: of its layers' KV.
+
+    context: its limit in tokens. This also compiles what its steps will need.
+    """
     if kernels.attention is None:
         return kernels
     device = next(model.parameters()).device
-    plain, ours = (probe_kv(shapes, dtype, device) for _ in range(2))
-    table, worst = list(range(-(-(_PROMPT + 1) // plain.page.tokens)))[::-1], 0.0
+    longest, worst = min(_LONG, context), 0.0
+    plain, ours = (probe_kv(shapes, dtype, device, longest) for _ in range(2))
+    table = list(range(plain.page.holding(longest)))[::-1]
+    steps = [(tokens, end) for tokens, end in ((_PROMPT, _PROMPT), (1, _PROMPT + 1)) if end <= longest]
     try:
-        for tokens, context in ((_PROMPT, _PROMPT), (1, _PROMPT + 1)):
-            spans = [Span(0, tokens, context, table)]
+        for tokens, end in (*steps, (1, longest)):  # what nobody wrote is zeros
+            spans = [Span(0, tokens, end, table)]
             kernel_batch = TableBatch(ours, tables_of(spans, ours.page, device), kernels)
             answerer = _Comparing(PagedBatch(plain, spans, device), kernel_batch)
-            positions = torch.arange(context - tokens, context, device=device)[None]
+            positions = torch.arange(end - tokens, end, device=device)[None]
             with torch.inference_mode(), answered_by(answerer):
                 model(input_ids=positions * 31 % _vocabulary(model), position_ids=positions, use_cache=False)
             worst = max(worst, answerer.worst)

@@ -147,11 +147,12 @@ def probe_kv(
     shapes: Sequence[LayerShape],
     dtype: torch.dtype = torch.float32,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
+    tokens: int = _PROBE_TOKENS,
 ) -> KvView:
     """A small arena of our own; in float32 nothing is lost by storing."""
     token_bytes = dtype.itemsize * sum(s.kv_heads * (s.k_dim + s.v_dim) for s in shapes)
     block_bytes = token_bytes * _PROBE_BLOCK_TOKENS
-    blocks = -(-_PROBE_TOKENS // _PROBE_BLOCK_TOKENS)
+    blocks = -(-tokens // _PROBE_BLOCK_TOKENS)
     arena = torch.zeros(blocks * block_bytes, dtype=torch.uint8, device=device)
     return KvView(arena, block_bytes, shapes, dtype)
 

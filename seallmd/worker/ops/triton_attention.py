@@ -30,8 +30,10 @@ _MOST_SPLITS = 64
 _SPLIT_TOKENS = 256  # a part of the keys is not worth less than this
 _WAVES = 2  # programs wanted per multiprocessor
 
+# What differs from step to step is not specialised: a variant more is seconds of compiling, amid a step.
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["table_stride"])
 def _write(
     key,
     value,
@@ -72,7 +74,7 @@ def _write(
     tl.store(to_value, new_value.to(values.dtype.element_ty), mask=v < V_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "splits"])
 def _attend(
     query,
     keys,
@@ -188,7 +190,7 @@ def _attend(
         tl.store(out + row[:, None] * V_DIM + v[None, :], result.to(out.dtype.element_ty), mask=fits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _combine(
     sinks,
     out,
