@@ -26,7 +26,7 @@ class CudaRecorder:
         """As `Recorder.spent`, by what the driver has less of since."""
         return self._spent
 
-    def capture(self, function: Callable[[], None]) -> Graph:
+    def capture(self, function: Callable[[], object]) -> Graph:
         """As `Recorder.capture`. Waits for the device; some tenths of a second."""
         try:
             self._rehearse(function)
@@ -41,16 +41,16 @@ class CudaRecorder:
         self._spent += max(0, free - torch.cuda.mem_get_info(self._device)[0])
         return graph
 
-    def _rehearse(self, function: Callable[[], None]) -> None:
+    def _rehearse(self, function: Callable[[], object]) -> None:
         """Run it once where waiting for the device is an error, as in a capture, but one that harms nothing.
 
         Also compiles and loads whatever the capture will launch.
         """
         torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()  # or what is cached would count as free afterwards, and hide what is spent
         torch.cuda.set_sync_debug_mode("error")
         try:
             function()
         finally:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # as a capture does: what it frees would hide what the graph takes

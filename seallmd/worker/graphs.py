@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -67,7 +68,7 @@ class Graph(Protocol):
 class Recorder(Protocol):
     """Captures functions that read and write the same tensors every time."""
 
-    def capture(self, function: Callable[[], None]) -> Graph:
+    def capture(self, function: Callable[[], object]) -> Graph:
         """Raises Uncapturable; the device is as good as before then."""
 
     def spent(self) -> int:
@@ -93,7 +94,9 @@ class GraphPool:
         )  # how to drop each, oldest first
         self._full = False
 
-    def capture(self, name: Hashable, function: Callable[[], None], drop: Callable[[], None]) -> Graph | None:
+    def capture(
+        self, name: Hashable, function: Callable[[], object], drop: Callable[[], None]
+    ) -> Graph | None:
         """A graph of `function`, None where memory is spent. drop: called when the graph has to go."""
         if self._full:
             return None
@@ -123,13 +126,13 @@ class GraphPool:
         return self._logits[:bytes_].view(dtype).view(shape)
 
 
+@dataclass
 class _Slot:
-    """One shape of one model. logits: where its graph leaves them, once the first run has shown how large."""
+    """One shape of one model. run: the forward pass. logits: where its graph leaves them."""
 
-    def __init__(self) -> None:
-        self.graph: Graph | None = None
-        self.logits: torch.Tensor | None = None
-        self.run: Callable[[], torch.Tensor] | None = None
+    run: Callable[[], torch.Tensor]
+    logits: torch.Tensor
+    graph: Graph | None = None
 
 
 class DecodeGraphs:
@@ -215,29 +218,24 @@ class DecodeGraphs:
 
     def _advance(self, shape: Shape) -> torch.Tensor:
         """Run the shape as far as it has come: as it is, captured, or replayed."""
-        slot = self._slots.setdefault(shape, _Slot())
-        if slot.run is None:
-            slot.run = self._function(shape)
-            logits = slot.run()
-            slot.logits = self._pool.logits((logits.shape[0], logits.shape[1]), logits.dtype)
+        slot = self._slots.get(shape)
+        if slot is None:
+            run = self._function(shape)
+            logits = run()
+            target = self._pool.logits((logits.shape[0], logits.shape[1]), logits.dtype)
+            self._slots[shape] = _Slot(run, target)
             return logits
+        name = (id(self), shape)
         if slot.graph is None:
-            slot.graph = self._capture(shape, slot)
+            slot.graph = self._pool.capture(
+                name, lambda: slot.logits.copy_(slot.run()), lambda: self._drop(shape)
+            )
         else:
-            self._pool.touch((id(self), shape))
-        if slot.graph is None or slot.logits is None:
+            self._pool.touch(name)
+        if slot.graph is None:
             return slot.run()
         slot.graph.replay()
         return slot.logits
-
-    def _capture(self, shape: Shape, slot: _Slot) -> Graph | None:
-        run, target = slot.run, slot.logits
-
-        def function() -> None:
-            if run is not None and target is not None:
-                target.copy_(run())
-
-        return self._pool.capture((id(self), shape), function, lambda: self._drop(shape))
 
     def _drop(self, shape: Shape) -> None:
         self._slots.pop(shape, None)

@@ -18,7 +18,7 @@ class Rerun:
 
     captured = 0
 
-    def capture(self, function: Callable[[], None]) -> Rerun:
+    def capture(self, function: Callable[[], object]) -> Rerun:
         self.captured += 1
         graph = Rerun()
         graph.replay = function  # type: ignore[attr-defined]

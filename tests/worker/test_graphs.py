@@ -24,7 +24,7 @@ class Rerun:
         self.captured = self.replayed = self.bytes_ = 0
         self.refusal = ""
 
-    def capture(self, function: Callable[[], None]) -> graphs.Graph:
+    def capture(self, function: Callable[[], object]) -> graphs.Graph:
         if self.refusal:
             raise Uncapturable(self.refusal)
         self.captured += 1
@@ -40,7 +40,7 @@ class Rerun:
 
 
 class _Again:
-    def __init__(self, recorder: Rerun, function: Callable[[], None]) -> None:
+    def __init__(self, recorder: Rerun, function: Callable[[], object]) -> None:
         self._recorder, self._function = recorder, function
         self._weights = recorder.weights()
 
