@@ -152,13 +152,16 @@ class _StepFormer:
         return True
 
     def _belongs_elsewhere(self, request: Request) -> bool:
-        """Whether a request could outgrow this group (pinned services keep their part) but not another's."""
-        service = self._service
+        """Whether a request has outgrown this group, or could outgrow it but not another's."""
+        service, state = self._service, self._state
+        room = state.most_kv_blocks_of(self._replica)
+        if service.blocks_for(len(request.tokens) + 1) > room:
+            service.stranded = True
+            return True
         if len(service.replicas) == 1:
             return False
         blocks = service.blocks_for(request.prompt + request.max_tokens)
-        rooms = {replica.leader: self._state.most_kv_blocks_of(replica) for replica in service.replicas}
-        return rooms[self._replica.leader] < blocks <= max(rooms.values())
+        return room < blocks <= max(map(state.most_kv_blocks_of, service.replicas))
 
     def _shared_prefix(self, request: Request) -> Tables:
         if not self._state.settings.policy.prefix_reuse:

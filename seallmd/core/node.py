@@ -23,6 +23,7 @@ from seallmd.core.images import Images
 from seallmd.core.invariants import check_node
 from seallmd.core.loads import Loads
 from seallmd.core.operators import Operators
+from seallmd.core.outgrown import Outgrown
 from seallmd.core.planner import Planner
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.reconfigure import Reconfigure
@@ -58,6 +59,7 @@ class Node:
         self._planner = Planner(self._state, self._room, self._residency, self._images)
         self._operators = Operators(self._state, self._room, self._residency, self._planner, self._probe)
         self._reconfigure = Reconfigure(self._state, self._room, self._images, self._probe)
+        self._outgrown = Outgrown(self._state, self._room, self._residency)
         self._idle = IdleLimits(self._state, self._room)
         self._policy = POLICIES[settings.policy.scheduler]()
         self._batcher = Batcher(self._state, self._room, self._policy.admits)
@@ -104,6 +106,7 @@ class Node:
         self._recovery.settle()
         self._reconfigure.settle()
         self._idle.settle()
+        self._outgrown.settle()
         self._residency.bring_in_wanted()
         self._planner.settle()
         for device in devices:

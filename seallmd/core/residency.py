@@ -213,6 +213,10 @@ class Residency:
             if self._most_kv(service, place) >= least and not any(self._barred(d, service) for d in place)
         ]
 
+    def most_kv_anywhere(self, service: Service) -> int:
+        """KV blocks that it could have on each device of the best of those places."""
+        return max((self._most_kv(service, place) for place in self.able_places(service)), default=0)
+
     def _barred(self, device: Device, service: Service) -> bool:
         """Whether a pinned service that it may not be beside is on a device."""
         strangers = self._state.strangers(device, service.name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from seallmd.core.messages import DropWeights
-from seallmd.core.request import Request
+from seallmd.core.request import Life, Request
 from seallmd.core.state import Device, NodeState, Replica, Service, Stage
 
 
@@ -69,7 +69,8 @@ class Room:
         """Free `blocks` for a request, cheapest means first; never from its seniors nor from rows in `kept`.
 
         1. evict idle services; 2. preempt the most junior running request of the device; 3. evict services
-        that have waiting requests only. When nothing is left to take and the request is alone, it fails.
+        that have waiting requests only. When nothing is left to take and the request is alone, it has
+        outgrown the device, and waits for its service to move (`outgrown`).
         """
         arena = device.arena
         assert arena is not None
@@ -86,10 +87,9 @@ class Room:
             return True
         if not any(r.running.keys() - {request.id} for r in device.replicas.values()):
             copying = any(r.stage is Stage.COPYING for r in device.replicas.values())
-            if not copying:
-                self._state.finish(
-                    request, "failed", "the device has no memory left for this request", status=503
-                )
+            if not copying and request.life is Life.RUNNING:
+                self._state.preempt(request, "it has outgrown its device")
+                self._state.services[request.service].stranded = True
         return False
 
     def _evict_spare(self, device: Device, request: Request) -> bool:

@@ -47,7 +47,8 @@ class Replica:
     in, and of its group. arrived: devices where the copy is done. running: requests that hold blocks here, by
     id. since: when it became resident. used: when a step of it was last sent; served: whether one was.
     drain_until: when running requests are preempted to let it go (None: never, they are finished).
-    admit_below: while draining, requests of a lower order are still admitted. leaving: a plan wants it gone.
+    admit_below: while draining, requests of a lower order are still admitted. leaving: a plan wants it gone,
+    or a request has outgrown it.
     """
 
     service: str
@@ -106,7 +107,8 @@ class Service:
     at next whether others are to leave for it. former: where its weights lay last, by device. tickets:
     operators that wait for it. suspects: requests that were in a step that failed. crashes: how often in a
     row a process died of it, lastly at crashed_at. breaks: how often its ranks fell apart or changed;
-    prefixes from before are not found again. restarts: of its requests, after failures. closed: an operator
+    prefixes from before are not found again. stranded: a waiting request has outgrown a device that it is on.
+    restarts: of its requests, after failures. closed: an operator
     wants no new requests for it. idle_since: when its last request ended. keep_seconds: what a client wants
     instead of `idle_seconds`. outgoing: it has left the configuration, and goes when its requests have ended;
     successor: what then takes its name.
@@ -152,6 +154,7 @@ class Service:
     crashes: int = 0
     crashed_at: float = 0.0
     breaks: int = 0
+    stranded: bool = False
     cached_tokens: int = 0
     swaps_in: int = 0
     swap_seconds: float = 0.0
