@@ -51,12 +51,13 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     kind: "cuda" = every GPU, "cpu" = worker processes with a byte budget, "auto" = GPUs if there are any.
     cpu_workers: how many CPU devices. memory: arena of each CPU device; empty = a quarter of the machine's
     memory shared among them, at most 4 GiB each. reserve: GPU memory kept out of the arena, for activations
-    and CUDA itself. threads: math threads of each CPU device; 0 = the cores shared among them. block: the
-    arena's unit; empty = 2 MiB on GPUs, 512 KiB on CPUs. host_memory: limit for host images of models;
-    empty = half of the machine's memory. host_kv: host memory of each device for the KV of preempted
-    requests; empty = 4 GiB for a GPU, a quarter of its arena for a CPU device. kv_layout: whether a block
-    holds all layers of its tokens ("merged") or one ("split"). cache: where downloaded and converted models
-    are kept; empty = ~/.cache/seallmd.
+    and CUDA itself. threads: math threads of each CPU device; 0 = the cores shared among them. lend_threads:
+    whether CPU devices that have nothing to do lend theirs to the others. block: the arena's unit; empty = 2
+    MiB on GPUs, 512 KiB on CPUs. host_memory: limit for host images of models; empty = half of the machine's
+    memory. host_kv: host memory of each device for the KV of preempted requests; empty = 4 GiB for a GPU, a
+    quarter of its arena for a CPU device. kv_layout: whether a block holds all layers of its tokens
+    ("merged") or one ("split"). cache: where downloaded and converted models are kept; empty =
+    ~/.cache/seallmd.
     """
 
     kind: Literal["auto", "cuda", "cpu"] = "auto"
@@ -64,6 +65,7 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     memory: str = ""
     reserve: str = "2 GiB"
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
+    lend_threads: bool = True
     block: str = ""
     host_memory: str = ""
     host_kv: str = ""

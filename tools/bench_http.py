@@ -41,7 +41,7 @@ from seallmd.worker.process import quiet_libraries
 from tools.bench_engine import Engine
 from tools.demo import Daemon
 
-_READY_SECONDS = 120.0
+_READY_SECONDS = 300.0
 _TICK = os.sysconf("SC_CLK_TCK")
 _MEMORY = "2 GiB"
 _LONG_PROMPT = 2000

@@ -319,13 +319,15 @@ class Step(Message, frozen=True):
     """One forward pass of one resident service. Rows' tokens are packed in this order.
 
     A step that fails makes the worker drop its requests. Steps behind it may have rows of them: such rows
-    are skipped and draw 0, which the daemon, having failed these requests, ignores.
+    are skipped and draw 0, which the daemon, having failed these requests, ignores. threads: for the math, on
+    a CPU; 0 = the worker's own number.
     """
 
     step: int
     service: str
     admit: tuple[Admit, ...]
     rows: tuple[Row, ...]
+    threads: int = 0
 
 
 class Forget(Message, frozen=True):

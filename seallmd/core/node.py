@@ -21,6 +21,7 @@ from seallmd.core.host_kv import HostSlots
 from seallmd.core.idle import IdleLimits
 from seallmd.core.images import Images
 from seallmd.core.invariants import check_node
+from seallmd.core.lending import speedup, threads_for
 from seallmd.core.loads import Loads
 from seallmd.core.operators import Operators
 from seallmd.core.outgrown import Outgrown
@@ -173,13 +174,22 @@ class Node:
                 self._reserve(replica, group)
                 return False
             steps = self._batcher.form(replica)
-            for member, step in steps:
+            for member, formed in steps:
+                step = self._with_threads(member, formed)
                 self._state.actions.append(ev.ToDevice(member.index, step, self._expected(member, step)))
                 if member.reserved is replica:
                     member.reserved = None
             if steps:
                 return True
         return False
+
+    def _with_threads(self, device: Device, step: msg.Step) -> msg.Step:
+        """The same step on as many threads as there are for it now."""
+        threads, own = threads_for(self._state, device), self._state.settings.threads
+        if threads <= own:
+            return step
+        device.inflight[step.step].speedup = speedup(threads, own)
+        return replace(step, threads=threads)
 
     def _expected(self, device: Device, step: msg.Step) -> float:
         """Seconds that a step should take; 0 while too few of its service were seen to tell."""
@@ -370,7 +380,7 @@ class Node:
         self._recovery.stepped(service)
         if not step.incomplete:
             drawing = sum(row.sample for row in step.rows)
-            profile.stepped(step.tokens, drawing, step.context, seconds)
+            profile.stepped(step.tokens, drawing, step.context, seconds * step.speedup)
         drawn = iter(tokens)
         for row in step.rows:
             token = next(drawn) if row.sample else None

@@ -108,7 +108,8 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     profiles: what earlier runs learnt of services, by name. block_bytes: the unit of every arena. host_bytes:
     what host images may take together before the least recently used are dropped; one may always be built.
     host_kv_bytes: host memory of each device for preempted KV. kv_layout: whether a block holds all layers of
-    its tokens ("merged") or one ("split").
+    its tokens ("merged") or one ("split"). threads: math threads of each CPU device, which those that have
+    nothing to do lend to the others (`core.lending`); 0 = none are lent.
     """
 
     services: tuple[ServiceSettings, ...]
@@ -122,3 +123,4 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     kv_layout: Literal["merged", "split"] = "merged"
     replacement: ReplacementSettings = ReplacementSettings()
     groups: tuple[GroupSettings, ...] = ()
+    threads: int = 0

@@ -244,7 +244,8 @@ class SentStep:
     """A step on its way, noted on each device of its group.
 
     copy: of the replica that runs it. leader: the device whose answer counts. incomplete: the worker leaves
-    out rows of requests that failed in the step before, so how long it takes says nothing.
+    out rows of requests that failed in the step before, so how long it takes says nothing. speedup: by
+    threads that were lent to it.
     """
 
     id: int
@@ -255,6 +256,7 @@ class SentStep:
     tokens: int
     context: int
     incomplete: bool = False
+    speedup: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

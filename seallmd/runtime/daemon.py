@@ -113,6 +113,7 @@ def _build_engine(config: Config) -> Engine:
         host_kv_bytes=plan.host_kv_bytes,
         kv_layout=config.devices.kv_layout,
         groups=config.group,
+        threads=plan.threads,
         profiles=profiles.load(plan.cache / PROFILES, config.service, plan.roofline.name),
     )
     journal = None

@@ -27,7 +27,8 @@ class DevicePlan:
     """What to start: one worker per device, one host process; the unit of every arena; the kind of device.
 
     host_kv_bytes: host memory for KV of each device. cache: directory for what may be lost: converted models,
-    profiles of services. rendezvous: directory for tensor-parallel groups.
+    profiles of services. rendezvous: directory for tensor-parallel groups. threads: math threads of a CPU
+    device, if it lends them; else 0.
     """
 
     workers: tuple[WorkerSettings, ...]
@@ -38,6 +39,7 @@ class DevicePlan:
     cache: Path
     rendezvous: Path
     roofline: Roofline
+    threads: int
 
 
 def plan(settings: DeviceSettings) -> DevicePlan:
@@ -69,6 +71,7 @@ def plan(settings: DeviceSettings) -> DevicePlan:
         cache=Path(cache),
         rendezvous=meeting,
         roofline=_roofline(gpus[0]) if gpus else ROOFLINES["cpu"],
+        threads=workers[0].threads if settings.lend_threads and not gpus else 0,
     )
 
 

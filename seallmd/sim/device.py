@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
+from seallmd.core.lending import speedup
 from seallmd.sim.group import Meetings
 from seallmd.sim.timing import Timing
 
@@ -135,7 +136,7 @@ class SimDevice:
 
     A step that is given blocks which are still being saved or restored waits for them, as on a GPU.
     block_bytes: of what one of them copies. poison: requests of which the process dies. busy_seconds: of all
-    steps that ended. on_span: told of each step and each copy of weights that ended.
+    steps that ended. on_span: told of each step and each copy of weights that ended. threads: its own.
     """
 
     def __init__(
@@ -148,8 +149,10 @@ class SimDevice:
         meetings: Meetings,
         on_span: Callable[[Span], None] | None = None,
         block_bytes: int = 0,
+        threads: int = 0,
     ) -> None:
         self._clock = clock
+        self._threads = threads
         self._block_bytes = block_bytes
         self._timing = timing
         self._memory = memory
@@ -285,6 +288,7 @@ class SimDevice:
         group = self._groups.get(step.service)
         ranks = 1 if group is None else group.ranks
         seconds = self._timing.step(self.index, step.service, tokens, context, rows, ranks)
+        seconds /= speedup(step.threads, self._threads)
         waits = self._copies_left(step) if self._copied_at else 0.0
 
         def start(seconds: float) -> None:

@@ -128,7 +128,7 @@ class World:
 
         meetings = Meetings()
         self.devices = [
-            SimDevice(self, index, size, self.timing, memory(), meetings, on_span, unit)
+            SimDevice(self, index, size, self.timing, memory(), meetings, on_span, unit, settings.threads)
             for index, size in enumerate(arena_bytes)
         ]
         self.history: list[tuple[float, ev.Event]] = []

@@ -144,6 +144,7 @@ class Worker:
         self._rendezvous = Path(settings.rendezvous)
         self._block_bytes = settings.block_bytes
         self._kv_layout = settings.kv_layout
+        self._threads = settings.threads
         self._send = send
         self._requests = Requests()
         self._grammars = grammar.Grammars()
@@ -192,6 +193,8 @@ class Worker:
 
     def _step(self, step: Step) -> None:
         started = time.perf_counter()
+        if self._native is not None:
+            self._native.set_threads(step.threads or self._threads)
         try:
             done = self._run(step)
         except torch.AcceleratorError:
