@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from seallmd.core.state import Device, NodeState, Stage
 
-# A step on n times the threads takes 1 / n**GAIN of the time: the caches and the memory stay the same
-# (docs/log.md). What is learnt of steps is as if nothing had been lent.
-GAIN = 0.85
+# A step on n times the threads takes 1 / n**GAIN of the time: two threads made decoding 1.4 and prefill 1.9
+# times as fast (docs/benchmarks.md). What is learnt of steps is as if nothing had been lent.
+GAIN = 0.6
 
 
 def threads_for(state: NodeState, device: Device) -> int:
