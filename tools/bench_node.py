@@ -3,8 +3,8 @@
     python -m tools.bench_node [--services N] [--requests N] [--policy NAME]
 
 One device holds N services with the given number of requests; every step is answered at once. Prints the
-median and tail of `handle` over all StepDone events, also for half and twice the requests, so that growth
-shows.
+median and tail of `handle` over all StepDone events, in processor time, also for fewer and more requests, so
+that growth shows.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Bench:
 
     def happen(self, event: ev.Event) -> None:
         """One event, and what the device says to the actions."""
-        before = time.perf_counter()
+        before = time.process_time()
         actions = self.node.handle(event, self.now)
         if isinstance(event, ev.FromDevice):
-            self.seconds.append(time.perf_counter() - before)
+            self.seconds.append(time.process_time() - before)
         for action in actions:
             if isinstance(action, ev.ToDevice):
                 if isinstance(action.message, msg.CopyIn):
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--policy", default="budget")
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
-    for requests in (options.requests // 2, options.requests, options.requests * 2):
+    for requests in (options.requests * times // 4 for times in (1, 2, 4, 8, 16)):
         bench = Bench(options.services, options.policy)
         bench.fill(requests, random.Random(0))
         bench.run(options.steps)

@@ -8,7 +8,8 @@ senior one always gets on, and nothing ever waits for something that waits for i
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from operator import attrgetter
 
 from seallmd.core.messages import Admit, RestoreBlocks, Row, Step
 from seallmd.core.ranks import Tables
@@ -16,6 +17,10 @@ from seallmd.core.request import Life, Request, SavedKv
 from seallmd.core.room import Room
 from seallmd.core.scheduler import Admits
 from seallmd.core.state import Device, NodeState, Replica, SentRow, SentStep, Service, Stage
+
+_ORDER = attrgetter("order")
+# Looking a member up in its Enum takes as long as a call, and these are asked for with every row.
+_RUNNING, _RESIDENT, _DRAINING = Life.RUNNING, Stage.RESIDENT, Stage.DRAINING
 
 
 class Batcher:
@@ -33,16 +38,18 @@ class Batcher:
 
     def has_work(self, replica: Replica) -> bool:
         """Whether a step could be formed, memory permitting."""
-        if replica.stage not in (Stage.RESIDENT, Stage.DRAINING):
+        if replica.stage is not _RESIDENT and replica.stage is not _DRAINING:
             return False
-        if any(request.drawn < request.max_tokens for request in replica.running.values()):
-            return True
-        return next(self._admissible(replica), None) is not None
+        for request in replica.running.values():
+            if request.drawn < request.max_tokens:
+                return True
+        waiting = self._state.services[replica.service].waiting
+        return bool(waiting) and next(self._admissible(replica, waiting.values()), None) is not None
 
-    def _admissible(self, replica: Replica) -> Iterator[Request]:
-        """Waiting requests that this replica may take, most senior first."""
-        for request in self._state.services[replica.service].waiting.values():
-            if replica.stage is Stage.DRAINING and request.order >= replica.admit_below:
+    def _admissible(self, replica: Replica, waiting: Iterable[Request]) -> Iterator[Request]:
+        """Those of its service's waiting requests that a replica may take, most senior first."""
+        for request in waiting:
+            if replica.stage is _DRAINING and request.order >= replica.admit_below:
                 return
             # A preempted request whose last rows are still on their way would be announced without the
             # token that they draw.
@@ -58,30 +65,37 @@ class Batcher:
 
     def form(self, replica: Replica) -> list[tuple[Device, Step]]:
         """The replica's next step for each of its devices, with its memory taken; empty if none can run."""
-        return self._form_for_suspect(replica) or self._form_for_all(replica)
+        suspects = self._state.services[replica.service].suspects
+        return (suspects and self._form_for_suspect(replica)) or self._form_for_all(replica)
 
     def _form_for_suspect(self, replica: Replica) -> list[tuple[Device, Step]]:
         """A step for one request alone that was in a step that failed, if there is such a request."""
-        suspects = self._state.services[replica.service].suspects
-        suspects &= self._state.requests.keys()
-        if not suspects:
+        service = self._state.services[replica.service]
+        service.suspects &= self._state.requests.keys()
+        if not service.suspects:
             return []
         former = _StepFormer(self._state, self._room, self._admits, replica)
         running = [r for r in replica.running.values() if r.suspect and r.runnable]
         if running:
             former.add(min(running, key=lambda r: r.order))
-        elif request := next((r for r in self._admissible(replica) if r.suspect), None):
-            former.admit(request)
+            return former.steps()
+        for request in self._admissible(replica, service.waiting.values()):
+            if request.suspect:
+                former.admit(request)
+                break
         return former.steps()
 
     def _form_for_all(self, replica: Replica) -> list[tuple[Device, Step]]:
         former = _StepFormer(self._state, self._room, self._admits, replica)
-        for request in sorted(replica.running.values(), key=lambda r: r.order):
+        for request in sorted(replica.running.values(), key=_ORDER):
             if not request.suspect:
                 former.add(request)
-        for request in list(self._admissible(replica)):
-            if not request.suspect and not former.admit(request):
-                break
+        waiting = self._state.services[replica.service].waiting
+        if waiting and former.has_place:
+            # A copy: who is admitted waits no longer. There may be thousands, of which few are looked at.
+            for request in self._admissible(replica, list(waiting.values())):
+                if not request.suspect and not former.admit(request):
+                    break
         return former.steps()
 
 
@@ -99,27 +113,39 @@ class _StepFormer:
         self._rows: list[dict[int, Row]] = [{} for _ in self._group]  # by rank and request
         self._sent: list[SentRow] = []
         self._admits: list[Admit] = []
+        self._tokens = self._context = 0
         limits = state.settings.policy
         self._rows_left = limits.max_rows
         # Decoding requests wait for one token each: they get theirs before prefill takes the rest.
-        decoding = sum(r.runnable and r.pending == 1 for r in replica.running.values())
+        decoding = 0
+        for request in replica.running.values():
+            decoding += request.pending == 1 and request.drawn < request.max_tokens
         self._prefill_left = max(1, limits.step_tokens - min(decoding, limits.max_rows))
 
     def add(self, request: Request) -> None:
         """Give a running request its row, if it is still running and its memory can be had."""
-        if request.life is not Life.RUNNING or not request.runnable or not self._rows_left:
+        if request.life is not _RUNNING or request.drawn >= request.max_tokens or not self._rows_left:
             return
-        count = 1 if request.pending == 1 else min(request.pending, self._prefill_left)
-        fresh = max(0, self._service.blocks_for(request.scheduled + count) - len(request.tables[0]))
-        if count and self._had(fresh, request):
+        pending = request.pending
+        count = 1 if pending == 1 else min(pending, self._prefill_left)
+        fresh = self._service.blocks_for(request.scheduled + count) - len(request.tables[0])
+        if not count:
+            return
+        if fresh <= 0:  # most tokens go where the last one went
+            self._append(request, count, ((),) * len(self._rows))
+        elif self._had(fresh, request):
             self._append(request, count, self._take(request, fresh))
+
+    @property
+    def has_place(self) -> bool:
+        """Whether a request could be taken in, as far as the step's size and the other replicas' part go."""
+        fits = self._rows_left and self._prefill_left
+        return bool(fits) and len(self._replica.running) < self._service.share(self._replica)
 
     def admit(self, request: Request) -> bool:
         """Take a waiting request in. False: none behind it is to be tried either."""
-        if not self._rows_left or not self._prefill_left:
+        if not self.has_place:
             return False
-        if len(self._replica.running) >= self._service.share(self._replica):
-            return False  # the other replicas' part
         if self._belongs_elsewhere(request):
             return True
         if any(self._state.claimed(device, request.order) for device in self._group):
@@ -230,15 +256,19 @@ class _StepFormer:
             table += more
         return taken
 
-    def _append(self, request: Request, count: int, fresh: Tables) -> None:
-        sample = count == request.pending
+    def _append(self, request: Request, count: int, fresh: Sequence[Sequence[int]]) -> None:
+        """Note a request's row. fresh: blocks, by rank, that its table has gained for it."""
+        pending, start = request.pending, request.scheduled
+        sample = count == pending
         for rows, blocks in zip(self._rows, fresh, strict=True):
-            rows[request.id] = Row(request.id, request.scheduled, count, sample, tuple(blocks))
+            rows[request.id] = Row(request.id, start, count, sample, tuple(blocks))
         self._sent.append(SentRow(request, request.epoch, count, sample))
         self._rows_left -= 1
-        if request.pending > 1:
+        if pending > 1:
             self._prefill_left -= count
-        request.scheduled += count
+        self._tokens += count
+        self._context += start + count
+        request.scheduled = start + count
         request.drawn += sample
         request.inflight += 1
 
@@ -248,17 +278,18 @@ class _StepFormer:
             return []
         state, replica = self._state, self._replica
         state.steps += 1
-        rows = self._rows[0].values()
-        tokens, context = sum(row.count for row in rows), sum(row.start + row.count for row in rows)
+        leader = replica.devices[0]
         sent = SentStep(
-            state.steps, replica.service, replica.copy, replica.leader, self._sent, tokens, context
+            state.steps, replica.service, replica.copy, leader, self._sent, self._tokens, self._context
         )
         replica.used, replica.served = state.now, True
-        admits, steps = tuple(self._admits), list[tuple[Device, Step]]()
-        for device, rows_here in zip(self._group, self._rows, strict=True):
+        self._service.changed()
+        admits = tuple(self._admits)
+        steps = []
+        for device, rows in zip(self._group, self._rows, strict=True):
             device.inflight[sent.id] = sent
             device.last_served = replica.service
-            steps.append((device, Step(sent.id, replica.service, admits, tuple(rows_here.values()))))
+            steps.append((device, Step(sent.id, replica.service, admits, tuple(rows.values()))))
         return steps
 
 

@@ -80,7 +80,7 @@ class Roofline(msgspec.Struct, frozen=True):
         weights = work.layers_bytes + (work.output_bytes if rows else 0)
         reading = (weights + context * work.context_bytes / self.context_share) / self.bytes_per_second
         computing = (tokens * work.token_flops + rows * work.row_flops) / self.flops
-        longer, shorter = max(reading, computing), min(reading, computing)
+        longer, shorter = (reading, computing) if reading > computing else (computing, reading)
         fixed = self.step_seconds + work.reductions * self.reduce_seconds
         return fixed + (longer + self.serial * shorter) / self.efficiency
 
@@ -114,6 +114,7 @@ _DRIFT = 0.003  # of a coefficient between two steps, as a share: about 30 steps
 _ERROR_WEIGHT = 0.02
 _MANY = 1 << 20  # tokens whose cost is nothing but theirs
 _BATCH = 8  # rows of a decode step
+_LEAST_SECONDS = 1e-6  # of a step
 
 
 class StepCosts(msgspec.Struct):
@@ -165,11 +166,12 @@ class StepCosts(msgspec.Struct):
         if rows is None:
             rows = tokens
         seconds = fixed + per_row * rows / _ROWS + per_context * context / _CONTEXT
-        return max(seconds + self.prompt * (tokens - rows) / _PROMPT, 1e-6)
+        seconds += self.prompt * (tokens - rows) / _PROMPT
+        return max(_LEAST_SECONDS, seconds)
 
     def learn(self, tokens: int, context: int, rows: int, seconds: float) -> None:
         """A step took so long."""
-        seconds = max(seconds, 1e-6)
+        seconds = max(seconds, _LEAST_SECONDS)
         wrong = 1 - self.predict(tokens, context, rows) / seconds
         weight = max(_ERROR_WEIGHT, 1 / (self.steps + 1))
         self.error += weight * (abs(wrong) - self.error)
@@ -188,10 +190,10 @@ class StepCosts(msgspec.Struct):
         p2 = c02 * x0 + c12 * x1 + c22 * x2
         denominator = 1 + p0 * x0 + p1 * x1 + p2 * x2
         gain = wrong / denominator
-        # A coefficient below zero would make larger batches look free.
         fixed, per_row, per_context = self.decode
-        fixed = max(0.0, fixed + gain * p0)
-        per_row, per_context = max(0.0, per_row + gain * p1), max(0.0, per_context + gain * p2)
+        fixed, per_row, per_context = fixed + gain * p0, per_row + gain * p1, per_context + gain * p2
+        if fixed < 0 or per_row < 0 or per_context < 0:  # would make larger batches look free
+            fixed, per_row, per_context = max(0.0, fixed), max(0.0, per_row), max(0.0, per_context)
         self.decode = (fixed, per_row, per_context)
         q0, q1, q2 = p0 / denominator, p1 / denominator, p2 / denominator
         c01, c02, c12 = c01 - p0 * q1, c02 - p0 * q2, c12 - p1 * q2

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from seallmd.core.outlook import look
 from seallmd.core.request import Life
 from seallmd.core.state import Device, NodeState, Stage
 
@@ -25,6 +26,8 @@ def check_node(state: NodeState) -> None:
             assert len(replica.devices) == service.ranks == len(set(replica.devices))
             for device in state.group(replica):
                 assert device.replicas.get(service.name) is replica
+            if (known := service.outlooks.get(replica.copy)) is not None:
+                assert known == look(state, replica), f"{service.name} has changed, and nobody was told"
 
 
 def _check_requests(state: NodeState) -> None:

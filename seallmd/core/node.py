@@ -7,6 +7,7 @@ numbers: the same (now, event) list gives the same actions, in the daemon, in th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 
 from msgspec.structs import replace
@@ -40,6 +41,7 @@ from seallmd.core.state import Device, Image, NodeState, Replica, SentStep, Serv
 from seallmd.core.status import NodeStatus, PlanStatus
 
 KNOWN_STEPS = 50  # of a service, before its steps' times count as known
+_RUNNING, _DONE = Life.RUNNING, Life.DONE  # asked for with every row, and slow to look up in their Enum
 
 
 class Node:
@@ -87,11 +89,12 @@ class Node:
         have replicas: what they share of their requests, and whom their claims keep waiting.
         """
         state = self._state
+        names: Iterable[str]
         match event:
-            case ev.FromDevice(index, msg.StepDone()):
-                names, indexes = list(state.devices[index].replicas), {index}
+            case ev.FromDevice(message=msg.StepDone()):
+                names, indexes = state.devices[event.device].replicas, {event.device}
             case ev.Arrived() if event.service in state.services:
-                names, indexes = [event.service], set[int]()
+                names, indexes = (event.service,), set[int]()
             case _:
                 return list(state.devices.values())
         for name in names:
@@ -123,7 +126,7 @@ class Node:
         for service in state.services.values():
             if service.pressed_since is not None:
                 times.append(service.pressed_since + patience.replicate_seconds)
-            if not service.replicas and service.demand and not service.refused:
+            if not service.replicas and not service.refused and service.demand:
                 times.append(service.retry_at)
                 times.append(service.asks_at)
                 times.extend(
@@ -131,9 +134,11 @@ class Node:
                     for d in state.devices.values()
                     for r in d.replicas.values()
                 )
-        wakeups = (self._planner.next_wakeup(), self._idle.next_wakeup(), self._recovery.next_wakeup())
-        times.extend(wakeup for wakeup in wakeups if wakeup is not None)
-        return min((t for t in times if t > state.now), default=None)
+        for wakeup in (self._planner.next_wakeup(), self._idle.next_wakeup(), self._recovery.next_wakeup()):
+            if wakeup is not None:
+                times.append(wakeup)
+        times = [time for time in times if time > state.now]
+        return min(times) if times else None
 
     def profiles(self) -> dict[str, ServiceProfile]:
         """What was learnt of each service, for a later run's `NodeSettings.profiles`."""
@@ -152,9 +157,8 @@ class Node:
 
     def _fill(self, device: Device) -> None:
         """Send steps until the device holds as many as it may, or nothing can run."""
-        if device.arena is None:
-            return
-        while not self._is_full(device) and self._send_next(device):
+        depth = self._state.settings.policy.pipeline_depth
+        while len(device.inflight) < depth and device.replicas and self._send_next(device):
             pass
 
     def _is_full(self, device: Device) -> bool:
@@ -170,7 +174,7 @@ class Node:
             if device.replicas.get(replica.service) is not replica:
                 continue
             group = self._state.group(replica)
-            if any(self._is_full(member) for member in group):
+            if len(group) > 1 and any(self._is_full(member) for member in group):
                 self._reserve(replica, group)
                 return False
             steps = self._batcher.form(replica)
@@ -216,8 +220,8 @@ class Node:
 
     def _on(self, event: ev.Event) -> None:
         match event:
-            case ev.FromDevice(device, message):
-                self._on_device(self._state.devices[device], message)
+            case ev.FromDevice():
+                self._on_device(self._state.devices[event.device], event.message)
             case ev.Arrived():
                 self._on_arrived(event)
             case ev.Cancelled(request):
@@ -347,12 +351,12 @@ class Node:
 
     def _on_device(self, device: Device, message: object) -> None:
         match message:
-            case msg.StepDone(step, tokens, seconds, scores, failed):
-                sent = device.inflight.pop(step)
+            case msg.StepDone():
+                sent = device.inflight.pop(message.step)
                 device.steps += 1
                 if sent.leader == device.index:  # the other ranks have nothing to tell
-                    self._state.tell(scores, failed)
-                    self._on_step_done(sent, tokens, seconds)
+                    self._state.tell(message.scores, message.failed)
+                    self._on_step_done(sent, message.tokens, message.seconds)
             case msg.StepFailed(step, reason, memory):
                 self._recovery.step_failed(device, device.inflight.pop(step), reason, memory=memory)
             case msg.CopyDone(name, seconds, copy):
@@ -381,11 +385,13 @@ class Node:
         if not step.incomplete:
             drawing = sum(row.sample for row in step.rows)
             profile.stepped(step.tokens, drawing, step.context, seconds * step.speedup)
+        price, generated = profile.token_seconds(), 0
         drawn = iter(tokens)
         for row in step.rows:
             token = next(drawn) if row.sample else None
             request = row.request
-            if request.life is Life.DONE:
+            life = request.life
+            if life is _DONE:
                 continue
             request.inflight -= 1
             if row.epoch < request.trusted:
@@ -393,14 +399,20 @@ class Node:
                 continue
             if token is not None:
                 request.tokens.append(token)
-                service.waiting_tokens += request.life is Life.WAITING
-            if row.epoch == request.epoch and request.life is Life.RUNNING:
+                service.waiting_tokens += life is not _RUNNING
+            if row.epoch == request.epoch and life is _RUNNING:
                 request.computed += row.count
                 if (request.indexed + 1) * service.run_tokens <= request.computed:
                     self._index_blocks(request, service)
             if token is not None:
-                self._on_token(request, service, token)
+                generated += 1
+                if self._on_token(request, service, token, price):
+                    price = profile.token_seconds()  # which depends on how long answers are
         assert next(drawn, None) is None, f"step {step.id} drew more tokens than it was asked for"
+        service.changed()
+        if generated:
+            service.rate.add(generated, self._state.now)
+            service.output_tokens += generated
 
     def _index_blocks(self, request: Request, service: Service) -> None:
         """Let others reuse the blocks whose KV is complete and whose tokens are known."""
@@ -415,22 +427,23 @@ class Node:
             request.replica.ranks.index(request.parents, request.tables, at, tokens, blocks)
             request.indexed += 1
 
-    def _on_token(self, request: Request, service: Service, token: int) -> None:
-        state = self._state
-        state.actions.append(ev.Emit(request.id, (token,), 0 if request.emitted else request.cached))
+    def _on_token(self, request: Request, service: Service, token: int, price: float) -> bool:
+        """A token of a request came, and takes `price` of its budget. True when it was the last."""
+        state, cached = self._state, 0
         if not request.emitted:
-            service.cached_tokens += request.cached
-        request.emitted = True
-        self._recovery.advanced(request)
-        charge(request, service)
-        service.rate.add(1, state.now)
-        service.output_tokens += 1
+            cached, request.emitted = request.cached, True
+            service.cached_tokens += cached
+        state.actions.append(ev.Emit(request.id, (token,), cached))
+        if request.failures:
+            self._recovery.advanced(request)
+        charge(request, price)
         output = len(request.tokens) - request.prompt
         if token not in request.stop_ids and output < request.max_tokens:
-            return
+            return False
         assert service.profile is not None
         service.profile.ended(request.prompt, output)
         state.finish(request, "stop" if token in request.stop_ids else "length")
+        return True
 
     # ------------------------------------------------------------------------------------ host process
 

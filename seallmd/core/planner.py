@@ -52,11 +52,13 @@ class Planner:
 
     def settle(self) -> None:
         """Go on with the plan at hand; have another made when that is due."""
+        if not self._steps and self._state.now < self._tick_at:
+            return  # as after most events
         if not self.enabled or self._state.draining:
             return
         if self._steps:
             self._go_on()
-        elif self._state.now >= self._tick_at and self._is_ready():
+        elif self._is_ready():
             self._tick_at = self._state.now + TICK_SECONDS
             self._tick(self._replacement or self._begin())
 

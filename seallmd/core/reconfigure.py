@@ -49,6 +49,7 @@ class Reconfigure:
         )
         state.sharing = Sharing(event.groups)
         for name, service in state.services.items():
+            service.changed()  # so has the policy
             if name not in wanted:
                 self._retire(service, None)
             elif service.outgoing or before.get(name) != wanted[name]:

@@ -50,7 +50,7 @@ class Recovery:
             self._room.break_up(replica)
         for sent in device.inflight.values():
             if sent.leader == index:
-                void(sent)
+                void(state, sent)
         for service in state.services.values():
             service.former.pop(index, None)
             for request in service.waiting.values():
@@ -97,7 +97,7 @@ class Recovery:
         for behind in device.inflight.values():
             behind.incomplete = behind.incomplete or behind.service == step.service
         if step.leader == device.index:
-            void(step)
+            void(self._state, step)
         elif replica is None:
             return  # its group is gone already
         if memory:
@@ -189,8 +189,9 @@ class Recovery:
             self._loads.refuse(service, "the loader process died twice while it examined the model")
 
 
-def void(step: SentStep) -> None:
+def void(state: NodeState, step: SentStep) -> None:
     """The step's rows will never come back."""
+    state.services[step.service].changed()
     for row in step.rows:
         if row.request.life is not Life.DONE:
             row.request.inflight -= 1

@@ -150,6 +150,8 @@ class Room:
 
     def settle_drains(self) -> None:
         """Evict what has drained; keep what nobody wants gone any more."""
+        if not self._draining:
+            return
         for replica in list(self._draining.values()):
             if replica.copy in self._draining:
                 self._settle(self._state.services[replica.service], replica)

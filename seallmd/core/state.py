@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from seallmd.core.arena import Arena
 from seallmd.core.events import Action, Answer, Finish, Note, Scored, ToDevice
@@ -20,6 +21,9 @@ from seallmd.core.rate import Rate
 from seallmd.core.request import IllegalTransition, Life, Request, SavedKv
 from seallmd.core.settings import NodeSettings, ServiceSettings
 from seallmd.core.sharing import Sharing
+
+if TYPE_CHECKING:
+    from seallmd.core.outlook import Outlook
 
 # ------------------------------------------------------------------------------------------- services
 
@@ -111,7 +115,7 @@ class Service:
     restarts: of its requests, after failures. closed: an operator
     wants no new requests for it. idle_since: when its last request ended. keep_seconds: what a client wants
     instead of `idle_seconds`. outgoing: it has left the configuration, and goes when its requests have ended;
-    successor: what then takes its name.
+    successor: what then takes its name. outlooks: of its replicas, by copy, since it last changed.
     """
 
     settings: ServiceSettings
@@ -164,6 +168,7 @@ class Service:
     keep_seconds: float | None = None
     outgoing: bool = False
     successor: ServiceSettings | None = None
+    outlooks: dict[int, Outlook] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -175,8 +180,13 @@ class Service:
         """Requests that hold blocks, on any device."""
         return (request for replica in self.replicas for request in replica.running.values())
 
+    def changed(self) -> None:
+        """Its requests, where they are, or its profile are no longer what they were."""
+        self.outlooks.clear()
+
     def enqueue(self, request: Request) -> None:
         """Have a request wait, among the others by seniority."""
+        self.changed()
         last = next(reversed(self.waiting), 0)
         self.waiting[request.order] = request
         if last > request.order:
@@ -185,6 +195,7 @@ class Service:
 
     def dequeue(self, request: Request) -> None:
         """It waits no longer."""
+        self.changed()
         del self.waiting[request.order]
         self.waiting_tokens -= len(request.tokens)
 
@@ -390,6 +401,7 @@ class NodeState:
         replica = request.replica
         assert replica is not None
         del replica.running[request.id]
+        self.services[request.service].changed()
         self.leaves += 1
         replica.ranks.release(request.tables)
         if request.announced:
@@ -405,6 +417,7 @@ class NodeState:
             for device, slots in zip(request.saved.devices, request.saved.slots, strict=True):
                 self.devices[device].host.release(slots)
             request.saved = None
+            self.services[request.service].changed()
 
     def tell(self, scores: tuple[Scores, ...], failed: tuple[RowFailed, ...]) -> None:
         """Pass on log-probabilities, and end what failed in a step that went well.
@@ -448,6 +461,7 @@ class NodeState:
         saved = self._save(request, service)
         self._queue_again(request, service)
         request.saved = saved
+        service.changed()
         service.preemptions += 1
         service.saves += saved is not None
         kept = "its KV goes to host memory" if saved else "its KV will be computed again"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from seallmd.core import events as ev
@@ -111,9 +112,11 @@ class Blank:
         """STOP for rows whose drawn token is the request's last."""
         lengths = self._lengths
         return tuple(
-            STOP if row.start + row.count + 1 >= lengths.get(row.request, 0) else GOES_ON
-            for row in step.rows
-            if row.sample
+            [
+                STOP if row.start + row.count + 1 >= lengths.get(row.request, 0) else GOES_ON
+                for row in step.rows
+                if row.sample
+            ]
         )
 
     def scores(self, step: msg.Step) -> tuple[msg.Scores, ...]:  # noqa: ARG002 - as `Memory` has it
@@ -201,8 +204,12 @@ class SimDevice:
             self._work()
 
     def _later(self, seconds: float, do: Callable[[], None]) -> None:
-        generation = self.generation
-        self._clock.after(seconds, lambda: do() if self.generation == generation else None)
+        self._clock.after(seconds, partial(self._unless_dead, self.generation, do))
+
+    def _unless_dead(self, generation: int, do: Callable[[], None]) -> None:
+        """Do what the process of a generation was to do, if it still lives."""
+        if self.generation == generation:
+            do()
 
     def _say(self, message: msg.CopyDone | msg.CopyFailed | msg.StepDone | msg.StepFailed) -> None:
         self._clock.happen(ev.FromDevice(self.index, message))
@@ -290,17 +297,18 @@ class SimDevice:
         seconds = self._timing.step(self.index, step.service, tokens, context, rows, ranks)
         seconds /= speedup(step.threads, self._threads)
         waits = self._copies_left(step) if self._copied_at else 0.0
-
-        def start(seconds: float) -> None:
-            self._later(waits + seconds, lambda: self._end_step(step, group, seconds))
-
         if group is None:
-            start(seconds)
+            self._run_step(step, None, waits, seconds)
         else:
             generation = self.generation
-            self._meetings.join(
-                group, step.step, seconds, lambda s: start(s) if self.generation == generation else None
-            )
+
+            def start(seconds: float) -> None:
+                self._unless_dead(generation, partial(self._run_step, step, group, waits, seconds))
+
+            self._meetings.join(group, step.step, seconds, start)
+
+    def _run_step(self, step: msg.Step, group: msg.Group | None, waits: float, seconds: float) -> None:
+        self._later(waits + seconds, partial(self._end_step, step, group, seconds))
 
     def _copies_left(self, step: msg.Step) -> float:
         """Seconds until the blocks that a step is given have been saved or restored."""
@@ -313,8 +321,9 @@ class SimDevice:
             return
         self._busy = False
         self.busy_seconds += seconds
-        self._span(step.service, "step", self._clock.now - seconds)
-        if self._fails(group):
+        if self._on_span is not None:
+            self._span(step.service, "step", self._clock.now - seconds)
+        if (self.fail_steps or group is not None) and self._fails(group):
             self._memory.failed(step)
             self._say(msg.StepFailed(step.step, "made to fail"))
         else:

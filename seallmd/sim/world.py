@@ -12,6 +12,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from math import inf
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
@@ -202,7 +203,8 @@ class World:
 
     def run(self, until: float | None = None) -> None:
         """Go on until nothing is to come, or to a time."""
-        while self._heap and (until is None or self._heap[0][0] <= until):
+        heap, end = self._heap, inf if until is None else until
+        while heap and heap[0][0] <= end:
             self.step()
         if until is not None:
             self.now = max(self.now, until)
