@@ -40,7 +40,7 @@ _CHANCE = frozenset({"asyncio", "concurrent", "random", "secrets", "threading", 
 _IMPURE = _CLOCKS | _OUTSIDE | _CHANCE
 _CORE = ("seallmd.core", "seallmd.errors")
 _CORE_STRUCTS = tuple(f"seallmd.core.{name}" for name in ("events", "messages", "settings", "status"))
-_RUNTIME = ("seallmd.runtime", *_CORE, "seallmd.config", "seallmd.paths")
+_RUNTIME = ("seallmd.runtime", *_CORE, "seallmd.config", "seallmd.files", "seallmd.paths")
 _LIGHT = frozenset({"msgspec"})
 
 # The longest name that fits a module is its layer. A module that no name fits is a breach: it has no place.
@@ -49,6 +49,7 @@ LAYERS = {
     "seallmd.__main__": Layer(("seallmd.runtime.daemon",)),
     "seallmd.errors": Layer((), frozenset()),
     "seallmd.paths": Layer(("seallmd.errors",), frozenset()),
+    "seallmd.files": Layer((), frozenset()),
     "seallmd.config": Layer(("seallmd.core.settings", "seallmd.api.settings", "seallmd.errors"), _LIGHT),
     "seallmd.core": Layer(_CORE, _LIGHT, _IMPURE),
     "seallmd.core.placement": Layer(_CORE, _LIGHT | {"numpy", "scipy"}, _IMPURE),
@@ -63,7 +64,7 @@ LAYERS = {
         )
     ),
     "seallmd.ui": Layer(()),
-    "seallmd.worker": Layer(("seallmd.worker", "seallmd.core.messages", "seallmd.errors")),
+    "seallmd.worker": Layer(("seallmd.worker", "seallmd.core.messages", "seallmd.errors", "seallmd.files")),
     "seallmd.ctl": Layer(("seallmd", "seallmd.ctl", "seallmd.paths", "seallmd.errors"), frozenset({"rich"})),
 }
 

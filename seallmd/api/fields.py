@@ -38,15 +38,22 @@ def decode_body(body: bytes, kind: type[Struct]) -> Struct:
     except msgspec.ValidationError as error:
         raise _explain(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"the body is not valid JSON: {error}"[:MAX_ERROR_CHARACTERS]) from None
+        raise _no_json(error) from None
 
 
 def refuse_unserved(fields: dict[str, msgspec.Raw], unserved: Unserved) -> None:
     """Refuse fields that are known but not served, unless their JSON value changes nothing."""
     for name in sorted(fields.keys() & unserved.keys()):
-        value = msgspec.json.format(bytes(fields[name]), indent=-1).decode()
+        try:
+            value = msgspec.json.format(bytes(fields[name]), indent=-1).decode()
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # it was skipped until now
+            raise _no_json(error) from None
         if value not in unserved[name]:
             raise RequestError(f"`{name}` is not supported", code="unsupported_parameter", param=name)
+
+
+def _no_json(error: Exception) -> RequestError:
+    return RequestError(f"the body is not valid JSON: {error}"[:MAX_ERROR_CHARACTERS])
 
 
 def _explain(error: msgspec.ValidationError) -> RequestError:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from operator import attrgetter
 
+from seallmd.core.estimate import begun
 from seallmd.core.messages import Admit, RestoreBlocks, Row, Step
 from seallmd.core.ranks import Tables
 from seallmd.core.request import Life, Request, SavedKv
@@ -226,6 +227,7 @@ class _StepFormer:
 
     def _enter(self, request: Request, shared: Tables) -> None:
         self._service.dequeue(request)
+        begun(self._service, request, self._state.now)
         request.move("admit")
         request.replica = self._replica
         request.tables = tuple(list(table) for table in shared)

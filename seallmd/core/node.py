@@ -17,7 +17,7 @@ from seallmd.core import messages as msg
 from seallmd.core.arena import Arena
 from seallmd.core.batcher import Batcher
 from seallmd.core.cost import StepCosts
-from seallmd.core.estimate import queue_seconds
+from seallmd.core.estimate import queue_guess, queue_seconds, retry_seconds, wait_seconds
 from seallmd.core.host_kv import HostSlots
 from seallmd.core.idle import IdleLimits
 from seallmd.core.images import Images
@@ -273,6 +273,7 @@ class Node:
             tier=event.tier,
         )
         assert service.profile is not None
+        request.expected_wait = queue_guess(state, service)
         request.budget = service.profile.request_seconds(request.prompt)
         service.arrivals.add(1, state.now)
         service.evicted = False
@@ -312,6 +313,10 @@ class Node:
         if tokens and tokens + len(event.prompt) > state.settings.policy.max_waiting_tokens:
             error = f"{tokens} tokens wait for models already"
             return failed(error, "overloaded", 503, queue_seconds(state, service))
+        longest = service.settings.max_wait_seconds
+        if longest and service.waiting and (wait := wait_seconds(state, service)) > longest:
+            error = f"a request for model {service.name!r} would wait for {wait:.0f} s, {longest:g} at most"
+            return failed(error, "overloaded", 503, retry_seconds(state, service))
         if service.shape is None:
             return failed(f"model {service.name!r} is still being examined", "model_loading", 503, 1.0)
         limit = self._residency.context_limit(service)

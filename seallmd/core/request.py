@@ -60,6 +60,7 @@ class Request:
     how many have been told their log-probability or need none, which is true of the first. tier: how urgent
     it is. failures: of steps with it, in a row; alone_until: after one, it has steps to itself until it has
     more tokens than that. trusted: rows of earlier epochs no longer count, not even their tokens.
+    expected_wait: seconds that those before it seemed to take when it arrived.
     """
 
     id: int
@@ -95,6 +96,7 @@ class Request:
     failures: int = 0
     alone_until: int = 0
     trusted: int = 0
+    expected_wait: float = 0.0
 
     def move(self, event: str) -> None:
         """Take one step of the life cycle. Raises IllegalTransition."""

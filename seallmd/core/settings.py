@@ -23,6 +23,8 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     KV; "auto" is the checkpoint's own on a GPU and float32 on a CPU. context: limit of prompt plus output in
     tokens; 0 is the model's own limit, lowered to what the largest device can hold. pinned: never evicted to
     make room. preload: brought in at start. max_waiting: requests that may wait before new ones are refused.
+    max_wait_seconds: one that would wait longer than this before it is begun, as far as can be told, is
+    refused at once, so that targets of latency hold for those that are not; 0 = however long it takes.
     tensor_parallel: devices that each replica is split over; 0 = one, or as few as it takes. devices: the
     groups of devices that it may come in on, each as long as tensor_parallel, in rank order; empty = any.
     tool_parser: how the model writes tool calls; auto goes by its chat template. idle_seconds: it leaves its
@@ -36,6 +38,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     pinned: bool = False
     preload: bool = False
     max_waiting: Annotated[int, Meta(ge=1, le=1 << 20)] = 1024
+    max_wait_seconds: Annotated[float, Meta(ge=0, le=86400)] = 0.0
     tensor_parallel: Annotated[int, Meta(ge=0, le=8)] = 0
     devices: tuple[tuple[int, ...], ...] = ()
     tool_parser: Literal["auto", "none", "hermes", "qwen", "llama3_json", "mistral"] = "auto"

@@ -106,7 +106,8 @@ class Service:
     weights segment on one rank; run_tokens, run_blocks: so many tokens have their KV in so many blocks of a
     rank; run_tokens is 0 when not even one fits. refused: why it can never be served. trouble: why its last
     load failed, and retry_at when the next may be tried. wanted: bring it in unasked (preload, or it was
-    resident when its worker died). evicted: by an operator, and nobody has asked for it since. pressed_since:
+    resident when its worker died). wait_bias: by how much requests lately waited longer than was expected, a
+    factor. evicted: by an operator, and nobody has asked for it since. pressed_since:
     since when another replica would pay. left_at: when a replica of it last left; asks_at: when it is looked
     at next whether others are to leave for it. former: where its weights lay last, by device. tickets:
     operators that wait for it. suspects: requests that were in a step that failed. crashes: how often in a
@@ -129,6 +130,7 @@ class Service:
     refused: str = ""
     trouble: str = ""
     failures: int = 0
+    wait_bias: float = 1.0
     retry_at: float = 0.0
     wanted: bool = False
     evicted: bool = False

@@ -118,7 +118,12 @@ def _build_engine(config: Config) -> Engine:
     )
     journal = None
     if config.journal.path:
-        journal = Journal(Path(config.journal.path), Size(config.journal.limit).bytes_, settings)
+        try:
+            journal = Journal(Path(config.journal.path), Size(config.journal.limit).bytes_, settings)
+        except OSError as error:
+            raise ConfigError(
+                f"the journal {config.journal.path} cannot be written: {error.strerror}"
+            ) from error
     return Engine(
         settings,
         plan,

@@ -107,7 +107,10 @@ class Engine:
         self.set_hung_seconds(self._hung_seconds)
         for child in self._children:
             child.longest_pause = self._restart_seconds
-        rendezvous.make(self._plan.rendezvous)
+        try:
+            rendezvous.make(self._plan.rendezvous)
+        except OSError as error:  # a full disk, say: all else does without it
+            log.error("there is no place where groups of devices could meet: %s", error.strerror)
         for child in self._children:
             await child.start()
         self._look()

@@ -138,8 +138,9 @@ class SimDevice:
     """A worker process and its device. Steps run one after another; copies too, beside the steps.
 
     A step that is given blocks which are still being saved or restored waits for them, as on a GPU.
-    block_bytes: of what one of them copies. poison: requests of which the process dies. busy_seconds: of all
-    steps that ended. on_span: told of each step and each copy of weights that ended. threads: its own.
+    block_bytes: of what one of them copies. poison: requests of which the process dies. lacks_memory: it is
+    for lack of it that steps fail. stands_until: nothing new begins before. busy_seconds: of all steps that
+    ended. on_span: told of each step and each copy of weights that ended. threads: its own.
     """
 
     def __init__(
@@ -167,6 +168,8 @@ class SimDevice:
         self.generation = 0
         self.fail_steps = 0
         self.fail_copies = 0
+        self.lacks_memory = False
+        self.stands_until = 0.0
         self.poison: set[int] = set()
         self.busy_seconds = 0.0
         self._reset()
@@ -183,7 +186,7 @@ class SimDevice:
     def start(self) -> None:
         """The process is up, with an empty arena."""
         self._reset()
-        self.alive = True
+        self.alive, self.stands_until = True, 0.0
         self._clock.happen(ev.WorkerUp(self.index, f"sim {self.index}", self.arena_bytes))
 
     def kill(self, restart_after: float) -> None:
@@ -262,7 +265,7 @@ class SimDevice:
     def _take_link(self, bytes_: int) -> float:
         """Copy something, behind what is being copied: one link per device. Seconds of the copy itself."""
         seconds = self._timing.copy(self.index, bytes_)
-        self._link_free_at = max(self._clock.now, self._link_free_at) + seconds
+        self._link_free_at = max(self._clock.now, self._link_free_at, self.stands_until) + seconds
         return seconds
 
     def _copy_kv(self, blocks: Sequence[int]) -> None:
@@ -297,6 +300,7 @@ class SimDevice:
         seconds = self._timing.step(self.index, step.service, tokens, context, rows, ranks)
         seconds /= speedup(step.threads, self._threads)
         waits = self._copies_left(step) if self._copied_at else 0.0
+        waits = max(waits, self.stands_until - self._clock.now)
         if group is None:
             self._run_step(step, None, waits, seconds)
         else:
@@ -325,7 +329,7 @@ class SimDevice:
             self._span(step.service, "step", self._clock.now - seconds)
         if (self.fail_steps or group is not None) and self._fails(group):
             self._memory.failed(step)
-            self._say(msg.StepFailed(step.step, "made to fail"))
+            self._say(msg.StepFailed(step.step, "made to fail", self.lacks_memory))
         else:
             tokens, scores = self._memory.run(step), self._memory.scores(step)
             if group is None or group.rank == 0:

@@ -197,9 +197,14 @@ class World:
         """Go to the next thing that happens. False when nothing is to come."""
         if not self._heap:
             return False
-        self.now, _, do = heapq.heappop(self._heap)
+        at, _, do = heapq.heappop(self._heap)
+        self.now = max(self.now, at)
         do()
         return True
+
+    def stand_still(self, seconds: float) -> None:
+        """Time passes without the daemon, as on a suspended machine: what came meanwhile comes late."""
+        self.now += seconds
 
     def run(self, until: float | None = None) -> None:
         """Go on until nothing is to come, or to a time."""

@@ -83,7 +83,7 @@ def _weight_files(directory: Path) -> list[Path]:
 def _shards(directory: Path) -> list[Path]:
     try:
         names = set(json.loads((directory / _INDEX).read_bytes())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelRefused(f"{_INDEX} cannot be read") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:

@@ -35,12 +35,13 @@ from seallmd.core.messages import (
     WorkerSettings,
 )
 from seallmd.errors import ModelRefused
+from seallmd.files import remove_partials
 from seallmd.worker.channel import Channel, Closed
 from seallmd.worker.image import Image
 from seallmd.worker.plausible import check_files
 from seallmd.worker.probe import Probed as Model
 from seallmd.worker.probe import probe
-from seallmd.worker.process import begin, one_line
+from seallmd.worker.process import begin, one_line, tell
 from seallmd.worker.resolve import fetch, local_directory, with_tokenizer
 
 _PROGRESS_SECONDS = 0.2
@@ -175,6 +176,8 @@ def _same(model: Model, wanted: BuildImage) -> bool:
 def run(settings_json: bytes, sock: socket.socket) -> None:
     """Serve until Shutdown or the end of the socket. Entry of a spawned process, called like `main.run`."""
     settings = begin(settings_json)
+    for name in remove_partials(Path(settings.cache)) if settings.cache else ():
+        tell(f"host: removed {name}, which was never finished")
     channel = Channel(sock, ToHost)
     host = Host(settings, channel.send, channel.post)
     try:

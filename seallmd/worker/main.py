@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from seallmd.core.messages import Hello, Shutdown, ToWorker, WorkerSettings
 from seallmd.worker import ops
 from seallmd.worker.channel import Channel, Closed
 from seallmd.worker.device import open_device
-from seallmd.worker.process import begin
+from seallmd.worker.process import begin, tell
 from seallmd.worker.worker import Worker
 
 _IMPORT_POLL_SECONDS = 0.005
@@ -49,9 +48,9 @@ def run(settings_json: bytes, sock: socket.socket) -> None:
 
 def _start_operations(settings: WorkerSettings) -> None:
     if settings.device == "cpu" and settings.cache:
-        say = f"seallmd: {settings.name}:"
-        started = ops.start(Path(settings.cache), lambda line: print(say, line, file=sys.stderr, flush=True))
-        print(say, started, file=sys.stderr, flush=True)
+        name = settings.name
+        started = ops.start(Path(settings.cache), lambda line: tell(f"{name}: {line}"))
+        tell(f"{name}: {started}")
 
 
 def _serve(channel: Channel, worker: Worker) -> None:

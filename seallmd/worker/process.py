@@ -5,11 +5,13 @@ Owns the bond to the parent (a child never outlives it) and the view on free mem
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import msgspec
@@ -52,6 +54,12 @@ def begin(settings_json: bytes) -> WorkerSettings:
     torch.set_num_interop_threads(1)
     quiet_libraries()
     return settings
+
+
+def tell(line: str) -> None:
+    """A line on the daemon's stderr; a disk that is full there is no reason to end."""
+    with contextlib.suppress(OSError):
+        print(f"seallmd: {line}", file=sys.stderr, flush=True)
 
 
 def quiet_libraries() -> None:

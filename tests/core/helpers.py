@@ -129,6 +129,7 @@ def world(
     costs: Costs | None = None,
     sharing: tuple[GroupSettings, ...] = (),
     idle_seconds: dict[str, float] | None = None,
+    max_wait_seconds: dict[str, float] | None = None,
     absent: tuple[str, ...] = (),
     policy: str = "budget",
     **limits: object,
@@ -146,6 +147,7 @@ def world(
                 tensor_parallel=(tensor_parallel or {}).get(name, 0),
                 devices=(groups or {}).get(name, ()),
                 idle_seconds=(idle_seconds or {}).get(name, 0.0),
+                max_wait_seconds=(max_wait_seconds or {}).get(name, 0.0),
             )
             for name in services
             if name not in absent

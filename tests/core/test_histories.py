@@ -177,6 +177,24 @@ class History:
     def fail_step(self) -> None:
         self.random.choice(self.world.devices).fail_steps += 1
 
+    def lack_memory(self) -> None:
+        """From here on it is for lack of memory that a device's steps fail, or it is not any more."""
+        device = self.random.choice(self.world.devices)
+        device.lacks_memory = not device.lacks_memory
+        device.fail_steps += 1
+
+    def stop_worker(self) -> None:
+        """Its steps and copies stand still; if for long, it is killed for it."""
+        device, seconds = self.random.choice(self.world.devices), self.random.choice((0.1, 1.0, 5.0))
+        device.stands_until = self.world.now + seconds
+        if seconds > 3 and device.alive:
+            generation = device.generation
+            self.world.after(3.0, lambda: device.kill(0.5) if device.generation == generation else None)
+
+    def jump_clock(self) -> None:
+        """The daemon stood still, and all that came meanwhile comes now."""
+        self.world.stand_still(self.random.choice((0.5, 60.0, 86400.0)))
+
     def fail_copy(self) -> None:
         self.random.choice(self.world.devices).fail_copies += 1
 
@@ -252,6 +270,9 @@ REPLAYABLE = [action for action in ACTIONS if action != "move"]
 
 
 OPERATIONS = ["pin", "drain", "keep", "reconfigure"]
+
+# What `torture` does beside; the histories here have their figures without it.
+HARDSHIPS = ["lack_memory", "stop_worker", "jump_clock"]
 
 # What a new configuration may say of a service: other rules, or another model under its name.
 CHANGES: tuple[dict[str, object], ...] = (

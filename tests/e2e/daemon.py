@@ -34,14 +34,16 @@ def service(name: str, model: str, **more: object) -> str:
 
 
 class Daemon:
-    """One `seallmd` process. `log` holds what it wrote."""
+    """One `seallmd` process. `log` holds what it wrote; it and the journal may be elsewhere than usual."""
 
-    def __init__(self, directory: Path, config: str) -> None:
+    def __init__(
+        self, directory: Path, config: str, *, log: Path | None = None, journal: Path | None = None
+    ) -> None:
         self.directory = directory
         self.port = free_port()
         self.control = directory / "control.sock"
-        self.log = directory / "log"
-        self.journal = directory / "run.journal"
+        self.log = log or directory / "log"
+        self.journal = journal or directory / "run.journal"
         (directory / "seallmd.toml").write_text(config)
         self._file = self.log.open("wb")
         self.process = subprocess.Popen(
