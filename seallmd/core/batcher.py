@@ -1,14 +1,16 @@
 """Forms one step of one replica: which requests, how many tokens of each, on which blocks.
 
-Owns admission and the batch. Must not choose between replicas (`scheduler`). Memory is given by seniority:
-rows are formed most senior request first, and a senior request that lacks blocks takes them from idle
-services and then from the most junior running request of the device, whatever its service. So the most
-senior one always gets on, and nothing ever waits for something that waits for it.
+Owns admission and the step's rows. Must not choose between replicas (`scheduler`). Memory is given by
+seniority: rows are formed most senior request first, and a senior request that lacks blocks takes them from
+idle services and then from the most junior running request of the device, whatever its service. So the most
+senior one always gets on, and nothing ever waits for something that waits for it. Batch work is given what
+rows and time the others leave.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
+from math import inf
 
 from seallmd.core.messages import Admit, RestoreBlocks, Row, Step
 from seallmd.core.ranks import Tables
@@ -16,6 +18,7 @@ from seallmd.core.request import Life, Request, SavedKv
 from seallmd.core.room import Room
 from seallmd.core.scheduler import Admits
 from seallmd.core.state import Device, NodeState, Replica, SentRow, SentStep, Service, Stage
+from seallmd.core.tiers import DEFERRED, YIELDING
 
 
 class Batcher:
@@ -38,6 +41,13 @@ class Batcher:
         if any(request.drawn < request.max_tokens for request in replica.running.values()):
             return True
         return next(self._admissible(replica), None) is not None
+
+    def only_deferred(self, replica: Replica) -> bool:
+        """Whether all that the replica could run is batch work."""
+        if any(request.runnable and not request.deferred for request in replica.running.values()):
+            return False
+        first = next(self._admissible(replica), None)
+        return first is None or first.deferred
 
     def _admissible(self, replica: Replica) -> Iterator[Request]:
         """Waiting requests that this replica may take, most senior first."""
@@ -76,12 +86,17 @@ class Batcher:
 
     def _form_for_all(self, replica: Replica) -> list[tuple[Device, Step]]:
         former = _StepFormer(self._state, self._room, self._admits, replica)
-        for request in sorted(replica.running.values(), key=lambda r: r.order):
-            if not request.suspect:
-                former.add(request)
-        for request in list(self._admissible(replica)):
-            if not request.suspect and not former.admit(request):
-                break
+        running = sorted(replica.running.values(), key=lambda r: r.order)
+        running = [request for request in running if not request.suspect]
+        waiting = [request for request in self._admissible(replica) if not request.suspect]
+        # Whoever waits gets in before what yields to it gets its rows: what has a row keeps its memory.
+        for tiers in YIELDING:
+            if tiers == DEFERRED:
+                former.bound_deferred()
+            former.fill(
+                [request for request in running if request.tier in tiers],
+                [request for request in waiting if request.tier in tiers],
+            )
         return former.steps()
 
 
@@ -104,12 +119,43 @@ class _StepFormer:
         # Decoding requests wait for one token each: they get theirs before prefill takes the rest.
         decoding = sum(r.runnable and r.pending == 1 for r in replica.running.values())
         self._prefill_left = max(1, limits.step_tokens - min(decoding, limits.max_rows))
+        self._slowdown = limits.batch_slowdown
+        self._most_seconds = inf
+        self._admitting = True
+        self._tokens = self._context = self._samples = 0
+
+    def fill(self, running: Iterable[Request], waiting: Iterable[Request]) -> None:
+        """Give these their rows, most senior first, as far as there is room for them."""
+        for request in running:
+            self.add(request)
+        for request in waiting:
+            self._admitting = self._admitting and self.admit(request)
+
+    def bound_deferred(self) -> None:
+        """The rows so far are not to wait much longer for those that follow, which are batch work."""
+        if self._sent:
+            self._most_seconds = self._slowdown * self._seconds_with(0, 0, draws=False)
+
+    def _seconds_with(self, count: int, start: int, *, draws: bool) -> float:
+        """How long the step is going to take with one row more, of `count` tokens after `start`."""
+        assert self._service.profile is not None
+        tokens, context = self._tokens + count, self._context + start + count
+        return self._service.profile.costs.predict(tokens, context, self._samples + draws)
+
+    def _within_bound(self, count: int, start: int, pending: int) -> int:
+        """As many of the next `count` of a request's `pending` tokens as the step has time for; 0 = none."""
+        if self._most_seconds == inf:
+            return count
+        while count and self._seconds_with(count, start, draws=count == pending) > self._most_seconds:
+            count //= 2
+        return count
 
     def add(self, request: Request) -> None:
         """Give a running request its row, if it is still running and its memory can be had."""
         if request.life is not Life.RUNNING or not request.runnable or not self._rows_left:
             return
         count = 1 if request.pending == 1 else min(request.pending, self._prefill_left)
+        count = self._within_bound(count, request.scheduled, request.pending)
         fresh = max(0, self._service.blocks_for(request.scheduled + count) - len(request.tables[0]))
         if count and self._had(fresh, request):
             self._append(request, count, self._take(request, fresh))
@@ -132,7 +178,11 @@ class _StepFormer:
         saved = self._worth_restoring(request.saved, done)
         if saved is not None:
             done = saved.tokens
-        count = min(len(request.tokens) - done, self._prefill_left)
+        pending = len(request.tokens) - done
+        count = self._within_bound(min(pending, self._prefill_left), done, pending)
+        if not count:
+            self._ranks.release(shared)
+            return False
         fresh = self._service.blocks_for(done + count) - len(shared[0])
         margin = len(self._replica.running) * self._service.run_blocks  # the next tokens of those that run
         if not self._has_room(fresh, request, margin):
@@ -182,12 +232,13 @@ class _StepFormer:
             self._state.send(device.index, RestoreBlocks(tuple(back), tuple(blocks)))
 
     def _has_room(self, blocks: int, request: Request, margin: int) -> bool:
-        """Room for an admission, without pushing out anything that runs; alone, it may take all there is."""
+        """Room for an admission, without pushing out what runs but yielding tiers; alone, it may take all."""
         for device in self._group:
             arena = device.arena
             assert arena is not None
             if arena.available < blocks + margin:
                 self._room.evict_idle(device, blocks + margin, keep=request.service)
+            self._room.displace(device, blocks + margin, request, kept=self._rows[0])
         if self._ranks.available >= blocks + margin:
             return True
         return self._alone() and self._had(blocks, request)
@@ -232,6 +283,9 @@ class _StepFormer:
         for rows, blocks in zip(self._rows, fresh, strict=True):
             rows[request.id] = Row(request.id, request.scheduled, count, sample, tuple(blocks))
         self._sent.append(SentRow(request, request.epoch, count, sample))
+        self._tokens += count
+        self._context += request.scheduled + count
+        self._samples += sample
         self._rows_left -= 1
         if request.pending > 1:
             self._prefill_left -= count
@@ -245,10 +299,9 @@ class _StepFormer:
             return []
         state, replica = self._state, self._replica
         state.steps += 1
-        rows = self._rows[0].values()
-        tokens, context = sum(row.count for row in rows), sum(row.start + row.count for row in rows)
         sent = SentStep(
-            state.steps, replica.service, replica.copy, replica.leader, self._sent, tokens, context
+            *(state.steps, replica.service, replica.copy, replica.leader),
+            *(self._sent, self._tokens, self._context),
         )
         replica.used, replica.served = state.now, True
         admits, steps = tuple(self._admits), list[tuple[Device, Step]]()

@@ -36,6 +36,7 @@ from seallmd.core.settings import NodeSettings
 from seallmd.core.sharing import Sharing
 from seallmd.core.state import Device, Image, NodeState, Replica, SentStep, Service
 from seallmd.core.status import NodeStatus, PlanStatus
+from seallmd.core.tiers import seniority
 
 KNOWN_STEPS = 50  # of a service, before its steps' times count as known
 
@@ -189,6 +190,8 @@ class Node:
     def _in_turn(self, device: Device, ready: list[Replica]) -> list[Replica]:
         """The policy's order; a replica on several devices that has been waiting for another goes first."""
         order = self._policy.order(self._state, device, ready)
+        if len(order) > 1:  # batch work in the gaps that the others leave
+            order = sorted(order, key=self._batcher.only_deferred)
         if device.reserved in ready:
             order = [device.reserved, *(replica for replica in order if replica is not device.reserved)]
         return order
@@ -244,7 +247,7 @@ class Node:
         request = Request(
             id=event.request,
             service=event.service,
-            order=state.orders,
+            order=seniority(event.tier, state.orders),
             arrived=state.now,
             tokens=list(event.prompt),
             prompt=len(event.prompt),
@@ -257,7 +260,8 @@ class Node:
         )
         assert service.profile is not None
         request.budget = service.profile.request_seconds(request.prompt)
-        service.arrivals.add(1, state.now)
+        if not request.deferred:  # plans are made for those whose latency counts
+            service.arrivals.add(1, state.now)
         service.evicted = False
         state.requests[request.id] = request
         service.enqueue(request)
@@ -288,13 +292,8 @@ class Node:
         if state.now < service.retry_at:
             error = f"model {service.name!r} could not be loaded: {service.trouble}"
             return failed(error, "model_unavailable", 503, service.retry_at - state.now)
-        if len(service.waiting) >= service.settings.max_waiting:
-            error = f"{len(service.waiting)} requests wait for model {service.name!r} already"
-            return failed(error, "overloaded", 503, queue_seconds(state, service))
-        tokens = sum(each.waiting_tokens for each in state.services.values())
-        if tokens and tokens + len(event.prompt) > state.settings.policy.max_waiting_tokens:
-            error = f"{tokens} tokens wait for models already"
-            return failed(error, "overloaded", 503, queue_seconds(state, service))
+        if event.tier != "batch" and (crowd := self._crowd(service, len(event.prompt))):
+            return failed(crowd, "overloaded", 503, queue_seconds(state, service))
         if service.shape is None:
             return failed(f"model {service.name!r} is still being examined", "model_loading", 503, 1.0)
         limit = self._residency.context_limit(service)
@@ -308,6 +307,16 @@ class Node:
             )
             return failed(error, "context_length_exceeded", 400)
         return None
+
+    def _crowd(self, service: Service, prompt: int) -> str:
+        """Which limit of waiting requests or tokens one more would break; empty when none."""
+        state = self._state
+        if service.urgent >= service.settings.max_waiting:
+            return f"{service.urgent} requests wait for model {service.name!r} already"
+        tokens = sum(each.waiting_tokens for each in state.services.values())
+        if tokens and tokens + prompt > state.settings.policy.max_waiting_tokens:
+            return f"{tokens} tokens wait for models already"
+        return ""
 
     def _on_reconfigured(self, event: ev.Reconfigured) -> None:
         before = self._state.settings.policy.scheduler
@@ -380,7 +389,7 @@ class Node:
                 continue
             if token is not None:
                 request.tokens.append(token)
-                service.waiting_tokens += request.life is Life.WAITING
+                service.waiting_tokens += request.life is Life.WAITING and not request.deferred
             if row.epoch == request.epoch and request.life is Life.RUNNING:
                 request.computed += row.count
                 if (request.indexed + 1) * service.run_tokens <= request.computed:
@@ -416,7 +425,8 @@ class Node:
         if token not in request.stop_ids and output < request.max_tokens:
             return
         assert service.profile is not None
-        service.profile.ended(request.prompt, output)
+        if not request.deferred:
+            service.profile.ended(request.prompt, output)
         state.finish(request, "stop" if token in request.stop_ids else "length")
 
     # ------------------------------------------------------------------------------------ host process

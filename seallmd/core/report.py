@@ -178,6 +178,8 @@ def _why_waiting(state: NodeState, request: Request, place: int) -> str:
         return _why_absent(state, service)
     if place > 1:
         return f"{place - 1} requests of its service are before it"
+    if request.deferred:
+        return "it is batch work, and runs when others leave a gap"
     if all(_is_claimed(state, replica, request) for replica in resident):
         return "a senior request has claimed the device's memory"
     if request.epoch:

@@ -13,6 +13,7 @@ from collections.abc import Container
 from seallmd.core.messages import DropWeights
 from seallmd.core.request import Request
 from seallmd.core.state import Device, NodeState, Replica, Service, Stage
+from seallmd.core.tiers import yields
 
 
 class Room:
@@ -91,6 +92,16 @@ class Room:
                     request, "failed", "the device has no memory left for this request", status=503
                 )
         return False
+
+    def displace(self, device: Device, blocks: int, request: Request, kept: Container[int]) -> None:
+        """Preempt running requests that yield to a more urgent one, most junior first; never those `kept`."""
+        arena = device.arena
+        assert arena is not None
+        while arena.available < blocks:
+            junior = self._most_junior(device, request, kept)
+            if junior is None or not yields(junior.tier, request.tier):
+                return
+            self._state.preempt(junior, f"request {request.id} is more urgent and needs memory")
 
     def _evict_spare(self, device: Device, request: Request) -> bool:
         """Evict the replica with least to do of a service that has another one; its requests go on there.

@@ -14,6 +14,7 @@ from seallmd.core import dedicated
 from seallmd.core.adbs import Adbs
 from seallmd.core.request import Request
 from seallmd.core.state import Device, NodeState, Replica, Service
+from seallmd.core.tiers import WEIGHTS
 
 _HEAD_START = 0.1  # of its budget, that a request counts as having had: its slowdown does not begin endless
 
@@ -45,11 +46,11 @@ def budget(state: NodeState, _device: Device, ready: Sequence[Replica]) -> list[
 
     Each row is worth the share of its request's budget that the step gets done, times its slowdown so far
     to the power of `ageing`: the time since it arrived over the execution time that it has had. That is
-    what clients notice, and it keeps the tail of the slowdown below that of taking turns (docs/log.md). A
-    service that has had work for `max_gap_rounds` without a step goes first, the longest waiting of them,
-    so that nobody waits without limit: a round is the time in which each service that has work would get
-    one step. The literal rule, the service of the one best request, throws batching away, and a gap in
-    seconds suits one size of model only (docs/log.md).
+    what clients notice, and it keeps the tail of the slowdown below that of taking turns (docs/log.md). The
+    weight of the request's tier comes on top. A service that has had work for `max_gap_rounds` without a
+    step goes first, the longest waiting of them, so that nobody waits without limit: a round is the time in
+    which each service that has work would get one step. The literal rule, the service of the one best
+    request, throws batching away, and a gap in seconds suits one size of model only (docs/log.md).
     """
     if len(ready) == 1:
         return list(ready)
@@ -93,7 +94,7 @@ def _next_step(state: NodeState, replica: Replica) -> tuple[float, float]:
             count = min(pending, left)
             gained = profile.prefill_seconds(pending) * count / pending
         had = max(request.attained, _HEAD_START * request.budget)
-        worth += gained / request.budget * ((now - request.arrived) / had) ** ageing
+        worth += WEIGHTS[request.tier] * gained / request.budget * ((now - request.arrived) / had) ** ageing
         left -= count
         tokens += count
         context += scheduled + count

@@ -20,6 +20,7 @@ from seallmd.core.rate import Rate
 from seallmd.core.request import IllegalTransition, Life, Request, SavedKv
 from seallmd.core.settings import NodeSettings, ServiceSettings
 from seallmd.core.sharing import Sharing
+from seallmd.core.tiers import FIRST_ORDER
 
 # ------------------------------------------------------------------------------------------- services
 
@@ -135,7 +136,8 @@ class Service:
     asks_at: float = 0.0
     replicas: list[Replica] = field(default_factory=list)
     waiting: dict[int, Request] = field(default_factory=dict)  # by order, most senior first
-    waiting_tokens: int = 0
+    deferred: int = 0  # of these: batch work
+    waiting_tokens: int = 0  # without those of batch work, like `urgent`
     former: dict[int, tuple[int, ...]] = field(default_factory=dict)
     load_tickets: list[int] = field(default_factory=list)
     evict_tickets: list[int] = field(default_factory=list)
@@ -178,12 +180,23 @@ class Service:
         self.waiting[request.order] = request
         if last > request.order:
             self.waiting = dict(sorted(self.waiting.items()))
-        self.waiting_tokens += len(request.tokens)
+        self._count(request, 1)
 
     def dequeue(self, request: Request) -> None:
         """It waits no longer."""
         del self.waiting[request.order]
-        self.waiting_tokens -= len(request.tokens)
+        self._count(request, -1)
+
+    def _count(self, request: Request, times: int) -> None:
+        if request.deferred:
+            self.deferred += times
+        else:
+            self.waiting_tokens += times * len(request.tokens)
+
+    @property
+    def urgent(self) -> int:
+        """How many requests wait that are not batch work; they come first in `waiting`."""
+        return len(self.waiting) - self.deferred
 
     def share(self, replica: Replica) -> int:
         """Requests that a replica may run at most while others could run the rest."""
@@ -309,7 +322,7 @@ class NodeState:
     draining: bool = False
     stopping: bool = False
     sharing: Sharing = field(default_factory=lambda: Sharing(()))
-    orders: int = 0
+    orders: int = FIRST_ORDER
     steps: int = 0
     copies: int = 0
     leaves: int = 0
