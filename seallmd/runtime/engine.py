@@ -300,7 +300,8 @@ class Engine:
             stream = TokenStream(self._requests)
             self._streams[stream.request] = stream
             self._records[stream.request] = RequestRecord(
-                stream.request, generation.service, len(generation.prompt), self._now()
+                *(stream.request, generation.service, len(generation.prompt)),
+                *(self._now(), generation.tier),
             )
             streams.append(stream)
             self._happen(
