@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from seallmd.api.settings import HttpSettings, TierSettings
+from seallmd.api.settings import BatchSettings, HttpSettings, TierSettings
 from seallmd.core.settings import GroupSettings, PolicySettings, ReplacementSettings, ServiceSettings
 from seallmd.errors import ConfigError
 
@@ -106,6 +106,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """
 
     http: HttpSettings = HttpSettings()
+    batches: BatchSettings = BatchSettings()
     control: ControlSettings = ControlSettings()
     devices: DeviceSettings = DeviceSettings()
     policy: PolicySettings = PolicySettings()
@@ -146,7 +147,10 @@ def load(path: Path) -> Config:
         raise ConfigError(f"{path}:{_line_of(text, place, message)}: {message} {place}".rstrip()) from error
     _check(config, path, text)
     services = tuple(_with_place(service, path.parent) for service in config.service)
-    return msgspec.structs.replace(config, service=services, http=_with_files(config.http, path.parent))
+    http, batches = _with_files(config.http, path.parent), config.batches
+    if batches.directory:
+        batches = msgspec.structs.replace(batches, directory=_absolute(batches.directory, path.parent))
+    return msgspec.structs.replace(config, service=services, http=http, batches=batches)
 
 
 def reloaded(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
@@ -253,8 +257,11 @@ def _with_place(service: ServiceSettings, base: Path) -> ServiceSettings:
 def _with_files(http: HttpSettings, base: Path) -> HttpSettings:
     """Files of the HTTP side, relative to the configuration file as models are."""
     names = {key: getattr(http, key) for key in ("keys", "tls_certificate", "tls_key")}
-    files = {key: str((base / Path(name).expanduser()).absolute()) for key, name in names.items() if name}
-    return msgspec.structs.replace(http, **files)
+    return msgspec.structs.replace(http, **{k: _absolute(name, base) for k, name in names.items() if name})
+
+
+def _absolute(name: str, base: Path) -> str:
+    return str((base / Path(name).expanduser()).absolute())
 
 
 def _toml_line(error: tomllib.TOMLDecodeError, text: str) -> int:

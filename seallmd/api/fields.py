@@ -7,7 +7,7 @@ any endpoint, aiohttp or the engine.
 from __future__ import annotations
 
 import re
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -22,6 +22,7 @@ Top = Annotated[int, Meta(ge=0, le=20)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 Salt = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^@/\\\x00]*$")]
+ServiceTier = Literal["auto", "default", "flex", "priority"]
 ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
 
 # Known but not served: field names, each with the JSON values that change nothing.

@@ -12,6 +12,8 @@ from typing import Any
 import msgspec
 
 from seallmd import __version__
+from seallmd.api.batch.records import BatchList, BatchObject, Deleted, FileList, FileObject
+from seallmd.api.batch.routes import BatchRequest
 from seallmd.api.chat_answer import ChatChunk, ChatCompletion
 from seallmd.api.completion_answer import Completion
 from seallmd.api.ollama_schema import GenerateRequest, OllamaChatRequest
@@ -83,7 +85,8 @@ class Version(msgspec.Struct, frozen=True):
 
 class Operation(msgspec.Struct, frozen=True):
     """One route. body, answer: types, None = none or no JSON. events: each event of a stream's, if it can be
-    one. media: of an answer that is no JSON; lines: streams are JSON lines, not events."""
+    one. media: of an answer that is no JSON; lines: streams are JSON lines, not events. form: fields
+    of a form, the first of which is a file."""
 
     method: str
     path: str
@@ -93,6 +96,7 @@ class Operation(msgspec.Struct, frozen=True):
     events: Any = None
     media: str = ""
     lines: bool = False
+    form: tuple[str, ...] = ()
 
 
 _ANY = dict[str, Any]
@@ -103,6 +107,17 @@ OPERATIONS = (
     Operation("post", "/v1/completions", "Complete prompts.", CompletionRequest, Completion, Completion),
     Operation("post", "/v1/chat/completions", "Continue a chat.", ChatRequest, ChatCompletion, ChatChunk),
     Operation("post", "/v1/responses", "Answer, in the newer form.", ResponsesRequest, _ANY, _ANY),
+    Operation(
+        "post", "/v1/files", "Upload the input of a batch.", answer=FileObject, form=("file", "purpose")
+    ),
+    Operation("get", "/v1/files", "Files, a page at a time.", answer=FileList),
+    Operation("get", "/v1/files/{name}", "One file.", answer=FileObject),
+    Operation("get", "/v1/files/{name}/content", "What is in it.", media="application/octet-stream"),
+    Operation("delete", "/v1/files/{name}", "Delete a file.", answer=Deleted),
+    Operation("post", "/v1/batches", "Begin a batch.", BatchRequest, BatchObject),
+    Operation("get", "/v1/batches", "Batches, a page at a time.", answer=BatchList),
+    Operation("get", "/v1/batches/{name}", "One batch.", answer=BatchObject),
+    Operation("post", "/v1/batches/{name}/cancel", "End a batch.", answer=BatchObject),
     Operation("post", "/tokenize", "Text or a chat to token ids.", TokenizeRequest, Tokenized),
     Operation("post", "/detokenize", "Token ids to text.", DetokenizeRequest, Detokenized),
     Operation("get", "/health", "Whether every device is up.", answer=Word),
@@ -156,6 +171,12 @@ def _describe(operation: Operation) -> dict[str, Any]:
         described["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": schema}]
     if operation.body is not None:
         content = {"application/json": {"schema": _schema(operation.body)}}
+        described["requestBody"] = {"required": True, "content": content}
+    if operation.form:
+        fields: dict[str, Any] = {name: {"type": "string"} for name in operation.form}
+        fields[operation.form[0]]["format"] = "binary"
+        form = {"type": "object", "properties": fields, "required": list(operation.form)}
+        content = {"multipart/form-data": {"schema": form}}
         described["requestBody"] = {"required": True, "content": content}
     described["responses"] = {"200": {"description": "Done.", "content": _content(operation)}}
     error = {"application/json": {"schema": _schema(ErrorBody)}}

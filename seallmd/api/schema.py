@@ -7,7 +7,7 @@ depends on the model (vocabulary, context) is checked in `limits`. Must not know
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -18,6 +18,7 @@ from seallmd.api.fields import (
     ModelName,
     Penalty,
     Salt,
+    ServiceTier,
     StopString,
     TokenId,
     Tokens,
@@ -77,7 +78,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: Salt | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    service_tier: ServiceTier | None = None
     request_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
     user: str | None = None
 

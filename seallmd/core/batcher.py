@@ -1,14 +1,16 @@
 """Forms one step of one replica: which requests, how many tokens of each, on which blocks.
 
-Owns admission and the batch. Must not choose between replicas (`scheduler`). Memory is given by seniority:
-rows are formed most senior request first, and a senior request that lacks blocks takes them from idle
-services and then from the most junior running request of the device, whatever its service. So the most
-senior one always gets on, and nothing ever waits for something that waits for it.
+Owns admission and the step's rows. Must not choose between replicas (`scheduler`). Memory is given by
+seniority: rows are formed most senior request first, and a senior request that lacks blocks takes them from
+idle services and then from the most junior running request of the device, whatever its service. So the most
+senior one always gets on, and nothing ever waits for something that waits for it. Batch work is given what
+rows and time the others leave.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from math import inf
 from operator import attrgetter
 
 from seallmd.core.estimate import begun
@@ -17,7 +19,9 @@ from seallmd.core.ranks import Tables
 from seallmd.core.request import Life, Request, SavedKv
 from seallmd.core.room import Room
 from seallmd.core.scheduler import Admits
-from seallmd.core.state import Device, NodeState, Replica, SentRow, SentStep, Service, Stage
+from seallmd.core.service import Replica, Service, Stage
+from seallmd.core.state import Device, NodeState, SentRow, SentStep
+from seallmd.core.tiers import DEFERRED, YIELDING
 
 _ORDER = attrgetter("order")
 # Looking a member up in its Enum takes as long as a call, and these are asked for with every row.
@@ -46,6 +50,14 @@ class Batcher:
                 return True
         waiting = self._state.services[replica.service].waiting
         return bool(waiting) and next(self._admissible(replica, waiting.values()), None) is not None
+
+    def only_deferred(self, replica: Replica) -> bool:
+        """Whether all that the replica could run is batch work."""
+        if any(request.runnable and not request.deferred for request in replica.running.values()):
+            return False
+        waiting = self._state.services[replica.service].waiting
+        first = next(self._admissible(replica, waiting.values()), None)
+        return first is None or first.deferred
 
     def _admissible(self, replica: Replica, waiting: Iterable[Request]) -> Iterator[Request]:
         """Those of its service's waiting requests that a replica may take, most senior first."""
@@ -88,14 +100,20 @@ class Batcher:
 
     def _form_for_all(self, replica: Replica) -> list[tuple[Device, Step]]:
         former = _StepFormer(self._state, self._room, self._admits, replica)
-        for request in sorted(replica.running.values(), key=_ORDER):
-            if not request.suspect:
-                former.add(request)
-        waiting = self._state.services[replica.service].waiting
-        if waiting and former.has_place:
-            # A copy: who is admitted waits no longer. There may be thousands, of which few are looked at.
-            for request in self._admissible(replica, list(waiting.values())):
+        # A copy: who is admitted waits no longer. There may be thousands, of which few are looked at.
+        queue = list(self._state.services[replica.service].waiting.values())
+        rows = sorted(replica.running.values(), key=_ORDER)
+        admitting = True
+        # Whoever waits gets in before what yields to it gets its rows: what has a row keeps its memory.
+        for tiers, running, waiting in zip(YIELDING, _by_yielding(rows), _by_yielding(queue), strict=True):
+            if tiers == DEFERRED:
+                former.bound_deferred()
+            for request in running:
+                if not request.suspect:
+                    former.add(request)
+            for request in self._admissible(replica, waiting) if admitting and former.has_place else ():
                 if not request.suspect and not former.admit(request):
+                    admitting = False
                     break
         return former.steps()
 
@@ -114,7 +132,6 @@ class _StepFormer:
         self._rows: list[dict[int, Row]] = [{} for _ in self._group]  # by rank and request
         self._sent: list[SentRow] = []
         self._admits: list[Admit] = []
-        self._tokens = self._context = 0
         limits = state.settings.policy
         self._rows_left = limits.max_rows
         # Decoding requests wait for one token each: they get theirs before prefill takes the rest.
@@ -122,6 +139,28 @@ class _StepFormer:
         for request in replica.running.values():
             decoding += request.pending == 1 and request.drawn < request.max_tokens
         self._prefill_left = max(1, limits.step_tokens - min(decoding, limits.max_rows))
+        self._slowdown = limits.batch_slowdown
+        self._most_seconds = inf
+        self._tokens = self._context = self._samples = 0
+
+    def bound_deferred(self) -> None:
+        """The rows so far are not to wait much longer for those that follow, which are batch work."""
+        if self._sent:
+            self._most_seconds = self._slowdown * self._seconds_with(0, 0, draws=False)
+
+    def _seconds_with(self, count: int, start: int, *, draws: bool) -> float:
+        """How long the step is going to take with one row more, of `count` tokens after `start`."""
+        assert self._service.profile is not None
+        tokens, context = self._tokens + count, self._context + start + count
+        return self._service.profile.costs.predict(tokens, context, self._samples + draws)
+
+    def _within_bound(self, count: int, start: int, pending: int) -> int:
+        """As many of the next `count` of a request's `pending` tokens as the step has time for; 0 = none."""
+        if self._most_seconds == inf:
+            return count
+        while count and self._seconds_with(count, start, draws=count == pending) > self._most_seconds:
+            count //= 2
+        return count
 
     def add(self, request: Request) -> None:
         """Give a running request its row, if it is still running and its memory can be had."""
@@ -129,6 +168,7 @@ class _StepFormer:
             return
         pending = request.pending
         count = 1 if pending == 1 else min(pending, self._prefill_left)
+        count = self._within_bound(count, request.scheduled, pending)
         fresh = self._service.blocks_for(request.scheduled + count) - len(request.tables[0])
         if not count:
             return
@@ -159,7 +199,11 @@ class _StepFormer:
         saved = self._worth_restoring(request.saved, done)
         if saved is not None:
             done = saved.tokens
-        count = min(len(request.tokens) - done, self._prefill_left)
+        pending = len(request.tokens) - done
+        count = self._within_bound(min(pending, self._prefill_left), done, pending)
+        if not count:
+            self._ranks.release(shared)
+            return False
         fresh = self._service.blocks_for(done + count) - len(shared[0])
         margin = len(self._replica.running) * self._service.run_blocks  # the next tokens of those that run
         if not self._has_room(fresh, request, margin):
@@ -212,12 +256,13 @@ class _StepFormer:
             self._state.send(device.index, RestoreBlocks(tuple(back), tuple(blocks)))
 
     def _has_room(self, blocks: int, request: Request, margin: int) -> bool:
-        """Room for an admission, without pushing out anything that runs; alone, it may take all there is."""
+        """Room for an admission, without pushing out what runs but yielding tiers; alone, it may take all."""
         for device in self._group:
             arena = device.arena
             assert arena is not None
             if arena.available < blocks + margin:
                 self._room.evict_idle(device, blocks + margin, keep=request.service)
+            self._room.displace(device, blocks + margin, request, kept=self._rows[0])
         if self._ranks.available >= blocks + margin:
             return True
         return self._alone() and self._had(blocks, request)
@@ -265,6 +310,7 @@ class _StepFormer:
         for rows, blocks in zip(self._rows, fresh, strict=True):
             rows[request.id] = Row(request.id, start, count, sample, tuple(blocks))
         self._sent.append(SentRow(request, request.epoch, count, sample))
+        self._samples += sample
         self._rows_left -= 1
         if pending > 1:
             self._prefill_left -= count
@@ -298,3 +344,10 @@ class _StepFormer:
 def _joined(first: Tables, second: Tables) -> Tables:
     """Rank by rank, one after the other."""
     return tuple([*a, *b] for a, b in zip(first, second, strict=True))
+
+
+def _by_yielding(requests: list[Request]) -> list[list[Request]]:
+    """Requests in order of seniority, cut where tiers begin that yield to those before."""
+    if not requests or requests[-1].tier in YIELDING[0]:
+        return [requests, *([] for _ in YIELDING[1:])]
+    return [[request for request in requests if request.tier in tiers] for tiers in YIELDING]

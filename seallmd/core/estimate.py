@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.request import Request
-from seallmd.core.state import Image, NodeState, Replica, Service, Stage
+from seallmd.core.service import Image, Replica, Service, Stage
+from seallmd.core.state import NodeState
 
 READ_BYTES_PER_SECOND = 1e9  # from disk to the host's memory: as a good SSD; no worker measures it
 _LEAST_SECONDS, _MOST_SECONDS = 1.0, 120.0  # openai-python does not believe longer ones
@@ -45,15 +46,16 @@ def wait_seconds(state: NodeState, service: Service) -> float:
 
 
 def queue_guess(state: NodeState, service: Service) -> float:
-    """Until those who wait now have been begun, as far as costs tell."""
-    if not service.waiting or service.profile is None:
+    """Until those who wait now have been begun, as far as costs tell; batch work is nobody's obstacle."""
+    if not service.urgent or service.profile is None:
         return 0.0
-    return len(service.waiting) / _begun_per_second(state, service, service.profile)
+    return service.urgent / _begun_per_second(state, service, service.profile)
 
 
 def begun(service: Service, request: Request, now: float) -> None:
     """A request waits no longer: learn from how long it did."""
-    if request.expected_wait >= _LEAST_TOLD_SECONDS and not request.epoch:
+    told = request.expected_wait >= _LEAST_TOLD_SECONDS and not request.deferred
+    if told and not request.epoch:
         off = (now - request.arrived) / request.expected_wait
         service.wait_bias += _BIAS_WEIGHT * (min(max(off, 1 / _MOST_BIAS), _MOST_BIAS) - service.wait_bias)
 

@@ -25,6 +25,7 @@ from seallmd.core.messages import (
 )
 from seallmd.core.plan import Demand, Machine, Plan
 from seallmd.core.settings import GroupSettings, PolicySettings, ReplacementSettings, ServiceSettings
+from seallmd.core.tiers import Tier as Tier
 
 
 class _Tagged(msgspec.Struct, frozen=True, tag=True, gc=False):
@@ -38,8 +39,8 @@ class Arrived(_Tagged, frozen=True):
     """A request. prompt: token ids. max_tokens: most tokens to generate. stop_ids: ids that end it.
 
     salt: prefixes are shared only among equal salts. leader: a request with the same prompt that arrived just
-    before (n > 1): this one waits for the leader's prefill, to share it; 0 = none. tier: how urgent it is, in
-    OpenAI's words (priority, default, flex).
+    before (n > 1): this one waits for the leader's prefill, to share it; 0 = none. tier: how urgent it is
+    (`core.tiers`).
     """
 
     request: int
@@ -50,7 +51,7 @@ class Arrived(_Tagged, frozen=True):
     stop_ids: tuple[int, ...] = ()
     salt: str = ""
     leader: int = 0
-    tier: str = "default"
+    tier: Tier = "default"
 
 
 class Cancelled(_Tagged, frozen=True):

@@ -6,7 +6,8 @@ Owns the clock of idleness. Must not know why else a service comes or goes.
 from __future__ import annotations
 
 from seallmd.core.room import Room
-from seallmd.core.state import NodeState, Service, Stage
+from seallmd.core.service import Service, Stage
+from seallmd.core.state import NodeState
 
 
 class IdleLimits:

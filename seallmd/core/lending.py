@@ -7,7 +7,8 @@ to lend. Must not know what runs.
 
 from __future__ import annotations
 
-from seallmd.core.state import Device, NodeState, Stage
+from seallmd.core.service import Stage
+from seallmd.core.state import Device, NodeState
 
 # A step on n times the threads takes 1 / n**GAIN of the time: two threads made decoding 1.4 and prefill 1.9
 # times as fast (docs/benchmarks.md). What is learnt of steps is as if nothing had been lent.

@@ -14,10 +14,11 @@ from msgspec.structs import replace
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
+from seallmd.core.admission import Door
 from seallmd.core.arena import Arena
 from seallmd.core.batcher import Batcher
 from seallmd.core.cost import StepCosts
-from seallmd.core.estimate import queue_guess, queue_seconds, retry_seconds, wait_seconds
+from seallmd.core.estimate import queue_guess
 from seallmd.core.host_kv import HostSlots
 from seallmd.core.idle import IdleLimits
 from seallmd.core.images import Images
@@ -35,10 +36,12 @@ from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
 from seallmd.core.scheduler import POLICIES, charge
+from seallmd.core.service import Image, Replica, Service
 from seallmd.core.settings import NodeSettings
 from seallmd.core.sharing import Sharing
-from seallmd.core.state import Device, Image, NodeState, Replica, SentStep, Service
+from seallmd.core.state import Device, NodeState, SentStep
 from seallmd.core.status import NodeStatus, PlanStatus
+from seallmd.core.tiers import seniority
 
 KNOWN_STEPS = 50  # of a service, before its steps' times count as known
 _RUNNING, _DONE = Life.RUNNING, Life.DONE  # asked for with every row, and slow to look up in their Enum
@@ -63,6 +66,7 @@ class Node:
         self._operators = Operators(self._state, self._room, self._residency, self._planner, self._probe)
         self._reconfigure = Reconfigure(self._state, self._room, self._images, self._probe)
         self._outgrown = Outgrown(self._state, self._room, self._residency)
+        self._door = Door(self._state, self._residency)
         self._idle = IdleLimits(self._state, self._room)
         self._policy = POLICIES[settings.policy.scheduler]()
         self._batcher = Batcher(self._state, self._room, self._policy.admits)
@@ -206,6 +210,8 @@ class Node:
     def _in_turn(self, device: Device, ready: list[Replica]) -> list[Replica]:
         """The policy's order; a replica on several devices that has been waiting for another goes first."""
         order = self._policy.order(self._state, device, ready)
+        if len(order) > 1:  # batch work in the gaps that the others leave
+            order = sorted(order, key=self._batcher.only_deferred)
         if device.reserved in ready:
             order = [device.reserved, *(replica for replica in order if replica is not device.reserved)]
         return order
@@ -250,7 +256,7 @@ class Node:
                 self._idle.changed()
 
     def _on_arrived(self, event: ev.Arrived) -> None:
-        refusal = self._refusal(event)
+        refusal = self._door.refusal(event)
         if refusal is not None:
             self._state.actions.append(refusal)
             return
@@ -261,7 +267,7 @@ class Node:
         request = Request(
             id=event.request,
             service=event.service,
-            order=state.orders,
+            order=seniority(event.tier, state.orders),
             arrived=state.now,
             tokens=list(event.prompt),
             prompt=len(event.prompt),
@@ -275,61 +281,12 @@ class Node:
         assert service.profile is not None
         request.expected_wait = queue_guess(state, service)
         request.budget = service.profile.request_seconds(request.prompt)
-        service.arrivals.add(1, state.now)
+        if not request.deferred:  # plans are made for those whose latency counts
+            service.arrivals.add(1, state.now)
         service.evicted = False
         state.requests[request.id] = request
         service.enqueue(request)
         service.prompt_tokens += request.prompt
-
-    def _refusal(self, event: ev.Arrived) -> ev.Finish | None:
-        """Why a request is not even queued."""
-        state = self._state
-
-        def failed(error: str, code: str, status: int, retry_after: float = 0.0) -> ev.Finish:
-            return ev.Finish(event.request, "failed", error, code, status, retry_after)
-
-        service = state.services.get(event.service)
-        if service is None or (service.outgoing and service.successor is None):
-            return failed(f"model {event.service!r} does not exist", "model_not_found", 404)
-        if state.draining:
-            error = "the server is shutting down" if state.stopping else "the server takes no new requests"
-            return failed(error, "shutting_down" if state.stopping else "draining", 503, 5.0)
-        if service.outgoing:
-            error = f"model {service.name!r} is being replaced"
-            return failed(error, "model_loading", 503, queue_seconds(state, service))
-        if service.closed:
-            error = f"model {service.name!r} takes no new requests: an operator has drained it"
-            return failed(error, "draining", 503, 5.0)
-        if service.refused:
-            error = f"model {service.name!r} cannot be served: {service.refused}"
-            return failed(error, "model_unavailable", 503)
-        if state.now < service.retry_at:
-            error = f"model {service.name!r} could not be loaded: {service.trouble}"
-            return failed(error, "model_unavailable", 503, service.retry_at - state.now)
-        if len(service.waiting) >= service.settings.max_waiting:
-            error = f"{len(service.waiting)} requests wait for model {service.name!r} already"
-            return failed(error, "overloaded", 503, queue_seconds(state, service))
-        tokens = sum(each.waiting_tokens for each in state.services.values())
-        if tokens and tokens + len(event.prompt) > state.settings.policy.max_waiting_tokens:
-            error = f"{tokens} tokens wait for models already"
-            return failed(error, "overloaded", 503, queue_seconds(state, service))
-        longest = service.settings.max_wait_seconds
-        if longest and service.waiting and (wait := wait_seconds(state, service)) > longest:
-            error = f"a request for model {service.name!r} would wait for {wait:.0f} s, {longest:g} at most"
-            return failed(error, "overloaded", 503, retry_seconds(state, service))
-        if service.shape is None:
-            return failed(f"model {service.name!r} is still being examined", "model_loading", 503, 1.0)
-        limit = self._residency.context_limit(service)
-        if limit < 1:
-            error = f"pinned services leave no room for model {service.name!r} on any device"
-            return failed(error, "model_unavailable", 503)
-        if len(event.prompt) + event.max_tokens > limit:
-            error = (
-                f"this model's context is {limit} tokens; the request has {len(event.prompt)} "
-                f"in the prompt and wants {event.max_tokens} more"
-            )
-            return failed(error, "context_length_exceeded", 400)
-        return None
 
     def _on_reconfigured(self, event: ev.Reconfigured) -> None:
         before = self._state.settings.policy.scheduler
@@ -404,7 +361,7 @@ class Node:
                 continue
             if token is not None:
                 request.tokens.append(token)
-                service.waiting_tokens += life is not _RUNNING
+                service.waiting_tokens += life is not _RUNNING and not request.deferred
             if row.epoch == request.epoch and life is _RUNNING:
                 request.computed += row.count
                 if (request.indexed + 1) * service.run_tokens <= request.computed:
@@ -446,7 +403,8 @@ class Node:
         if token not in request.stop_ids and output < request.max_tokens:
             return False
         assert service.profile is not None
-        service.profile.ended(request.prompt, output)
+        if not request.deferred:
+            service.profile.ended(request.prompt, output)
         state.finish(request, "stop" if token in request.stop_ids else "length")
         return True
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
-from seallmd.core.state import NodeState, Service, Stage
+from seallmd.core.service import Service, Stage
+from seallmd.core.state import NodeState
 from seallmd.core.worth import drain_seconds
 
 
@@ -40,7 +41,8 @@ class Outgrown:
         for replica in service.replicas:
             if replica.stage is Stage.RESIDENT:
                 replica.leaving = True
-                self._room.drain(replica, admit_below=0, seconds=drain_seconds(self._state, service))
+                seconds = drain_seconds(self._state, service, replica)
+                self._room.drain(replica, admit_below=0, seconds=seconds)
 
     def _fail_longer(self, service: Service, most: int) -> None:
         """End the waiting requests that no place has blocks enough for."""

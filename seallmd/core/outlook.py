@@ -11,8 +11,11 @@ from __future__ import annotations
 from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
 
+from seallmd.core.tiers import WEIGHTS
+
 if TYPE_CHECKING:
-    from seallmd.core.state import NodeState, Replica
+    from seallmd.core.service import Replica
+    from seallmd.core.state import NodeState
 
 HEAD_START = 0.1  # of its budget, that a request counts as having had: its slowdown does not begin endless
 
@@ -20,9 +23,9 @@ HEAD_START = 0.1  # of its budget, that a request counts as having had: its slow
 class Outlook(NamedTuple):
     """A replica's next step, if it came now.
 
-    rows: of each, the execution time that it gains its request per second of that request's budget, when that
-    arrived, and the execution time that it counts as having had. seconds: of the step. unserved_since: since
-    when the replica has had work without a step.
+    rows: of each, the execution time that it gains its request per second of that request's budget, times the
+    weight of its tier; when that arrived, and the execution time that it counts as having had. seconds: of
+    the step. unserved_since: since when the replica has had work without a step.
     """
 
     rows: tuple[tuple[float, float, float], ...]
@@ -65,7 +68,7 @@ def look(state: NodeState, replica: Replica) -> Outlook:
             count = min(pending, left)
             gained = profile.prefill_seconds(pending) * count / pending
         had = max(request.attained, HEAD_START * request.budget)
-        rows.append((gained / request.budget, request.arrived, had))
+        rows.append((WEIGHTS[request.tier] * gained / request.budget, request.arrived, had))
         left -= count
         tokens += count
         context += scheduled + count

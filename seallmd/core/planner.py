@@ -17,7 +17,8 @@ from seallmd.core.plan import Demand, Devices, Machine, Plan, Split, broken
 from seallmd.core.replacement import Replacement
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
-from seallmd.core.state import Device, Image, NodeState, Replica, Service, Stage
+from seallmd.core.service import Image, Replica, Service, Stage
+from seallmd.core.state import Device, NodeState
 from seallmd.core.status import PlanStatus
 from seallmd.core.transition import Bring, Change
 

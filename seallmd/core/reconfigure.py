@@ -13,9 +13,10 @@ import msgspec
 from seallmd.core import events as ev
 from seallmd.core.images import Images
 from seallmd.core.room import Room
+from seallmd.core.service import Image, Service, Stage
 from seallmd.core.settings import ServiceSettings
 from seallmd.core.sharing import Sharing
-from seallmd.core.state import Image, NodeState, Service, Stage
+from seallmd.core.state import NodeState
 
 
 class Reconfigure:

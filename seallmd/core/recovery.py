@@ -18,7 +18,8 @@ from seallmd.core.loads import MAX_RETRY_SECONDS, Loads
 from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
-from seallmd.core.state import Device, Image, NodeState, SentStep, Service, Stage
+from seallmd.core.service import Image, Service, Stage
+from seallmd.core.state import Device, NodeState, SentStep
 
 CRASHES_ALLOWED = 1  # of a service, in a row, before it pauses
 CALM_SECONDS = 10.0  # a service that steps so long after a crash has recovered from it

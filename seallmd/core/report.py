@@ -10,7 +10,8 @@ from seallmd.core.idle import expires_seconds, idle_since
 from seallmd.core.profile import Lengths
 from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
-from seallmd.core.state import Device, Image, NodeState, Replica, Service, Stage
+from seallmd.core.service import Image, Replica, Service, Stage
+from seallmd.core.state import Device, NodeState
 from seallmd.core.status import (
     DeviceStatus,
     NodeStatus,
@@ -178,6 +179,8 @@ def _why_waiting(state: NodeState, request: Request, place: int) -> str:
         return _why_absent(state, service)
     if place > 1:
         return f"{place - 1} requests of its service are before it"
+    if request.deferred:
+        return "it is batch work, and runs when others leave a gap"
     if all(_is_claimed(state, replica, request) for replica in resident):
         return "a senior request has claimed the device's memory"
     if request.epoch:

@@ -21,7 +21,9 @@ from seallmd.core.messages import MoveBlocks
 from seallmd.core.ranks import Ranks
 from seallmd.core.room import Room
 from seallmd.core.scaling import is_idle, wants_replica, watch_pressure
-from seallmd.core.state import Claim, Device, Image, NodeState, Replica, Service, Stage
+from seallmd.core.service import Image, Replica, Service, Stage
+from seallmd.core.state import Claim, Device, NodeState
+from seallmd.core.tiers import is_deferred
 from seallmd.core.worth import asks_at, drain_seconds, loss
 
 Place = Sequence[Device]
@@ -390,7 +392,8 @@ class Residency:
         assert arena is not None
         for replica in leaving:
             if replica.stage is Stage.RESIDENT:
-                self._room.drain(replica, admit_below=0, seconds=drain_seconds(self._state, service))
+                seconds = drain_seconds(self._state, service, replica)
+                self._room.drain(replica, admit_below=0, seconds=seconds)
             replica.admit_below = 0  # its seniors would wait for ever behind the claim
 
     def _promised(self, device: Device, service: Service) -> bool:
@@ -398,9 +401,11 @@ class Residency:
         return self._loads_another(device, service) or self._state.claimed(device, self._order(service))
 
     def _loads_another(self, device: Device, service: Service) -> bool:
-        """Whether the device is being cleared for another service."""
+        """Whether the device is being cleared for another service; if for batch work alone, that can wait."""
         claim = self._state.claim_on(device)
-        return claim is not None and claim.load and claim.service != service.name
+        if claim is None or not claim.load or claim.service == service.name:
+            return False
+        return not is_deferred(claim.order) or is_deferred(self._order(service))
 
     def _cannot(self, service: Service) -> None:
         drained = not self.places(service) and self.places(service, closed=True)

@@ -12,7 +12,9 @@ from collections.abc import Container
 
 from seallmd.core.messages import DropWeights
 from seallmd.core.request import Life, Request
-from seallmd.core.state import Device, NodeState, Replica, Service, Stage
+from seallmd.core.service import Replica, Service, Stage
+from seallmd.core.state import Device, NodeState
+from seallmd.core.tiers import yields
 
 
 class Room:
@@ -91,6 +93,16 @@ class Room:
                 self._state.preempt(request, "it has outgrown its device")
                 self._state.services[request.service].stranded = True
         return False
+
+    def displace(self, device: Device, blocks: int, request: Request, kept: Container[int]) -> None:
+        """Preempt running requests that yield to a more urgent one, most junior first; never those `kept`."""
+        arena = device.arena
+        assert arena is not None
+        while arena.available < blocks:
+            junior = self._most_junior(device, request, kept)
+            if junior is None or not yields(junior.tier, request.tier):
+                return
+            self._state.preempt(junior, f"request {request.id} is more urgent and needs memory")
 
     def _evict_spare(self, device: Device, request: Request) -> bool:
         """Evict the replica with least to do of a service that has another one; its requests go on there.

@@ -9,7 +9,8 @@ idle, and leaves again as soon as anybody else wants them.
 from __future__ import annotations
 
 from seallmd.core.lending import speedup
-from seallmd.core.state import Device, NodeState, Service, Stage
+from seallmd.core.service import Service, Stage
+from seallmd.core.state import Device, NodeState
 
 
 def watch_pressure(state: NodeState, service: Service) -> None:

@@ -13,7 +13,8 @@ from seallmd.core import dedicated
 from seallmd.core.adbs import Adbs
 from seallmd.core.outlook import outlook
 from seallmd.core.request import Request
-from seallmd.core.state import Device, NodeState, Replica
+from seallmd.core.service import Replica
+from seallmd.core.state import Device, NodeState
 
 Order = Callable[[NodeState, Device, Sequence[Replica]], list[Replica]]
 Admits = Callable[[NodeState, Device, Replica, Request], bool]
@@ -43,11 +44,11 @@ def budget(state: NodeState, _device: Device, ready: Sequence[Replica]) -> list[
 
     Each row is worth the share of its request's budget that the step gets done, times its slowdown so far
     to the power of `ageing`: the time since it arrived over the execution time that it has had. That is
-    what clients notice, and it keeps the tail of the slowdown below that of taking turns (docs/log.md). A
-    service that has had work for `max_gap_rounds` without a step goes first, the longest waiting of them,
-    so that nobody waits without limit: a round is the time in which each service that has work would get
-    one step. The literal rule, the service of the one best request, throws batching away, and a gap in
-    seconds suits one size of model only (docs/log.md).
+    what clients notice, and it keeps the tail of the slowdown below that of taking turns (docs/log.md). The
+    weight of the request's tier comes on top. A service that has had work for `max_gap_rounds` without a
+    step goes first, the longest waiting of them, so that nobody waits without limit: a round is the time in
+    which each service that has work would get one step. The literal rule, the service of the one best
+    request, throws batching away, and a gap in seconds suits one size of model only (docs/log.md).
     """
     if len(ready) == 1:
         return list(ready)

@@ -64,12 +64,13 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     scheduler: which replica of a device steps next (`core.scheduler`). max_gap_rounds: `budget` lets no
     service that has work wait longer for a step than so many rounds of one step each. ageing: in `budget`
     a request counts by its slowdown so far to this power; 0 lets long ones wait. step_tokens: tokens in
-    one step, prefill and decode together. max_rows: requests in one step. pipeline_depth: steps a device
-    may hold, running one included. prefix_reuse: share KV blocks of equal prefixes. replicate: a busy
-    service may come in on an idle device too, when its steps would be faster. replicate_gain,
-    replicate_seconds: by this factor, for so long. min_residency_seconds: how long a service that was
-    brought in stays before another may push it out. patience_seconds: how long a request of an absent
-    service waits before a busy service is asked to make room. max_waiting_tokens: tokens of all requests
+    one step, prefill and decode together. max_rows: requests in one step. batch_slowdown: batch work makes
+    a step that serves others too longer by this factor at most. pipeline_depth: steps a device may hold,
+    running one included. prefix_reuse: share KV blocks of equal prefixes. replicate: a busy service may
+    come in on an idle device too, when its steps would be faster. replicate_gain, replicate_seconds: by
+    this factor, for so long. min_residency_seconds: how long a service that was brought in stays before
+    another may push it out. patience_seconds: how long a request of an absent service waits before a busy
+    service is asked to make room. max_waiting_tokens: tokens of all requests
     that wait, of all services together, before new ones are refused.
     """
 
@@ -78,6 +79,7 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     ageing: Annotated[float, Meta(ge=0, le=10)] = 2.0
     step_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 512
     max_rows: Annotated[int, Meta(ge=1, le=4096)] = 64
+    batch_slowdown: Annotated[float, Meta(ge=1, le=100)] = 1.25
     pipeline_depth: Annotated[int, Meta(ge=1, le=4)] = 2
     prefix_reuse: bool = True
     replicate: bool = True

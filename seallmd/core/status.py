@@ -129,7 +129,7 @@ class RequestStatus(msgspec.Struct, frozen=True):
 
     state: waiting or running. age_seconds: since it arrived. place: in its service's queue, 1 = next, 0 when
     it runs. device: where it runs, None while it waits. reason: why it waits, in a few words. tier: OpenAI's
-    service_tier. cached_tokens: of the prompt, not computed again.
+    service_tier, or batch. cached_tokens: of the prompt, not computed again.
     """
 
     request: int

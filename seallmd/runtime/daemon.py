@@ -21,15 +21,17 @@ import msgspec
 import uvloop
 
 from seallmd import __version__
+from seallmd.api.batch.operator import BatchOperator
+from seallmd.api.batch.store import Store
 from seallmd.api.control import ControlServer
 from seallmd.api.keys import Key, Keyring, locate_keys, read_keys
 from seallmd.api.metrics import Metrics
-from seallmd.api.server import http_addresses, start_http, tls_context
+from seallmd.api.server import BATCHES, http_addresses, start_http, tls_context
 from seallmd.config import Config, Size, load, reloaded
 from seallmd.core.settings import NodeSettings
 from seallmd.core.status import NodeStatus
 from seallmd.errors import ConfigError, SeallmdError
-from seallmd.paths import default_control_socket
+from seallmd.paths import default_control_socket, default_state_directory
 from seallmd.runtime import devices, profiles
 from seallmd.runtime.children import run_host, run_worker
 from seallmd.runtime.engine import PROFILES, Engine
@@ -179,12 +181,19 @@ class Daemon:
         try:
             settings = self._config.http
             metrics = Metrics(self._engine.status, tiers=self._config.tier)
-            http = await start_http(self._engine, settings, self._listeners["http"], self._keyring, metrics)
+            batches = self._config.batches
+            store = Store(batches, Path(batches.directory or default_state_directory()))
+            await store.open()
+            http = await start_http(
+                self._engine, settings, self._listeners["http"], self._keyring, metrics, store
+            )
             control.http = http_addresses(http, tls=bool(settings.tls_certificate))
             control.reload = self._reload
             control.latencies = metrics.window.by_service
+            control.batches = BatchOperator(store, http.app[BATCHES])
             try:
                 await self._engine.start()
+                await http.app[BATCHES].start()
                 watch.start()
                 self._notifier.ready()
                 self._tell()
@@ -194,8 +203,10 @@ class Daemon:
                 self._notifier.stopping()
                 self._tell()
             finally:
+                await http.app[BATCHES].close()  # nobody waits for their lines: they are run again
                 await self._engine.stop(self._config.stop_seconds)
                 await http.cleanup()
+                await store.close()
         finally:
             await control.close()
             watch.stop()

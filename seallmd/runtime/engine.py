@@ -22,6 +22,7 @@ from seallmd.core.arena_map import arena_maps
 from seallmd.core.node import Node
 from seallmd.core.placement import place
 from seallmd.core.report import request_statuses, service_detail
+from seallmd.core.service import Service
 from seallmd.core.settings import (
     GroupSettings,
     NodeSettings,
@@ -29,7 +30,6 @@ from seallmd.core.settings import (
     ReplacementSettings,
     ServiceSettings,
 )
-from seallmd.core.state import Service
 from seallmd.core.status import ArenaMap, NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 from seallmd.errors import ControlError, RequestError
 from seallmd.runtime import profiles, rendezvous
@@ -303,7 +303,8 @@ class Engine:
             stream = TokenStream(self._requests)
             self._streams[stream.request] = stream
             self._records[stream.request] = RequestRecord(
-                stream.request, generation.service, len(generation.prompt), self._now()
+                *(stream.request, generation.service, len(generation.prompt)),
+                *(self._now(), generation.tier),
             )
             streams.append(stream)
             self._happen(

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import msgspec
 
-from seallmd.core.events import Finish, OperatorEvent
+from seallmd.core.events import Finish, OperatorEvent, Tier
 from seallmd.core.messages import ModelShape, Sampling, Scores
 from seallmd.core.settings import ServiceSettings
 from seallmd.core.status import ArenaMap, NodeStatus, PlanStatus, RequestStatus, ServiceDetail
@@ -42,7 +42,7 @@ class Generation(msgspec.Struct, frozen=True):
     sampling: Sampling
     stop_ids: tuple[int, ...] = ()
     salt: str = ""
-    tier: str = "default"
+    tier: Tier = "default"
 
 
 class StreamWatcher(Protocol):

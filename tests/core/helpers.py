@@ -14,6 +14,7 @@ from seallmd.core.settings import (
     ReplacementSettings,
     ServiceSettings,
 )
+from seallmd.core.tiers import Tier
 from seallmd.sim.world import Costs, World, expected_output
 
 BLOCK = 256
@@ -90,10 +91,11 @@ class Recorder:
         salt: str = "",
         leader: int = 0,
         scores: bool = False,
+        tier: Tier = "default",
     ) -> None:
         top = 0 if scores else -1
         greedy = Sampling(temperature=0.0, logprobs=top, prompt_logprobs=top)
-        event = ev.Arrived(request, service, prompt, max_tokens, greedy, stop_ids, salt, leader)
+        event = ev.Arrived(request, service, prompt, max_tokens, greedy, stop_ids, salt, leader, tier)
         self.prompts[request] = event
         self.world.happen(event)
 

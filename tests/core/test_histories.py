@@ -24,6 +24,7 @@ from seallmd.core.messages import ModelShape
 from seallmd.core.placement import place
 from seallmd.core.plan import Demand, Machine, Plan
 from seallmd.core.settings import GroupSettings, ReplacementSettings
+from seallmd.core.tiers import Tier
 from seallmd.core.transition import Bring, Change, Drop
 from tests.core.helpers import Recorder, shape, world
 
@@ -93,6 +94,7 @@ class History:
         length = draw.randint(1, 40)
         prompt = tuple(range(length)) if draw.random() < 0.5 else tuple(draw.choices(range(50), k=length))
         leader = 0
+        tier: Tier = draw.choice(("default", "default", "priority", "flex", "batch"))
         for _ in range(draw.choice((1, 1, 1, 3))):
             self.count += 1
             self.recorder.arrive(
@@ -104,6 +106,7 @@ class History:
                 salt=draw.choice(("", "", "other")),
                 leader=leader,
                 scores=self.count % 4 == 0,
+                tier=tier,
             )
             leader = leader or self.count
 

@@ -9,7 +9,7 @@ from seallmd.core import messages
 from seallmd.core.arena import Arena
 from seallmd.core.ranks import Ranks
 from seallmd.core.request import IllegalTransition, Request
-from seallmd.core.state import Replica
+from seallmd.core.service import Replica
 from tests.core.helpers import Recorder, shape, world
 
 MODELS = {"a": shape(), "b": shape(), "c": shape()}
