@@ -64,7 +64,9 @@ LAYERS = {
         )
     ),
     "seallmd.ui": Layer(()),
-    "seallmd.worker": Layer(("seallmd.worker", "seallmd.core.messages", "seallmd.errors")),
+    "seallmd.worker": Layer(
+        ("seallmd.worker", "seallmd.core.framing", "seallmd.core.messages", "seallmd.errors")
+    ),
     "seallmd.ctl": Layer(("seallmd", "seallmd.ctl", "seallmd.paths", "seallmd.errors"), frozenset({"rich"})),
 }
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import msgspec
 
-from seallmd.api.choices import Choice
 from seallmd.api.keys import current_key
 from seallmd.api.metrics import Metrics
 from seallmd.api.rates import Rates
@@ -41,9 +40,8 @@ class Charge:
             self._count("limited", 1)
             raise
 
-    def settle(self, choices: Sequence[Choice]) -> None:
-        """Give back what was not used; a choice that got nothing costs nothing."""
-        used = sum(len(choice.prompt) + choice.tokens for choice in choices if choice.tokens)
+    def settle(self, used: int) -> None:
+        """Give back what was not used. used: tokens."""
         self._rates.give_back(self._key, self._tokens - used)
         self._count("requests", 1)
         self._count("tokens", used)

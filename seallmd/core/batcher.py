@@ -35,7 +35,7 @@ class Batcher:
         """Whether a step could be formed, memory permitting."""
         if replica.stage not in (Stage.RESIDENT, Stage.DRAINING):
             return False
-        if any(request.drawn < request.max_tokens for request in replica.running.values()):
+        if any(request.runnable for request in replica.running.values()):
             return True
         return next(self._admissible(replica), None) is not None
 
@@ -205,7 +205,7 @@ class _StepFormer:
         request.announced = True
         self._replica.running[request.id] = request
         tokens = tuple(request.tokens)
-        self._admits.append(Admit(request.id, tokens, request.prompt, request.sampling, request.scored))
+        self._admits.append(Admit(request.id, tokens, request.prompt, request.sampling, request.told))
 
     def _had(self, blocks: int, request: Request) -> bool:
         """Whether a request can have blocks on every rank now, from its juniors if need be."""
@@ -228,7 +228,7 @@ class _StepFormer:
         return taken
 
     def _append(self, request: Request, count: int, fresh: Tables) -> None:
-        sample = count == request.pending
+        sample = count == request.pending and not request.pools
         for rows, blocks in zip(self._rows, fresh, strict=True):
             rows[request.id] = Row(request.id, request.scheduled, count, sample, tuple(blocks))
         self._sent.append(SentRow(request, request.epoch, count, sample))

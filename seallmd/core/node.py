@@ -239,6 +239,7 @@ class Node:
             return
         state = self._state
         assert event.request not in state.requests, f"request {event.request} arrived twice"
+        assert bool(event.sampling.pooling) == (event.max_tokens == 0), "pooled, or something is drawn"
         service = state.services[event.service]
         state.orders += 1
         request = Request(
@@ -254,9 +255,10 @@ class Node:
             root=(event.service, event.salt),
             leader=event.leader,
             tier=event.tier,
+            told=0 if event.sampling.pooling else 1,
         )
         assert service.profile is not None
-        request.budget = service.profile.request_seconds(request.prompt)
+        request.budget = service.profile.request_seconds(request.prompt, draws=not request.pools)
         service.arrivals.add(1, state.now)
         service.evicted = False
         state.requests[request.id] = request
@@ -334,11 +336,11 @@ class Node:
 
     def _on_device(self, device: Device, message: object) -> None:
         match message:
-            case msg.StepDone(step, tokens, seconds, scores, failed):
+            case msg.StepDone(step, tokens, seconds):
                 sent = device.inflight.pop(step)
                 device.steps += 1
                 if sent.leader == device.index:  # the other ranks have nothing to tell
-                    self._state.tell(scores, failed)
+                    self._state.tell(message)
                     self._on_step_done(sent, tokens, seconds)
             case msg.StepFailed(step, reason, memory):
                 self._recovery.step_failed(device, device.inflight.pop(step), reason, memory=memory)
@@ -377,7 +379,7 @@ class Node:
             request.inflight -= 1
             if row.epoch < request.trusted:
                 request.drawn -= row.sample
-                continue
+                token = None
             if token is not None:
                 request.tokens.append(token)
                 service.waiting_tokens += request.life is Life.WAITING
@@ -387,6 +389,8 @@ class Node:
                     self._index_blocks(request, service)
             if token is not None:
                 self._on_token(request, service, token)
+            elif request.is_pooled:
+                self._on_pooled(request, service)
         assert next(drawn, None) is None, f"step {step.id} drew more tokens than it was asked for"
 
     def _index_blocks(self, request: Request, service: Service) -> None:
@@ -418,6 +422,13 @@ class Node:
         assert service.profile is not None
         service.profile.ended(request.prompt, output)
         state.finish(request, "stop" if token in request.stop_ids else "length")
+
+    def _on_pooled(self, request: Request, service: Service) -> None:
+        """Its vector is complete. To those who plan by lengths, that is an answer of one token."""
+        assert service.profile is not None
+        service.cached_tokens += request.cached
+        service.profile.ended(request.prompt, 1)
+        self._state.finish(request, "stop")
 
     # ------------------------------------------------------------------------------------ host process
 

@@ -92,6 +92,11 @@ class History:
         service = draw.choice(self.services)
         length = draw.randint(1, 40)
         prompt = tuple(range(length)) if draw.random() < 0.5 else tuple(draw.choices(range(50), k=length))
+        if draw.random() < 0.15:
+            self.count += 1
+            pooling = draw.choice(("mean", "mean", "last"))
+            self.recorder.arrive(self.count, service, prompt, 0, pooling=pooling)
+            return
         leader = 0
         for _ in range(draw.choice((1, 1, 1, 3))):
             self.count += 1
