@@ -148,7 +148,7 @@ class History:
                 self.world.happen(ev.NodeDrainWanted(self._ticket(), on and self.random.random() < 0.3))
 
     def keep(self) -> None:
-        seconds = self.random.choice((0.0, 0.05, 1.0))
+        seconds = self.random.choice((0.0, 1e-300, 0.05, 1.0))
         self.world.happen(ev.KeepWanted(self.random.choice([*self.services, "nobody"]), seconds))
 
     def reconfigure(self) -> None:
