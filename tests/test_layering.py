@@ -64,7 +64,12 @@ LAYERS = {
         )
     ),
     "seallmd.ui": Layer(()),
-    "seallmd.worker": Layer(("seallmd.worker", "seallmd.core.messages", "seallmd.errors", "seallmd.files")),
+    "seallmd.worker": Layer(
+        (
+            *("seallmd.worker", "seallmd.core.framing", "seallmd.core.messages"),
+            *("seallmd.errors", "seallmd.files"),
+        )
+    ),
     "seallmd.ctl": Layer(("seallmd", "seallmd.ctl", "seallmd.paths", "seallmd.errors"), frozenset({"rich"})),
 }
 

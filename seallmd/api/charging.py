@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import msgspec
 
-from seallmd.api.choices import Choice
 from seallmd.api.fields import ServiceTier
 from seallmd.api.keys import current_key
 from seallmd.api.metrics import Metrics
@@ -50,9 +49,8 @@ class Charge:
             self._count("limited", 1)
             raise
 
-    def settle(self, choices: Sequence[Choice]) -> None:
-        """Give back what was not used; a choice that got nothing costs nothing."""
-        used = sum(len(choice.prompt) + choice.tokens for choice in choices if choice.tokens)
+    def settle(self, used: int) -> None:
+        """Give back what was not used. used: tokens."""
         self._rates.give_back(self._limited, self._tokens - used)
         self._count("requests", 1)
         self._count("tokens", used)

@@ -179,6 +179,8 @@ class RequestMeter:
         reason = "stop" if self._stopped else _ENDS.get(finish.reason, "error")
         metrics.ends.labels(service, reason).inc()
         seconds = metrics.clock() - self._began
+        if not self._tokens:
+            self._first_seconds = seconds  # a vector comes as a whole
         if reason == "error":
             metrics.failures.labels(service, finish.code or "other").inc()
             if self._timed:

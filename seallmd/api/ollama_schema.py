@@ -1,4 +1,4 @@
-"""What Ollama's clients send: the bodies of /api/generate and /api/chat.
+"""What Ollama's clients send: the bodies of /api/generate, /api/chat, /api/embed and /api/embeddings.
 
 Owns their fields and defaults, and turning them into our own requests (`schema`). Must not know aiohttp or
 the engine.
@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from seallmd.api.conversation import ChatMessage
+from seallmd.api.embeddings import MAX_INPUTS
 from seallmd.api.fields import Penalty, StopString, Unserved, decode_body, refuse_unserved
 from seallmd.api.schema import ChatRequest, CompletionRequest
 from seallmd.api.structured import JsonSchema, ResponseFormat
@@ -42,30 +43,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: Penalty | None = None
 
 
-class OllamaRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What both have in common. keep_alive: how long the model stays after this request if nobody else needs
+class KeepingRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What all have in common. keep_alive: how long the model stays after this request if nobody else needs
     its memory; 0 unloads, a negative one is for good, none changes nothing."""
 
     model: Annotated[str, Meta(min_length=1, max_length=256)]
-    stream: bool | None = None
     options: Options | None = None
     keep_alive: float | str | None = None
-    format: Literal["json", ""] | dict[str, Any] | None = None
-
-    @property
-    def response_format(self) -> ResponseFormat | None:
-        """`format` as OpenAI has it: any JSON object, or what a schema describes."""
-        if not self.format:
-            return None
-        if self.format == "json":
-            return ResponseFormat(type="json_object")
-        assert isinstance(self.format, dict)
-        return ResponseFormat(type="json_schema", json_schema=JsonSchema(schema=self.format))
-
-    @property
-    def streams(self) -> bool:
-        """Ollama streams unless told not to."""
-        return self.stream is not False
 
     @property
     def unloads(self) -> bool:
@@ -84,6 +68,28 @@ class OllamaRequest(msgspec.Struct, frozen=True, kw_only=True):
         parts = _PART.findall(self.keep_alive)
         seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
         return 0.0 if self.keep_alive.startswith("-") else seconds
+
+
+class OllamaRequest(KeepingRequest, frozen=True, kw_only=True):
+    """What /api/generate and /api/chat have in common."""
+
+    stream: bool | None = None
+    format: Literal["json", ""] | dict[str, Any] | None = None
+
+    @property
+    def response_format(self) -> ResponseFormat | None:
+        """`format` as OpenAI has it: any JSON object, or what a schema describes."""
+        if not self.format:
+            return None
+        if self.format == "json":
+            return ResponseFormat(type="json_object")
+        assert isinstance(self.format, dict)
+        return ResponseFormat(type="json_schema", json_schema=JsonSchema(schema=self.format))
+
+    @property
+    def streams(self) -> bool:
+        """Ollama streams unless told not to."""
+        return self.stream is not False
 
 
 class GenerateRequest(OllamaRequest, frozen=True, kw_only=True):
@@ -109,6 +115,26 @@ class OllamaChatRequest(OllamaRequest, frozen=True, kw_only=True):
     messages: Annotated[list[OllamaMessage], Meta(max_length=1 << 16)] | None = None
 
 
+class EmbedRequest(KeepingRequest, frozen=True, kw_only=True):
+    """POST /api/embed. Without an input the model is loaded, or unloaded. truncate: cut what is longer than
+    the context, at its end, unless false. dimensions: keep the first ones."""
+
+    input: str | Annotated[list[str], Meta(max_length=MAX_INPUTS)] | None = None
+    truncate: bool | None = None
+    dimensions: Annotated[int, Meta(ge=0, le=1 << 20)] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The inputs."""
+        return [self.input] if isinstance(self.input, str) else list(self.input or ())
+
+
+class OldEmbedRequest(KeepingRequest, frozen=True, kw_only=True):
+    """POST /api/embeddings, the older one: one text, and its vector as it is."""
+
+    prompt: str | None = None
+
+
 # As in `fields`: known, not served, and the values that change nothing.
 _UNSERVED: Unserved = {
     "context": ("null", "[]"),
@@ -127,7 +153,7 @@ _UNSERVED_OPTIONS: Unserved = {
 }
 
 
-_Request = TypeVar("_Request", GenerateRequest, OllamaChatRequest)
+_Request = TypeVar("_Request", GenerateRequest, OllamaChatRequest, EmbedRequest, OldEmbedRequest)
 
 
 class _Fields(msgspec.Struct, frozen=True):
@@ -144,6 +170,16 @@ def read_ollama_chat(body: bytes) -> OllamaChatRequest:
     """Read the body of /api/chat. Raises RequestError."""
     _refuse(body)
     return _checked(decode_body(body, OllamaChatRequest))
+
+
+def read_embed(body: bytes) -> EmbedRequest:
+    """Read the body of /api/embed. Raises RequestError."""
+    return _checked(decode_body(body, EmbedRequest))
+
+
+def read_old_embed(body: bytes) -> OldEmbedRequest:
+    """Read the body of /api/embeddings. Raises RequestError."""
+    return _checked(decode_body(body, OldEmbedRequest))
 
 
 def chat_messages(spec: GenerateRequest) -> list[ChatMessage]:

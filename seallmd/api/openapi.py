@@ -16,7 +16,8 @@ from seallmd.api.batch.records import BatchList, BatchObject, Deleted, FileList,
 from seallmd.api.batch.routes import BatchRequest
 from seallmd.api.chat_answer import ChatChunk, ChatCompletion
 from seallmd.api.completion_answer import Completion
-from seallmd.api.ollama_schema import GenerateRequest, OllamaChatRequest
+from seallmd.api.embeddings import EmbeddingList, EmbeddingRequest
+from seallmd.api.ollama_schema import EmbedRequest, GenerateRequest, OldEmbedRequest, OllamaChatRequest
 from seallmd.api.responses_schema import ResponsesRequest
 from seallmd.api.schema import ChatRequest, CompletionRequest
 from seallmd.api.tokenize import DetokenizeRequest, TokenizeRequest
@@ -118,6 +119,7 @@ OPERATIONS = (
     Operation("get", "/v1/batches", "Batches, a page at a time.", answer=BatchList),
     Operation("get", "/v1/batches/{name}", "One batch.", answer=BatchObject),
     Operation("post", "/v1/batches/{name}/cancel", "End a batch.", answer=BatchObject),
+    Operation("post", "/v1/embeddings", "Texts to vectors.", EmbeddingRequest, EmbeddingList),
     Operation("post", "/tokenize", "Text or a chat to token ids.", TokenizeRequest, Tokenized),
     Operation("post", "/detokenize", "Token ids to text.", DetokenizeRequest, Detokenized),
     Operation("get", "/health", "Whether every device is up.", answer=Word),
@@ -130,6 +132,8 @@ OPERATIONS = (
     Operation("get", "/api/ps", "Ollama: the models on devices.", answer=_ANY),
     Operation("post", "/api/generate", "Ollama: complete.", GenerateRequest, _ANY, _ANY, lines=True),
     Operation("post", "/api/chat", "Ollama: continue a chat.", OllamaChatRequest, _ANY, _ANY, lines=True),
+    Operation("post", "/api/embed", "Ollama: texts to vectors.", EmbedRequest, _ANY),
+    Operation("post", "/api/embeddings", "Ollama: a text to a vector.", OldEmbedRequest, _ANY),
 )
 
 

@@ -27,6 +27,7 @@ from seallmd.api.fields import (
     decode_body,
     refuse_unserved,
 )
+from seallmd.api.prompts import split_prompts
 from seallmd.api.structured import Form, ResponseFormat, StructuredOutputs, wanted_form
 from seallmd.api.tools import Choice as ToolChoice
 from seallmd.api.tools import Tool, Tools
@@ -218,7 +219,7 @@ Body = TypeVar("Body", CompletionRequest, ChatRequest)
 def read_completion(body: bytes) -> CompletionRequest:
     """Read the body of /v1/completions. Raises RequestError."""
     request = _read(body, CompletionRequest, _UNSERVED_IN_COMPLETIONS)
-    prompts = len(split_prompts(request.prompt))
+    prompts = len(split_prompts(request.prompt, "prompt", MAX_PROMPTS))
     if prompts * request.choices > MAX_CHOICES:
         raise RequestError(
             f"{prompts} prompts times n={request.choices} is over {MAX_CHOICES} choices", param="n"
@@ -242,25 +243,6 @@ def read_chat(body: bytes) -> ChatRequest:
             param="continue_final_message",
         )
     return request
-
-
-def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """The prompts of a completion: strings and lists of token ids. Raises RequestError."""
-    if isinstance(prompt, str):
-        prompts: list[str | list[int]] = [prompt]
-    elif prompt and all(isinstance(entry, int) for entry in prompt):
-        prompts = [[entry for entry in prompt if isinstance(entry, int)]]
-    elif all(isinstance(entry, str) for entry in prompt) or all(isinstance(entry, list) for entry in prompt):
-        prompts = [entry for entry in prompt if not isinstance(entry, int)]
-    else:
-        raise RequestError("`prompt` mixes strings and token ids", param="prompt")
-    if not prompts or not all(prompts):
-        raise RequestError("`prompt` is empty", param="prompt")
-    if len(prompts) > MAX_PROMPTS:
-        raise RequestError(
-            f"`prompt` has {len(prompts)} prompts, at most {MAX_PROMPTS} are allowed", param="prompt"
-        )
-    return prompts
 
 
 def _read(body: bytes, kind: type[Body], unserved_here: Unserved) -> Body:

@@ -25,6 +25,7 @@ from seallmd.api.chat_answer import ChatAnswer
 from seallmd.api.completion_answer import CompletionAnswer
 from seallmd.api.conversation import plain_messages
 from seallmd.api.cors import make_cors, tell_origin
+from seallmd.api.embeddings import Embeddings
 from seallmd.api.guard import make_guard
 from seallmd.api.keys import Keyring
 from seallmd.api.limits import truncated
@@ -32,10 +33,11 @@ from seallmd.api.metrics import CONTENT_TYPE, Metrics
 from seallmd.api.ollama import Ollama
 from seallmd.api.openapi import document
 from seallmd.api.problems import problems
+from seallmd.api.prompts import split_prompts
 from seallmd.api.responses import Answer
 from seallmd.api.responses_answer import ResponsesAnswer
 from seallmd.api.responses_schema import read_responses
-from seallmd.api.schema import ChatRequest, read_chat, read_completion, split_prompts
+from seallmd.api.schema import MAX_PROMPTS, ChatRequest, read_chat, read_completion
 from seallmd.api.serving import Serving, ToolUse, json_response, read_body
 from seallmd.api.settings import BatchSettings, HttpSettings
 from seallmd.api.sockets import claim_socket_path
@@ -67,7 +69,7 @@ def build_app(
     """
     metrics = metrics or Metrics(engine.status)
     serving = Serving(engine, settings, metrics)
-    openai = OpenAI(serving)
+    openai, embeddings = OpenAI(serving), Embeddings(serving)
     origins, keyring = settings.cors_origins, keyring or Keyring()
     middlewares = [
         problems,
@@ -78,11 +80,13 @@ def build_app(
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
     app.add_routes(Operation(serving).routes())
     app.add_routes(openai.routes())
+    app.add_routes(embeddings.routes())
     app.add_routes(Tokenize(serving).routes())
     app.add_routes(Ollama(serving).routes())
     Ui(serving).register(app)
     store = store or Store(BatchSettings(), Path())
-    app[BATCHES] = Runner(store, openai.endpoints(), serving.view, keyring, Teller(engine.feed, metrics))
+    endpoints = {**openai.endpoints(), **embeddings.endpoints()}
+    app[BATCHES] = Runner(store, endpoints, serving.view, keyring, Teller(engine.feed, metrics))
     app.add_routes(BatchRoutes(store, app[BATCHES]).routes())
 
     async def describe(_request: web.Request) -> web.Response:
@@ -277,7 +281,7 @@ class OpenAI:
         spec = read_completion(body)
         model = await self._serving.model(spec.model)
         special = spec.add_special_tokens is not False
-        given = split_prompts(spec.prompt)
+        given = split_prompts(spec.prompt, "prompt", MAX_PROMPTS)
         encoded = [await self._serving.encode(model, prompt, add_special_tokens=special) for prompt in given]
         prompts = [truncated(spec, model.shape.context, prompt) for prompt in encoded]
         echoes = []

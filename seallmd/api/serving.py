@@ -166,7 +166,7 @@ class Serving:
                 return await send_stream(request, documents, wire, self._ping_seconds, self._write_seconds)
             return await _whole(spec, run, answer)
         finally:
-            charge.settle(run.choices)
+            charge.settle(run.used)
             await run.close()
 
 

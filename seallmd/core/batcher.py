@@ -46,7 +46,7 @@ class Batcher:
         if replica.stage is not _RESIDENT and replica.stage is not _DRAINING:
             return False
         for request in replica.running.values():
-            if request.drawn < request.max_tokens:
+            if request.runnable:
                 return True
         waiting = self._state.services[replica.service].waiting
         return bool(waiting) and next(self._admissible(replica, waiting.values()), None) is not None
@@ -137,7 +137,7 @@ class _StepFormer:
         # Decoding requests wait for one token each: they get theirs before prefill takes the rest.
         decoding = 0
         for request in replica.running.values():
-            decoding += request.pending == 1 and request.drawn < request.max_tokens
+            decoding += request.pending == 1 and request.runnable
         self._prefill_left = max(1, limits.step_tokens - min(decoding, limits.max_rows))
         self._slowdown = limits.batch_slowdown
         self._most_seconds = inf
@@ -164,7 +164,7 @@ class _StepFormer:
 
     def add(self, request: Request) -> None:
         """Give a running request its row, if it is still running and its memory can be had."""
-        if request.life is not _RUNNING or request.drawn >= request.max_tokens or not self._rows_left:
+        if request.life is not _RUNNING or not request.runnable or not self._rows_left:
             return
         pending = request.pending
         count = 1 if pending == 1 else min(pending, self._prefill_left)
@@ -281,7 +281,7 @@ class _StepFormer:
         request.announced = True
         self._replica.running[request.id] = request
         tokens = tuple(request.tokens)
-        self._admits.append(Admit(request.id, tokens, request.prompt, request.sampling, request.scored))
+        self._admits.append(Admit(request.id, tokens, request.prompt, request.sampling, request.told))
 
     def _had(self, blocks: int, request: Request) -> bool:
         """Whether a request can have blocks on every rank now, from its juniors if need be."""
@@ -306,7 +306,7 @@ class _StepFormer:
     def _append(self, request: Request, count: int, fresh: Sequence[Sequence[int]]) -> None:
         """Note a request's row. fresh: blocks, by rank, that its table has gained for it."""
         pending, start = request.pending, request.scheduled
-        sample = count == pending
+        sample = count == pending and not request.pools
         for rows, blocks in zip(self._rows, fresh, strict=True):
             rows[request.id] = Row(request.id, start, count, sample, tuple(blocks))
         self._sent.append(SentRow(request, request.epoch, count, sample))

@@ -262,6 +262,7 @@ class Node:
             return
         state = self._state
         assert event.request not in state.requests, f"request {event.request} arrived twice"
+        assert bool(event.sampling.pooling) == (event.max_tokens == 0), "pooled, or something is drawn"
         service = state.services[event.service]
         state.orders += 1
         request = Request(
@@ -277,10 +278,11 @@ class Node:
             root=(event.service, event.salt),
             leader=event.leader,
             tier=event.tier,
+            told=0 if event.sampling.pooling else 1,
         )
         assert service.profile is not None
         request.expected_wait = queue_guess(state, service)
-        request.budget = service.profile.request_seconds(request.prompt)
+        request.budget = service.profile.request_seconds(request.prompt, draws=not request.pools)
         if not request.deferred:  # plans are made for those whose latency counts
             service.arrivals.add(1, state.now)
         service.evicted = False
@@ -317,7 +319,7 @@ class Node:
                 sent = device.inflight.pop(message.step)
                 device.steps += 1
                 if sent.leader == device.index:  # the other ranks have nothing to tell
-                    self._state.tell(message.scores, message.failed)
+                    self._state.tell(message)
                     self._on_step_done(sent, message.tokens, message.seconds)
             case msg.StepFailed(step, reason, memory):
                 self._recovery.step_failed(device, device.inflight.pop(step), reason, memory=memory)
@@ -358,7 +360,7 @@ class Node:
             request.inflight -= 1
             if row.epoch < request.trusted:
                 request.drawn -= row.sample
-                continue
+                token = None
             if token is not None:
                 request.tokens.append(token)
                 service.waiting_tokens += life is not _RUNNING and not request.deferred
@@ -370,6 +372,8 @@ class Node:
                 generated += 1
                 if self._on_token(request, service, token, price):
                     price = profile.token_seconds()  # which depends on how long answers are
+            elif request.is_pooled:
+                self._on_pooled(request, service)
         assert next(drawn, None) is None, f"step {step.id} drew more tokens than it was asked for"
         service.changed()
         if generated:
@@ -407,6 +411,13 @@ class Node:
             service.profile.ended(request.prompt, output)
         state.finish(request, "stop" if token in request.stop_ids else "length")
         return True
+
+    def _on_pooled(self, request: Request, service: Service) -> None:
+        """Its vector is complete. To those who plan by lengths, that is an answer of one token."""
+        assert service.profile is not None
+        service.cached_tokens += request.cached
+        service.profile.ended(request.prompt, 1)
+        self._state.finish(request, "stop")
 
     # ------------------------------------------------------------------------------------ host process
 

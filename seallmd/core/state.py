@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from seallmd.core.arena import Arena
-from seallmd.core.events import Action, Answer, Finish, Note, Scored, ToDevice
+from seallmd.core.events import Action, Answer, Embedded, Finish, Note, Scored, ToDevice
 from seallmd.core.host_kv import HostSlots
-from seallmd.core.messages import Forget, RowFailed, SaveBlocks, Scores, ToWorker
+from seallmd.core.messages import Forget, SaveBlocks, StepDone, ToWorker
 from seallmd.core.request import Life, Request, SavedKv
 from seallmd.core.service import Replica, Service
 from seallmd.core.settings import NodeSettings
@@ -204,17 +204,21 @@ class NodeState:
             request.saved = None
             self.services[request.service].changed()
 
-    def tell(self, scores: tuple[Scores, ...], failed: tuple[RowFailed, ...]) -> None:
-        """Pass on log-probabilities, and end what failed in a step that went well.
+    def tell(self, done: StepDone) -> None:
+        """Pass on log-probabilities and parts of vectors, and end what failed in a step that went well.
 
         Whichever life of a request they are of: what was told is not asked for again.
         """
-        for told in scores:
-            if (request := self.requests.get(told.request)) is not None:
-                if told.position < request.prompt:
-                    request.scored = told.position + told.tokens
-                self.actions.append(Scored(request.id, told))
-        for row in failed:
+        for scores in done.scores:
+            if (request := self.requests.get(scores.request)) is not None:
+                if scores.position < request.prompt:
+                    request.told = scores.position + scores.tokens
+                self.actions.append(Scored(request.id, scores))
+        for pooled in done.pooled:
+            if (request := self.requests.get(pooled.request)) is not None:
+                request.told = pooled.position + pooled.tokens
+                self.actions.append(Embedded(request.id, pooled))
+        for row in done.failed:
             if (request := self.requests.get(row.request)) is not None:
                 error = f"the output cannot follow its grammar: {row.reason}"
                 self.finish(request, "failed", error, code="grammar_failed", status=400)

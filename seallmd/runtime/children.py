@@ -17,7 +17,8 @@ from pathlib import Path
 import msgspec
 import torch.multiprocessing as mp
 
-from seallmd.core.messages import Message, Shutdown, Unframer, WorkerSettings, frame
+from seallmd.core.framing import Unframer, frame
+from seallmd.core.messages import Message, Shutdown, WorkerSettings
 
 log = logging.getLogger(__name__)
 

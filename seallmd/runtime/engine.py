@@ -230,6 +230,8 @@ class Engine:
                 self._records[request].emitted(len(tokens), cached, self._now())
             case ev.Scored(request, scores):
                 self._streams[request].score(scores)
+            case ev.Embedded(request, pooled):
+                self._streams[request].pool(pooled)
             case ev.Finish(request):
                 self._streams.pop(request).end(action)
                 record = self._records.pop(request)

@@ -70,6 +70,9 @@ class Memory(Protocol):
     def scores(self, step: msg.Step) -> tuple[msg.Scores, ...]:
         """The log-probabilities that requests of the step want; it has run."""
 
+    def pooled(self, step: msg.Step) -> tuple[msg.Pooled, ...]:
+        """The parts of vectors that requests of the step want; it has run."""
+
 
 class Blank:
     """Holds and checks nothing. Tokens are GOES_ON until a request is as long as it is to be, then STOP.
@@ -120,6 +123,10 @@ class Blank:
         )
 
     def scores(self, step: msg.Step) -> tuple[msg.Scores, ...]:  # noqa: ARG002 - as `Memory` has it
+        """Nobody asks."""
+        return ()
+
+    def pooled(self, step: msg.Step) -> tuple[msg.Pooled, ...]:  # noqa: ARG002 - as `Memory` has it
         """Nobody asks."""
         return ()
 
@@ -331,9 +338,10 @@ class SimDevice:
             self._memory.failed(step)
             self._say(msg.StepFailed(step.step, "made to fail", self.lacks_memory))
         else:
-            tokens, scores = self._memory.run(step), self._memory.scores(step)
+            tokens = self._memory.run(step)
+            scores, pooled = self._memory.scores(step), self._memory.pooled(step)
             if group is None or group.rank == 0:
-                self._say(msg.StepDone(step.step, tokens, seconds, scores))
+                self._say(msg.StepDone(step.step, tokens, seconds, scores, (), pooled))
             else:
                 self._say(msg.StepDone(step.step, (), seconds))
         self._work()

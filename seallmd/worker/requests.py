@@ -13,6 +13,7 @@ from seallmd.core.messages import Admit, Row, Sampling
 from seallmd.worker.grammar import Matcher
 from seallmd.worker.kv import Page
 from seallmd.worker.paged import Span
+from seallmd.worker.pooling import PoolPart
 from seallmd.worker.sampler import Draw
 from seallmd.worker.scores import PromptPart
 
@@ -21,7 +22,7 @@ from seallmd.worker.scores import PromptPart
 class Request:
     """tokens: prompt and output. run: tokens whose KV is in the arena, None before the first row.
 
-    scored: as in `messages.Admit`. matcher: follows the output in its grammar, where it has one.
+    told: as in `messages.Admit`. matcher: follows the output in its grammar, where it has one.
     """
 
     id: int
@@ -29,7 +30,7 @@ class Request:
     tokens: list[int]
     prompt: int
     sampling: Sampling
-    scored: int = 1
+    told: int = 1
     matcher: Matcher | None = None
     run: int | None = None
     table: list[int] = field(default_factory=list)
@@ -39,7 +40,8 @@ class Request:
 class Packed:
     """The rows of one step, packed. last: packed index of each sampling row's last token.
 
-    rows: those that are run, the same in number as `spans`. scoring: prompt tokens that need scores.
+    rows: those that are run, the same in number as `spans`. scoring: prompt tokens that need scores. pooling:
+    tokens whose hidden states are pooled.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -50,6 +52,7 @@ class Packed:
     sampling: list[Request] = field(default_factory=list)
     last: list[int] = field(default_factory=list)
     scoring: list[PromptPart] = field(default_factory=list)
+    pooling: list[PoolPart] = field(default_factory=list)
 
     def draws(self) -> list[Draw]:
         """The sampler's view of the sampling rows."""
@@ -78,7 +81,7 @@ class Requests:
                 raise RuntimeError(f"request {admit.request} has token ids outside the vocabulary")
             self._failed.discard(admit.request)
             self._known[admit.request] = Request(
-                admit.request, service, list(admit.tokens), admit.prompt, admit.sampling, admit.scored
+                admit.request, service, list(admit.tokens), admit.prompt, admit.sampling, admit.told
             )
 
     def forget(self, requests: Iterable[int]) -> None:
@@ -152,12 +155,19 @@ class Requests:
         packed.fresh += request.table[first_fresh:]
         packed.rows.append(row)
         if request.sampling.prompt_logprobs >= 0:
-            first, behind = max(row.start + 1, request.scored), min(end + 1, request.prompt)
+            first, behind = max(row.start + 1, request.told), min(end + 1, request.prompt)
             if first < behind:
                 at = len(packed.ids) + first - 1 - row.start  # a token is predicted by the one before it
                 tokens = request.tokens[first:behind]
                 part = PromptPart(row.request, first, tokens, at, request.sampling.prompt_logprobs)
                 packed.scoring.append(part)
+        if request.sampling.pooling:
+            first = max(row.start, request.told)
+            if request.sampling.pooling == "last":
+                first = max(first, request.prompt - 1)
+            if first < end:
+                at = len(packed.ids) + first - row.start
+                packed.pooling.append(PoolPart(row.request, first, end - first, at))
         packed.spans.append(Span(len(packed.ids), row.count, end, request.table))
         packed.ids += request.tokens[row.start : end]
         packed.positions += range(row.start, end)

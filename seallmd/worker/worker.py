@@ -32,6 +32,7 @@ from seallmd.core.messages import (
     MoveBlocks,
     Ping,
     Pong,
+    Pooled,
     RestoreBlocks,
     RowFailed,
     SaveBlocks,
@@ -50,6 +51,7 @@ from seallmd.worker.layout import Layout, bind, layout_of, unbind
 from seallmd.worker.ops.model import FastModel, runs_wide, wide_skeleton
 from seallmd.worker.paged import PagedBatch
 from seallmd.worker.parallel import Seat, divide, sit
+from seallmd.worker.pooling import pool
 from seallmd.worker.process import is_out_of_memory, one_line
 from seallmd.worker.requests import Packed, Requests
 from seallmd.worker.sampler import row_argmax, sample
@@ -65,6 +67,7 @@ class _Outcome(NamedTuple):
     tokens: tuple[int, ...] = ()
     scores: tuple[Scores, ...] = ()
     failed: tuple[RowFailed, ...] = ()
+    pooled: tuple[Pooled, ...] = ()
 
 
 class _Origin(NamedTuple):
@@ -207,9 +210,8 @@ class Worker:
                 self._device.release_caches()
             self._send(StepFailed(step.step, one_line(error), memory))
         else:
-            self._send(
-                StepDone(step.step, done.tokens, time.perf_counter() - started, done.scores, done.failed)
-            )
+            seconds = time.perf_counter() - started
+            self._send(StepDone(step.step, done.tokens, seconds, done.scores, done.failed, done.pooled))
 
     def _run(self, step: Step) -> _Outcome:
         resident = self._resident.get(step.service)
@@ -253,7 +255,7 @@ class Worker:
                 kv.clear(packed.fresh)
             last = torch.tensor(packed.last, dtype=torch.long, device=device)
             input_ids = torch.tensor([packed.ids], device=device)
-            head = Head(model, input_ids) if packed.scoring else None
+            head = Head(model, input_ids) if packed.scoring or packed.pooling else None
             with nullcontext() if head is None else head.watching():
                 logits: torch.Tensor = model(
                     input_ids=input_ids,
@@ -263,10 +265,11 @@ class Worker:
                 ).logits[0]
             failed: tuple[RowFailed, ...] = ()
             scores = [] if head is None else score_prompts(head, packed.scoring)
+            pooled = () if head is None else pool(head.hidden, packed.pooling)
             if not packed.sampling:
                 if group is not None:
                     group.finish()
-                return _Outcome(scores=tuple(scores))
+                return _Outcome(scores=tuple(scores), pooled=pooled)
             if logits.shape[0] != len(packed.last):  # a family that computes all logits
                 logits = logits[last]
             if group is None or group.rank == 0:
@@ -279,7 +282,7 @@ class Worker:
             else:
                 tokens = torch.empty_like(last)
             drawn: list[int] = tokens.tolist() if group is None else group.agree(tokens)
-            return _Outcome(tuple(drawn), tuple(scores), failed)
+            return _Outcome(tuple(drawn), tuple(scores), failed, pooled)
 
     def _move(self, message: MoveBlocks) -> None:
         self._device.wait_for((message.src, message.dst))

@@ -93,6 +93,11 @@ class History:
         service = draw.choice(self.services)
         length = draw.randint(1, 40)
         prompt = tuple(range(length)) if draw.random() < 0.5 else tuple(draw.choices(range(50), k=length))
+        if draw.random() < 0.15:
+            self.count += 1
+            pooling = draw.choice(("mean", "mean", "last"))
+            self.recorder.arrive(self.count, service, prompt, 0, pooling=pooling)
+            return
         leader = 0
         tier: Tier = draw.choice(("default", "default", "priority", "flex", "batch"))
         for _ in range(draw.choice((1, 1, 1, 3))):
@@ -146,7 +151,7 @@ class History:
                 self.world.happen(ev.NodeDrainWanted(self._ticket(), on and self.random.random() < 0.3))
 
     def keep(self) -> None:
-        seconds = self.random.choice((0.0, 0.05, 1.0))
+        seconds = self.random.choice((0.0, 1e-300, 0.05, 1.0))
         self.world.happen(ev.KeepWanted(self.random.choice([*self.services, "nobody"]), seconds))
 
     def reconfigure(self) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch.multiprocessing as mp
 
 from seallmd.core import messages as msg
+from seallmd.core.framing import Unframer, frame
 from seallmd.worker import host, main
 from seallmd.worker.channel import Channel, Closed
 from seallmd.worker.resolve import fetch
@@ -30,14 +31,14 @@ class Peer:
         )
         self.process.start()
         theirs.close()
-        self._messages = self._receive(msg.Unframer(speaks))
+        self._messages = self._receive(Unframer(speaks))
 
-    def _receive(self, unframer: msg.Unframer) -> Iterator[Any]:
+    def _receive(self, unframer: Unframer) -> Iterator[Any]:
         while data := self.sock.recv(1 << 16):
             yield from unframer.feed(data)
 
     def say(self, message: msg.Message) -> None:
-        self.sock.sendall(msg.frame(message))
+        self.sock.sendall(frame(message))
 
     def hear(self) -> Any:
         """The next message that is not progress."""
@@ -108,7 +109,7 @@ def test_channel_tells_an_end_from_a_defect(data: bytes, defect: bool) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         channel = Channel(theirs, msg.ToWorker)
-        ours.sendall(msg.frame(msg.Forget((1,))) + data)
+        ours.sendall(frame(msg.Forget((1,))) + data)
         ours.shutdown(socket.SHUT_WR)
         channel._reader.join(10)
         with pytest.raises(Closed) as end:
