@@ -25,7 +25,7 @@ from seallmd.worker.process import require_memory
 
 # The least that is copied between two steps of the residents: 0.7 ms on a CPU, 0.2 ms over PCIe.
 CHUNK_BYTES = 8 << 20
-_POPULATE_BYTES = 64 << 20
+_POPULATE_BYTES = 4 << 20  # at a time: mappings cannot change meanwhile
 _MADV_POPULATE_WRITE = 23
 _CHUNKS_IN_FLIGHT = 16  # to a GPU: what stopping, and KV behind them on the stream, may have to wait for
 
