@@ -358,11 +358,13 @@ class Hello(Message, frozen=True):
 
 
 class CopyDone(Message, frozen=True):
-    """The service is resident. seconds: from the first byte copied to parameters bound."""
+    """The service is resident. seconds: from the first byte copied to parameters bound. operations: what of
+    the model fast operations replaced, and how often."""
 
     service: str
     seconds: float
     copy: int = 0
+    operations: tuple[tuple[str, int], ...] = ()
 
 
 class CopyFailed(Message, frozen=True):
