@@ -57,7 +57,8 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     memory. host_kv: host memory of each device for the KV of preempted requests; empty = 4 GiB for a GPU, a
     quarter of its arena for a CPU device. kv_layout: whether a block holds all layers of its tokens
     ("merged") or one ("split"). cache: where downloaded and converted models are kept; empty =
-    ~/.cache/seallmd.
+    ~/.cache/seallmd. image_cache: limit for host images on disk, in the cache, from which a restart on CPU
+    devices takes them; "0 B" = none.
     """
 
     kind: Literal["auto", "cuda", "cpu"] = "auto"
@@ -71,6 +72,7 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     host_kv: str = ""
     kv_layout: Literal["merged", "split"] = "merged"
     cache: str = ""
+    image_cache: str = "8 GiB"
 
 
 class JournalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -218,7 +220,7 @@ def _check(config: Config, path: Path, text: str) -> None:
             line = _line_of(text, f"`$.service[{index}].devices`", "")
             raise ConfigError(f"{path}:{line}: {wrong}")
     devices = config.devices
-    for key in ("memory", "reserve", "block", "host_memory", "host_kv"):
+    for key in ("memory", "reserve", "block", "host_memory", "host_kv", "image_cache"):
         _check_size(getattr(devices, key), f"`$.devices.{key}`", path, text)
     for key in ("limit", "flight"):
         _check_size(getattr(config.journal, key), f"`$.journal.{key}`", path, text)

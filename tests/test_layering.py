@@ -46,7 +46,7 @@ _LIGHT = frozenset({"msgspec"})
 # The longest name that fits a module is its layer. A module that no name fits is a breach: it has no place.
 LAYERS = {
     "seallmd": Layer(()),  # the package's own __init__ alone
-    "seallmd.__main__": Layer(("seallmd.runtime.daemon",)),
+    "seallmd.__main__": Layer(("seallmd.runtime.daemon", "seallmd.runtime.forkserver")),
     "seallmd.errors": Layer((), frozenset()),
     "seallmd.paths": Layer(("seallmd.errors",), frozenset()),
     "seallmd.files": Layer((), frozenset()),
@@ -56,7 +56,6 @@ LAYERS = {
     "seallmd.sim": Layer(("seallmd.sim", *_CORE)),
     "seallmd.runtime": Layer(_RUNTIME),
     "seallmd.runtime.daemon": Layer((*_RUNTIME, "seallmd", "seallmd.api")),
-    "seallmd.runtime.children": Layer((*_RUNTIME, "seallmd.worker.main", "seallmd.worker.host")),
     "seallmd.api": Layer(
         (
             *("seallmd", "seallmd.api", "seallmd.runtime.face", "seallmd.runtime.feed"),
@@ -70,6 +69,7 @@ LAYERS = {
             *("seallmd.errors", "seallmd.files"),
         )
     ),
+    "seallmd.worker.forkserver": Layer(("seallmd.worker", "seallmd.core.messages", "seallmd.core.forks")),
     "seallmd.ctl": Layer(("seallmd", "seallmd.ctl", "seallmd.paths", "seallmd.errors"), frozenset({"rich"})),
 }
 
@@ -228,7 +228,6 @@ def test_the_checker_sees_a_breach(tmp_path: Path, file: str, source: str) -> No
         ),
         ("core/placement.py", "import numpy\nfrom scipy import optimize"),
         ("runtime/daemon.py", "from seallmd import __version__\nfrom seallmd.api import server"),
-        ("runtime/children.py", "def run():\n    from seallmd.worker.main import run"),
         ("api/server.py", "from seallmd.runtime import face\nfrom seallmd.core.events import Finish"),
         ("worker/main.py", "import torch\nfrom seallmd.core import messages"),
         ("ctl/main.py", "import os\nimport rich.table\nfrom seallmd import __version__"),

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import aiohttp
+import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -135,6 +136,11 @@ class Bench:
         pid = self._daemon.pid
         fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICK
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the daemon and all its processes since the command."""
+        daemon = psutil.Process(self._daemon.pid)
+        return sum(sum(process.cpu_times()[:4]) for process in (daemon, *daemon.children(recursive=True)))
 
     def device(self) -> str:
         """What the daemon's first device says of itself: whether its operations are compiled, too."""
@@ -300,19 +306,23 @@ class Run:
         )
 
     def start(self) -> None:
-        """A start with nothing in the cache, and the next one."""
+        """A start with nothing in the cache, and the next ones. CPU time tells what others of the machine do
+        not change."""
         cache = self._folder / "cold"
         cache.mkdir()
-        for name in ("empty cache", "again"):
+        for name in ("empty cache", *("again" for _ in range(self._options.repeats))):
             bench = self._serving(cache=cache)
             try:
+                used = [bench.cpu_seconds()]
                 first = bench.ask(self._prompts(1, 8), 1).answers[0].first
+                used.append(bench.cpu_seconds())
             finally:
                 bench.end()
             image, copy = bench.bringing_in()
             ready = bench.ready - bench.started
-            print(f"start, {name}: ready {ready:.2f} s after the command, first token {first:.2f} s later")
-            print(f"  of that the host image {image:.2f} s, its copy and binding {copy:.2f} s", flush=True)
+            print(f"start, {name}: ready {ready:.2f} s after the command ({used[0]:.2f} s of CPU time),")
+            print(f"  first token {first:.2f} s later ({used[1] - used[0]:.2f} s), ", end="")
+            print(f"host image {image:.2f} s, its copy and binding {copy:.2f} s", flush=True)
 
 
 def _save_tiny(directory: Path, like: Path) -> None:

@@ -362,11 +362,13 @@ class Hello(Message, frozen=True):
 
 
 class CopyDone(Message, frozen=True):
-    """The service is resident. seconds: from the first byte copied to parameters bound."""
+    """The service is resident. seconds: from the first byte copied to parameters bound. operations: what of
+    the model fast operations replaced, and how often."""
 
     service: str
     seconds: float
     copy: int = 0
+    operations: tuple[tuple[str, int], ...] = ()
 
 
 class CopyFailed(Message, frozen=True):
@@ -467,7 +469,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, gc=False):
     (activations, workspaces, CUDA context). block_bytes: the arena's unit. threads: CPU threads for math.
     cache: directory for downloaded and converted models and for compiled operations. host_kv_bytes: host
     memory for preempted KV, in slots of one block. kv_layout: "merged" (a block holds all layers of its
-    tokens) or "split" (one layer).
+    tokens) or "split" (one layer). image_cache_bytes: of host images on disk, 0 = none.
     rendezvous: a private directory in which the members of tensor-parallel groups find each other.
     """
 
@@ -481,3 +483,4 @@ class WorkerSettings(msgspec.Struct, frozen=True, gc=False):
     host_kv_bytes: int = 0
     kv_layout: Literal["merged", "split"] = "merged"
     rendezvous: str = ""
+    image_cache_bytes: int = 0

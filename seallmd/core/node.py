@@ -323,8 +323,9 @@ class Node:
                     self._on_step_done(sent, message.tokens, message.seconds)
             case msg.StepFailed(step, reason, memory):
                 self._recovery.step_failed(device, device.inflight.pop(step), reason, memory=memory)
-            case msg.CopyDone(name, seconds, copy):
+            case msg.CopyDone(name, seconds, copy, operations):
                 if replica := self._awaited(device, name, copy):
+                    replica.operations = operations
                     self._loads.copied(replica, device, seconds)
             case msg.CopyFailed(name, reason, copy):
                 if replica := self._awaited(device, name, copy):

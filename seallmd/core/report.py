@@ -129,6 +129,7 @@ def service_detail(state: NodeState, status: ServiceStatus, now: float) -> Servi
                 weights_bytes=state.weights_blocks(service) * state.settings.block_bytes,
                 running=len(replica.running),
                 idle_seconds=max(0.0, now - max(replica.used, replica.began)),
+                operations=replica.operations,
             )
             for replica in service.replicas
         ),

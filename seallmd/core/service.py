@@ -45,7 +45,7 @@ class Replica:
     id. since: when it became resident. used: when a step of it was last sent; served: whether one was.
     drain_until: when running requests are preempted to let it go (None: never, they are finished).
     admit_below: while draining, requests of a lower order are still admitted. leaving: a plan wants it gone,
-    or a request has outgrown it.
+    or a request has outgrown it. operations: what of the model fast operations replaced, and how often.
     """
 
     service: str
@@ -63,6 +63,7 @@ class Replica:
     admit_below: int = 0
     drain_until: float | None = None
     leaving: bool = False
+    operations: tuple[tuple[str, int], ...] = ()
 
     @property
     def leader(self) -> int:

@@ -20,17 +20,17 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """One `[[service]]` table: a model and how it is to be served.
 
     name: what clients call it. model: a directory, a GGUF file, or a Hugging Face id. dtype: of weights and
-    KV; "auto" is the checkpoint's own on a GPU and float32 on a CPU. context: limit of prompt plus output in
-    tokens; 0 is the model's own limit, lowered to what the largest device can hold. pinned: never evicted to
-    make room. preload: brought in at start. max_waiting: requests that may wait before new ones are refused.
-    max_wait_seconds: one that would wait longer than this before it is begun, as far as can be told, is
-    refused at once, so that targets of latency hold for those that are not; 0 = however long it takes.
-    tensor_parallel: devices that each replica is split over; 0 = one, or as few as it takes. devices: the
-    groups of devices that it may come in on, each as long as tensor_parallel, in rank order; empty = any.
-    tool_parser: how the model writes tool calls; auto goes by its chat template. pooling: what /v1/embeddings
-    makes of a text's last hidden states, their mean or the last one; none = the service gives no embeddings.
-    idle_seconds: it leaves its
-    device when nobody has asked it for anything for so long; 0 = never, and a pinned one never does.
+    KV; "auto" is the checkpoint's own (bfloat16 where it is none of these). context: limit of prompt plus
+    output in tokens; 0 is the model's own limit, lowered to what the largest device can hold. pinned: never
+    evicted to make room. preload: brought in at start. max_waiting: requests that may wait before new ones
+    are refused. max_wait_seconds: one that would wait longer than this before it is begun, as far as can be
+    told, is refused at once, so that targets of latency hold for those that are not; 0 = however long it
+    takes. tensor_parallel: devices that each replica is split over; 0 = one, or as few as it takes. devices:
+    the groups of devices that it may come in on, each as long as tensor_parallel, in rank order; empty =
+    any. tool_parser: how the model writes tool calls; auto goes by its chat template. pooling: what
+    /v1/embeddings makes of a text's last hidden states, their mean or the last one; none = the service gives
+    no embeddings. idle_seconds: it leaves its device when nobody has asked it for anything for so long; 0 =
+    never, and a pinned one never does.
     """
 
     name: Name

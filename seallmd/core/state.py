@@ -7,7 +7,6 @@ Owns these structs; `service` and `request` have theirs. Must not decide anythin
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from seallmd.core.arena import Arena
 from seallmd.core.events import Action, Answer, Embedded, Finish, Note, Scored, ToDevice
@@ -18,9 +17,6 @@ from seallmd.core.service import Replica, Service
 from seallmd.core.settings import NodeSettings
 from seallmd.core.sharing import Sharing
 from seallmd.core.tiers import FIRST_ORDER
-
-if TYPE_CHECKING:
-    pass
 
 # -------------------------------------------------------------------------------------------- devices
 

@@ -155,6 +155,7 @@ def _place(place: Record) -> list[tuple[str, str]]:
         ("state", place["state"]),
         ("weights", human_bytes(place["weights_bytes"])),
         ("running", str(place["running"])),
+        ("fast operations", ", ".join(f"{n} {kind}" for kind, n in place["operations"]) or "none"),
         ("last step", f"{human_seconds(place['idle_seconds'])} ago"),
     ]
 

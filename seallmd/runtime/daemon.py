@@ -33,8 +33,8 @@ from seallmd.core.status import NodeStatus
 from seallmd.errors import ConfigError, SeallmdError
 from seallmd.paths import default_control_socket, default_state_directory
 from seallmd.runtime import devices, profiles
-from seallmd.runtime.children import run_host, run_worker
 from seallmd.runtime.engine import PROFILES, Engine
+from seallmd.runtime.forkserver import ForkServer
 from seallmd.runtime.journal import Journal
 from seallmd.runtime.log import fields, set_up
 from seallmd.runtime.notify import Notifier, take_listeners, take_notifier
@@ -47,8 +47,11 @@ EXTENSION_SECONDS = 30.0  # while requests end, from each telling: enough to end
 LISTENERS = ("http", "control")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The `seallmd` command. Exit codes: 0 stopped as told, 2 configuration or socket cannot be used."""
+def main(forkserver: ForkServer, arguments: list[str] | None = None) -> int:
+    """The `seallmd` command. Exit codes: 0 stopped as told, 2 configuration or socket cannot be used.
+
+    forkserver: may have been started already, so that it imports while we do.
+    """
     options = _parse(arguments)
     faulthandler.enable()  # systemd's watchdog ends us with SIGABRT: then the log has every thread's stack
     try:
@@ -61,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         set_up(config.log, os.environ)
         notifier = take_notifier(os.environ)
         listeners = take_listeners(os.environ, LISTENERS)
-        uvloop.run(Daemon(config, options, notifier, listeners).run())
+        uvloop.run(Daemon(config, options, notifier, listeners, forkserver).run())
     except SeallmdError as error:
         print(f"seallmd: {error}", file=sys.stderr)
         return 2
@@ -102,7 +105,7 @@ def _with_options(config: Config, options: argparse.Namespace) -> Config:
     return replace(config, http=http, control=control, journal=journal)
 
 
-def _build_engine(config: Config) -> Engine:
+def _build_engine(config: Config, forkserver: ForkServer) -> Engine:
     plan = devices.plan(config.devices)
     settings = NodeSettings(
         services=config.service,
@@ -129,8 +132,7 @@ def _build_engine(config: Config) -> Engine:
     return Engine(
         settings,
         plan,
-        run_worker,
-        run_host,
+        forkserver,
         journal,
         config.hung_seconds,
         config.restart_seconds,
@@ -156,6 +158,7 @@ class Daemon:
         options: argparse.Namespace,
         notifier: Notifier,
         listeners: dict[str, list[socket.socket]],
+        forkserver: ForkServer,
     ) -> None:
         if len(listeners["control"]) > 1:
             raise ConfigError("more than one control socket was handed over")
@@ -164,7 +167,7 @@ class Daemon:
         self._notifier = notifier
         self._listeners = listeners
         self._keyring = Keyring(_read_keys(config))
-        self._engine = _build_engine(config)
+        self._engine = _build_engine(config, forkserver)
         self._watch = LoopWatch(config.log.stall_seconds)
         self._stop = asyncio.Event()
         self._telling: asyncio.TimerHandle | None = None

@@ -64,7 +64,14 @@ def plan(settings: DeviceSettings) -> DevicePlan:
     workers = tuple(msgspec.structs.replace(worker, **common) for worker in workers)
     return DevicePlan(
         workers=workers,
-        host=WorkerSettings("host", "cuda" if gpus else "cpu", block_bytes=block, threads=1, cache=cache),
+        host=WorkerSettings(
+            "host",
+            "cuda" if gpus else "cpu",
+            block_bytes=block,
+            threads=1,
+            cache=cache,
+            image_cache_bytes=Size(settings.image_cache).bytes_,
+        ),
         block_bytes=block,
         host_bytes=Size(settings.host_memory).bytes_ or memory // 2,
         host_kv_bytes=host_kv,

@@ -45,6 +45,11 @@ class Checkpoint:
         """Names of all tensors."""
         return set(self._file_of)
 
+    @property
+    def files(self) -> list[Path]:
+        """What the weights depend on: the files that hold them, and the configuration."""
+        return [self.directory / "config.json", *sorted(set(self._file_of.values()))]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from its file's header."""
         with safe_open(self._file_of[name], framework="pt") as tensors:

@@ -349,7 +349,9 @@ class Worker:
             self._send(CopyFailed(service, one_line(error), arrival.wanted.copy))
         else:
             seconds = time.perf_counter() - arrival.started
-            self._send(CopyDone(service, seconds, arrival.wanted.copy))
+            fast = self._resident[service].fast
+            operations = fast.replaced() if fast is not None else ()
+            self._send(CopyDone(service, seconds, arrival.wanted.copy, operations))
         return True
 
     def _bound(self, arrival: _Arrival) -> _Model:

@@ -283,7 +283,8 @@ def test_kill_9_of_the_daemon_leaves_nothing_behind(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, IDLE)
     try:
         daemon.wait_healthy()
-        daemon.until(lambda: set(_named(daemon)) == {"seallmd-cpu0", "seallmd-host"}, "both children's start")
+        names = {"seallmd-cpu0", "seallmd-host", "seallmd-forks"}
+        daemon.until(lambda: set(_named(daemon)) == names, "the start of all children")
         family = daemon.children()
         scores = {name: _oom_score(child.pid) for name, child in _named(daemon).items()}
         assert set(scores.values()) == {500}, f"out of memory, the daemon would go first: {scores}"
