@@ -39,7 +39,7 @@ class DevicePlan:
     cache: Path
     rendezvous: Path
     roofline: Roofline
-    threads: int
+    threads: int = 0
 
 
 def plan(settings: DeviceSettings) -> DevicePlan:

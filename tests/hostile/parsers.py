@@ -26,6 +26,7 @@ from seallmd.api.responses_schema import read_responses
 from seallmd.api.schema import read_chat, read_completion, split_prompts
 from seallmd.api.tool_formats import FORMATS
 from seallmd.api.tool_reader import Argued, Called, Said, ToolReader
+from seallmd.core import framing
 from seallmd.core import messages as msg
 from seallmd.core.events import HostUp
 from seallmd.core.node import Node
@@ -176,7 +177,7 @@ def _service_manager(data: bytes) -> None:
 
 def _frames(data: bytes) -> None:
     """What a child process might say."""
-    for _ in msg.Unframer(msg.FromWorker | msg.FromHost).feed(data):
+    for _ in framing.Unframer(msg.FromWorker | msg.FromHost).feed(data):
         pass
 
 
@@ -277,7 +278,7 @@ PARSERS = {
     "frames": Parser(
         _frames,
         (ValueError, msgspec.DecodeError),
-        (msg.frame(msg.Hello(1, "cpu", 0)) + msg.frame(msg.StepDone(1, (2, 3), 0.1)),),
+        (framing.frame(msg.Hello(1, "cpu", 0)) + framing.frame(msg.StepDone(1, (2, 3), 0.1)),),
     ),
     "journal": Parser(_journal, (ValueError,), (_journal_example(),)),
     "answers": Parser(

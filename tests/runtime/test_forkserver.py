@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from seallmd.core import messages as msg
+from seallmd.core.framing import Unframer
 from seallmd.runtime.forkserver import ForkServer
 
 SECONDS = 120  # for an import on a busy machine
@@ -33,12 +35,16 @@ class Born:
 
     async def pid(self) -> int:
         """What it says when it is ready."""
-        loop, unframer = asyncio.get_running_loop(), msg.Unframer(msg.FromHost)
+        loop, unframer = asyncio.get_running_loop(), Unframer(msg.FromHost)
         while data := await asyncio.wait_for(loop.sock_recv(self._sock, 4096), SECONDS):
             for hello in unframer.feed(data):
                 assert isinstance(hello, msg.Hello)
                 return hello.pid
         raise AssertionError("it ended without a word")
+
+    def close(self) -> None:
+        """Hang up."""
+        self._sock.close()
 
 
 @pytest.fixture
@@ -48,9 +54,16 @@ async def forkserver() -> AsyncIterator[ForkServer]:
     server.close()
 
 
-async def test_children_are_born_and_missed(forkserver: ForkServer, tmp_path: Path) -> None:
+@pytest.fixture
+def bear(forkserver: ForkServer, tmp_path: Path) -> Iterator[Callable[[], Born]]:
+    """Forks a child."""
+    with contextlib.ExitStack() as born:
+        yield lambda: born.enter_context(contextlib.closing(Born(forkserver, tmp_path)))
+
+
+async def test_children_are_born_and_missed(forkserver: ForkServer, bear: Callable[[], Born]) -> None:
     """One that is killed is missed alone; with the fork server all are, none stays, and more can be born."""
-    one, other = Born(forkserver, tmp_path), Born(forkserver, tmp_path)
+    one, other = bear(), bear()
     pids = [await one.pid(), await other.pid()]
     forkserver.kill(one.number)
     assert await asyncio.wait_for(one.end, SECONDS) == "killed by SIGKILL"
@@ -64,7 +77,7 @@ async def test_children_are_born_and_missed(forkserver: ForkServer, tmp_path: Pa
     assert await asyncio.wait_for(other.end, SECONDS) == "its fork server is gone (killed by SIGKILL)"
     assert psutil.wait_procs([forgotten], timeout=10)[1] == []
 
-    again = Born(forkserver, tmp_path)
+    again = bear()
     assert await again.pid() not in pids
 
 
