@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated
 
 import msgspec
-from aiohttp import BodyPartReader, hdrs, web
+from aiohttp import BadContentDispositionHeader, BadContentDispositionParam, BodyPartReader, hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 from msgspec import Meta
 
 from seallmd.api.batch.batches import Batches
@@ -36,6 +37,11 @@ from seallmd.errors import RequestError
 PURPOSE = "batch"
 _CHUNK_BYTES = 1 << 20
 _FIELD_BYTES = 1024
+# What aiohttp says of bodies that are no form; the warnings are errors where somebody made them so.
+_NO_FORM = (
+    *(ValueError, AssertionError, LookupError, HttpProcessingError),
+    *(BadContentDispositionHeader, BadContentDispositionParam),
+)
 _UPLOADS = 8  # at the same time
 _STALL_SECONDS = 60.0
 _WINDOW = re.compile(r"^([1-9][0-9]{0,5})([smhd])$")
@@ -207,7 +213,7 @@ class _Upload:
                     self._fields[part.name or ""] = await _text(part)
                 if len(self._fields) > 16:
                     raise RequestError("the form has too many fields")
-        except (ValueError, AssertionError, LookupError) as error:  # aiohttp's, for what is no form
+        except _NO_FORM as error:
             raise RequestError("the body is not a well-formed form") from error
         if self._fields.get("purpose") != PURPOSE:
             raise RequestError(f"`purpose` must be {PURPOSE!r}", param="purpose")
@@ -221,7 +227,8 @@ class _Upload:
             hdrs.CONTENT_TRANSFER_ENCODING, "binary"
         ) not in (*("binary", "8bit", "7bit"),):
             raise RequestError("the file must be sent as it is", status=415, param="file")
-        self._filename = (part.filename or "upload.jsonl")[:255]
+        name = (part.filename or "upload.jsonl")[:255]
+        self._filename = name.encode(errors="replace").decode()  # bytes that are no UTF-8
         partial = self._partial = await self._store(lambda files, _: files.partial())
         most, waiting = self._store.settings.max_file_bytes, bytearray()
         while chunk := await _chunk(part, _CHUNK_BYTES // 16):
