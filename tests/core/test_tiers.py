@@ -168,3 +168,46 @@ def test_two_batches_share_a_device_by_rare_swaps() -> None:
     swaps = sum(service.swaps_in for service in recorder.world.node.state.services.values())
     assert min(done.values()) > 0.2 * sum(done.values())
     assert swaps < 0.1 * sum(done.values()), "they take turns at every request"
+
+
+def mean_seconds(lines: int, **limits: object) -> tuple[float, float, int]:
+    """Of sixty interactive requests, with so many lines of two batches always there: until the first token,
+    and until the end; and how many lines were answered meanwhile."""
+    recorder = world(
+        {"a": shape(), "b": shape()}, (40,), preload=("a", "b"), check_every_event=False, **limits
+    )
+    began, first, last = dict[int, float](), dict[int, float](), dict[int, float]()
+
+    def watch(_: ev.Event, actions: list[ev.Action]) -> None:
+        for action in actions:
+            if isinstance(action, ev.Emit):
+                first.setdefault(action.request, recorder.world.now)
+            elif isinstance(action, ev.Finish):
+                last[action.request] = recorder.world.now
+
+    recorder.world._observe = watch
+    number = 1000
+    for request in range(1, 61):
+        began[request] = recorder.world.now
+        recorder.arrive(request, "ab"[request % 2], (request % 50, *PROMPT), 12)
+        until = began[request] + 0.25
+        while recorder.world.now < until:
+            while sum(r > 1000 for r in recorder.world.node.state.requests) < lines:
+                number += 1
+                prompt = tuple((number * k) % 50 for k in range(1, 25))
+                recorder.arrive(number, "ab"[number % 2], prompt, 20, tier="batch")
+            recorder.world.run(until=min(until, recorder.world.now + 0.01))
+    recorder.world.run(until=recorder.world.now + 5)
+    to_first = [first[request] - began[request] for request in began]
+    to_end = [last[request] - began[request] for request in began]
+    return sum(to_first) / 60, sum(to_end) / 60, sum(r > 1000 for r in last)
+
+
+def test_a_flood_of_batch_work_costs_interactive_requests_little() -> None:
+    """Protects the promise as a whole, in virtual time: lines get done in the gaps, and who waits in person
+    hardly sees it."""
+    quiet_first, quiet_end, _ = mean_seconds(0)
+    first, end, answered = mean_seconds(16)
+    assert answered > 60
+    assert end < 1.4 * quiet_end
+    assert first < quiet_first + 0.06  # two steps that were on their way

@@ -16,14 +16,13 @@ from contextlib import closing
 
 import msgspec
 
-from seallmd.api.batch.database import Database
+from seallmd.api.batch.database import OVER_WORDS, Database
 from seallmd.api.batch.files import Files, no_room
-from seallmd.api.batch.life import OVER, Status, after
+from seallmd.api.batch.life import Status, after
 from seallmd.api.batch.records import BatchRecord, FileRecord, LineError
 from seallmd.api.settings import BatchSettings
 from seallmd.errors import RequestError
 
-_OVER = ", ".join(f"'{status.value}'" for status in OVER)
 # What is told of lines that were never run, by how the batch ended.
 _UNRUN = {
     Status.EXPIRED: (
@@ -78,12 +77,12 @@ class Batches:
 
     def everybodys(self, limit: int) -> list[BatchRecord]:
         """The newest batches, those first that are not over."""
-        query = f"SELECT * FROM batches ORDER BY status IN ({_OVER}), rowid DESC LIMIT ?"
+        query = f"SELECT * FROM batches ORDER BY status IN ({OVER_WORDS}), rowid DESC LIMIT ?"
         return [_record(row) for row in self._database.read(query, limit)]
 
     def unfinished(self) -> list[BatchRecord]:
         """Those that are not over, the most urgent first."""
-        query = f"SELECT * FROM batches WHERE status NOT IN ({_OVER}) ORDER BY deadline"
+        query = f"SELECT * FROM batches WHERE status NOT IN ({OVER_WORDS}) ORDER BY deadline"
         return [_record(row) for row in self._database.read(query)]
 
     def pending(self, batch: str, after_: int, limit: int) -> list[Line]:
@@ -115,7 +114,7 @@ class Batches:
         file = self._files.find(owner, input_file)
         if file.purpose != "batch":
             raise RequestError(f"{file.id} was not uploaded for a batch", param="input_file_id")
-        query = f"SELECT count(*) FROM batches WHERE owner = ? AND status NOT IN ({_OVER})"
+        query = f"SELECT count(*) FROM batches WHERE owner = ? AND status NOT IN ({OVER_WORDS})"
         if self._database.read(query, owner)[0][0] >= self._settings.max_batches:
             message = f"this key has {self._settings.max_batches} batches that are not over"
             raise RequestError(message, status=429, code="too_many_batches", retry_after=60.0)
@@ -210,7 +209,7 @@ class Batches:
         """Remove the records of batches that were over long ago."""
         with self._database.transaction() as connection:
             connection.execute(
-                f"DELETE FROM batches WHERE status IN ({_OVER}) AND deadline < ? AND created_at < ?",
+                f"DELETE FROM batches WHERE status IN ({OVER_WORDS}) AND deadline < ? AND created_at < ?",
                 (time.time(), time.time() - self._settings.keep_seconds),
             )
 

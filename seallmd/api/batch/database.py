@@ -14,6 +14,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
+from seallmd.api.batch.life import OVER
 from seallmd.errors import RequestError
 
 _SCHEMA = """
@@ -39,6 +40,8 @@ CREATE INDEX IF NOT EXISTS files_by_owner ON files (owner);
 CREATE INDEX IF NOT EXISTS batches_by_owner ON batches (owner);
 """
 _VERSION = 1
+# The states of batches that are over, for queries.
+OVER_WORDS = ", ".join(f"'{status.value}'" for status in sorted(OVER))
 
 
 class StateUnusable(Exception):

@@ -17,15 +17,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from seallmd.api.batch.database import Database, disk_errors, disk_full
-from seallmd.api.batch.life import OVER
+from seallmd.api.batch.database import OVER_WORDS, Database, disk_errors, disk_full
 from seallmd.api.batch.records import FileRecord
 from seallmd.api.settings import BatchSettings
 from seallmd.errors import RequestError
 
 _PARTIAL = "partial-"
 _FIELDS = "id, owner, bytes, created_at, filename, purpose, expires_at"
-_OVER = ", ".join(f"'{status.value}'" for status in OVER)
 
 
 class Partial:
@@ -156,7 +154,7 @@ class Files:
     def delete(self, owner: str, file: str) -> None:
         """Remove a file. Raises RequestError: 404, or 409 while a batch needs it."""
         self.find(owner, file)
-        query = f"SELECT id FROM batches WHERE input_file_id = ? AND status NOT IN ({_OVER})"
+        query = f"SELECT id FROM batches WHERE input_file_id = ? AND status NOT IN ({OVER_WORDS})"
         if users := self._database.read(query, file):
             raise RequestError(
                 f"{users[0]['id']} is not over and needs this file", status=409, code="file_in_use"
@@ -166,7 +164,7 @@ class Files:
     def remove_expired(self) -> None:
         """Remove what has been kept for long enough and no batch needs."""
         query = f"""SELECT id FROM files WHERE expires_at <= ? AND id NOT IN
-            (SELECT input_file_id FROM batches WHERE status NOT IN ({_OVER}))"""
+            (SELECT input_file_id FROM batches WHERE status NOT IN ({OVER_WORDS}))"""
         self._remove([row["id"] for row in self._database.read(query, time.time())])
 
     def _remove(self, files: Iterable[str]) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated
 
 import msgspec
-from aiohttp import BodyPartReader, hdrs, web
+from aiohttp import BadContentDispositionHeader, BadContentDispositionParam, BodyPartReader, hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 from msgspec import Meta
 
 from seallmd.api.batch.batches import Batches
@@ -36,7 +37,13 @@ from seallmd.errors import RequestError
 PURPOSE = "batch"
 _CHUNK_BYTES = 1 << 20
 _FIELD_BYTES = 1024
+# What aiohttp says of bodies that are no form; the warnings are errors where somebody made them so.
+_NO_FORM = (
+    *(ValueError, AssertionError, LookupError, HttpProcessingError),
+    *(BadContentDispositionHeader, BadContentDispositionParam),
+)
 _UPLOADS = 8  # at the same time
+_STALL_SECONDS = 60.0
 _WINDOW = re.compile(r"^([1-9][0-9]{0,5})([smhd])$")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _MOST_WINDOW_SECONDS = 30 * 86400
@@ -119,10 +126,8 @@ class BatchRoutes:
 
         found = await self._store(look)
         shown = [file_object(record) for record in found[:limit]]
-        ids: list[str | None] = [each.id for each in shown] or [None]
-        return json_response(
-            FileList(data=shown, first_id=ids[0], last_id=ids[-1], has_more=len(found) > limit)
-        )
+        first, last = _ends(found[:limit])
+        return json_response(FileList(data=shown, first_id=first, last_id=last, has_more=len(found) > limit))
 
     async def file(self, request: web.Request) -> web.Response:
         """GET /v1/files/{file_id}."""
@@ -169,10 +174,8 @@ class BatchRoutes:
         (after, limit), owner = _page(request, 100, 20), _owner()
         found = await self._store(lambda _, batches: batches.some(owner, after, limit + 1))
         shown = [batch_object(record) for record in found[:limit]]
-        ids: list[str | None] = [each.id for each in shown] or [None]
-        return json_response(
-            BatchList(data=shown, first_id=ids[0], last_id=ids[-1], has_more=len(found) > limit)
-        )
+        first, last = _ends(found[:limit])
+        return json_response(BatchList(data=shown, first_id=first, last_id=last, has_more=len(found) > limit))
 
     async def batch(self, request: web.Request) -> web.Response:
         """GET /v1/batches/{batch_id}."""
@@ -210,7 +213,7 @@ class _Upload:
                     self._fields[part.name or ""] = await _text(part)
                 if len(self._fields) > 16:
                     raise RequestError("the form has too many fields")
-        except (ValueError, AssertionError, LookupError) as error:  # aiohttp's, for what is no form
+        except _NO_FORM as error:
             raise RequestError("the body is not a well-formed form") from error
         if self._fields.get("purpose") != PURPOSE:
             raise RequestError(f"`purpose` must be {PURPOSE!r}", param="purpose")
@@ -224,10 +227,11 @@ class _Upload:
             hdrs.CONTENT_TRANSFER_ENCODING, "binary"
         ) not in (*("binary", "8bit", "7bit"),):
             raise RequestError("the file must be sent as it is", status=415, param="file")
-        self._filename = (part.filename or "upload.jsonl")[:255]
+        name = (part.filename or "upload.jsonl")[:255]
+        self._filename = name.encode(errors="replace").decode()  # bytes that are no UTF-8
         partial = self._partial = await self._store(lambda files, _: files.partial())
         most, waiting = self._store.settings.max_file_bytes, bytearray()
-        while chunk := await part.read_chunk(_CHUNK_BYTES // 16):
+        while chunk := await _chunk(part, _CHUNK_BYTES // 16):
             waiting += chunk
             if self.reserved + len(waiting) > most:
                 raise RequestError(f"a file may have {most} bytes", status=413, code="file_too_large")
@@ -269,10 +273,19 @@ class _Upload:
             await asyncio.to_thread(self._partial.drop)
 
 
+async def _chunk(part: BodyPartReader, most: int) -> bytes:
+    """More of a part; a client that sends nothing for long makes room for others."""
+    try:
+        async with asyncio.timeout(_STALL_SECONDS):
+            return await part.read_chunk(most)
+    except TimeoutError:
+        raise RequestError("the upload has stalled", status=408) from None
+
+
 async def _text(part: BodyPartReader) -> str:
     """A field that is no file."""
     text = bytearray()
-    while chunk := await part.read_chunk(_FIELD_BYTES):
+    while chunk := await _chunk(part, _FIELD_BYTES):
         text += chunk
         if len(text) > _FIELD_BYTES:
             raise RequestError(f"a field of the form is longer than {_FIELD_BYTES} bytes", param=part.name)
@@ -291,6 +304,11 @@ def _page(request: web.Request, most: int, default: int | None = None) -> tuple[
     if not (limit.isascii() and limit.isdecimal() and len(limit) < 8 and 1 <= int(limit) <= most):
         raise RequestError(f"`limit` is a number from 1 to {most}", param="limit")
     return request.query.get("after", "")[:64], int(limit)
+
+
+def _ends(page: Sequence[FileRecord | BatchRecord]) -> tuple[str | None, str | None]:
+    """The ids of the first and the last of a page."""
+    return (page[0].id, page[-1].id) if page else (None, None)
 
 
 def _window_seconds(window: str) -> float:

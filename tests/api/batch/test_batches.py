@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from openai import APIStatusError
 
 from seallmd.core.events import Finish
 from tests.api.batch.conftest import Serve, jsonl, line
-from tests.api.engine_double import FakeEngine
+from tests.api.engine_double import FakeEngine, view
 
 
 async def test_every_line_is_answered_as_over_http(serve: Serve, engine: FakeEngine) -> None:
@@ -53,6 +55,26 @@ async def test_other_endpoints(serve: Serve, endpoint: str, body: dict[str, obje
         batch = await served.ended(await served.begin(*lines, endpoint=endpoint))
         assert [each["custom_id"] for each in await served.lines(batch.output_file_id)] == ["x", "y"]
         assert batch.error_file_id is None
+
+
+async def test_embeddings(serve: Serve, engine: FakeEngine, model: Path) -> None:
+    """Protects the vectors' way through a batch: the same numbers as over HTTP, and at the batch tier."""
+    engine.views["e"] = view("e", model, pooling="mean")
+    url = "/v1/embeddings"
+    inputs = {
+        name: {"custom_id": name, "method": "POST", "url": url, "body": {"model": "e", "input": name}}
+        for name in "xy"
+    }
+    async with serve() as served:
+        batch = await served.ended(await served.begin(*inputs.values(), endpoint=url))
+        assert {g.tier for g in engine.submitted} == {"batch"}
+        for each in await served.lines(batch.output_file_id):
+            direct = await served.client.embeddings.create(
+                model="e", input=each["custom_id"], encoding_format="float"
+            )
+            assert each["response"]["body"]["data"][0]["embedding"] == direct.data[0].embedding
+        assert batch.request_counts is not None
+        assert batch.request_counts.completed == 2
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 from pathlib import Path
 
 import aiohttp
@@ -148,3 +149,36 @@ async def test_what_was_half_written_is_removed_at_the_start(serve: Serve) -> No
         (served.directory / "files" / "partial-0123").write_bytes(b"half")
     async with serve() as served:
         assert [path.name for path in (served.directory / "files").iterdir()] == [kept]
+
+
+FORM = (
+    b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n{"a": 1}\n\r\n--b--\r\n'
+)
+PARTS = (
+    *(b"\r\n", b"--b", b"--b--", b"A" * 9000, b"Content-Length: 5\r\n", b"Content-Encoding: gzip\r\n"),
+    *(b"Content-Type: multipart/mixed; boundary=c\r\n", b"Content-Transfer-Encoding: base64\r\n", b"\xeb"),
+)
+
+
+def spoilt(form: bytes, draw: random.Random) -> bytes:
+    """A form with bytes changed, left out and put in."""
+    data = bytearray(form)
+    for _ in range(draw.randint(1, 6)):
+        at, length = draw.randrange(len(data)), draw.randint(1, 20)
+        change = draw.choice((draw.randbytes(length), draw.choice(PARTS), b""))
+        data[at : at + draw.choice((0, length))] = change
+    return bytes(data)
+
+
+async def test_spoilt_forms(serve: Serve) -> None:
+    """Protects: whatever a body is, it is taken or refused, and what was refused leaves nothing behind."""
+    draw, kept = random.Random(7), 0
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    async with serve() as served, aiohttp.ClientSession(headers=headers) as session:
+        for data in [spoilt(FORM, draw) for _ in range(400)]:
+            async with session.post(f"{served.url}/v1/files", data=data) as response:
+                assert response.status in (200, 400, 415), (data, await response.text())
+                kept += response.status == 200
+        assert 0 < kept < 400
+        assert len(list((served.directory / "files").iterdir())) == kept
