@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.lending import speedup
+from seallmd.sim.contention import Contention
 from seallmd.sim.group import Meetings
 from seallmd.sim.timing import Timing
 
@@ -158,6 +159,7 @@ class SimDevice:
         timing: Timing,
         memory: Memory,
         meetings: Meetings,
+        contention: Contention,
         on_span: Callable[[Span], None] | None = None,
         block_bytes: int = 0,
         threads: int = 0,
@@ -168,6 +170,7 @@ class SimDevice:
         self._timing = timing
         self._memory = memory
         self._meetings = meetings
+        self._contention = contention
         self._on_span = on_span
         self.index = index
         self.arena_bytes = arena_bytes
@@ -202,6 +205,7 @@ class SimDevice:
             return
         self.alive = False
         self.generation += 1
+        self._contention.stop(self.index)
         for group in self._groups.values():
             self._meetings.break_up(group)
         self._clock.happen(ev.WorkerLost(self.index, "killed"))
@@ -319,7 +323,11 @@ class SimDevice:
             self._meetings.join(group, step.step, seconds, start)
 
     def _run_step(self, step: msg.Step, group: msg.Group | None, waits: float, seconds: float) -> None:
-        self._later(waits + seconds, partial(self._end_step, step, group, seconds))
+        if self._contention.contends(self.index):
+            ended = partial(self._end_step, step, group)
+            self._later(waits, partial(self._contention.run, self.index, seconds, ended))
+        else:
+            self._later(waits + seconds, partial(self._end_step, step, group, seconds))
 
     def _copies_left(self, step: msg.Step) -> float:
         """Seconds until the blocks that a step is given have been saved or restored."""

@@ -19,6 +19,7 @@ from seallmd.core import messages as msg
 from seallmd.core.node import Node
 from seallmd.core.placement import place
 from seallmd.core.settings import NodeSettings
+from seallmd.sim.contention import Contention
 from seallmd.sim.contents import Contents, Corruption, expected_output
 from seallmd.sim.device import Blank, Memory, SimDevice, Span
 from seallmd.sim.group import Meetings
@@ -128,8 +129,13 @@ class World:
             return Contents(unit, runs, vocab) if lengths is None else Blank(lengths)
 
         meetings = Meetings()
+        slowdown = {index: self.timing.contention(index) for index in range(len(arena_bytes))}
+        contention = Contention(self, {index: share for index, share in slowdown.items() if share})
         self.devices = [
-            SimDevice(self, index, size, self.timing, memory(), meetings, on_span, unit, settings.threads)
+            SimDevice(
+                *(self, index, size, self.timing, memory(), meetings, contention),
+                *(on_span, unit, settings.threads),
+            )
             for index, size in enumerate(arena_bytes)
         ]
         self.history: list[tuple[float, ev.Event]] = []
