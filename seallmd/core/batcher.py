@@ -141,7 +141,7 @@ class _StepFormer:
         self._prefill_left = max(1, limits.step_tokens - min(decoding, limits.max_rows))
         self._slowdown = limits.batch_slowdown
         self._most_seconds = inf
-        self._tokens = self._context = self._samples = 0
+        self._tokens = self._context = self._drawing = 0
 
     def bound_deferred(self) -> None:
         """The rows so far are not to wait much longer for those that follow, which are batch work."""
@@ -152,7 +152,7 @@ class _StepFormer:
         """How long the step is going to take with one row more, of `count` tokens after `start`."""
         assert self._service.profile is not None
         tokens, context = self._tokens + count, self._context + start + count
-        return self._service.profile.costs.predict(tokens, context, self._samples + draws)
+        return self._service.profile.costs.predict(tokens, context, self._drawing + draws)
 
     def _within_bound(self, count: int, start: int, pending: int) -> int:
         """As many of the next `count` of a request's `pending` tokens as the step has time for; 0 = none."""
@@ -310,10 +310,10 @@ class _StepFormer:
         for rows, blocks in zip(self._rows, fresh, strict=True):
             rows[request.id] = Row(request.id, start, count, sample, tuple(blocks))
         self._sent.append(SentRow(request, request.epoch, count, sample))
-        self._samples += sample
         self._rows_left -= 1
         if pending > 1:
             self._prefill_left -= count
+        self._drawing += sample
         self._tokens += count
         self._context += start + count
         request.scheduled = start + count
@@ -326,10 +326,8 @@ class _StepFormer:
             return []
         state, replica = self._state, self._replica
         state.steps += 1
-        leader = replica.devices[0]
-        sent = SentStep(
-            state.steps, replica.service, replica.copy, leader, self._sent, self._tokens, self._context
-        )
+        work = self._drawing, self._tokens, self._context
+        sent = SentStep(state.steps, replica.service, replica.copy, replica.leader, self._sent, *work)
         replica.used, replica.served = state.now, True
         self._service.changed()
         admits = tuple(self._admits)

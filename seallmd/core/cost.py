@@ -202,10 +202,11 @@ class StepCosts(msgspec.Struct):
         c01, c02, c12 = c01 - p0 * q1, c02 - p0 * q2, c12 - p1 * q2
         # Drift adds doubt at a steady rate. Forgetting by a factor would let it explode in the directions of
         # which steps that are all alike teach nothing.
+        drift = _drift(fixed)
         self.covariance = [
-            [c00 - p0 * q0 + _drift(fixed), c01, c02],
-            [c01, c11 - p1 * q1 + _drift(max(per_row, fixed)), c12],
-            [c02, c12, c22 - p2 * q2 + _drift(max(per_context, fixed))],
+            [c00 - p0 * q0 + drift, c01, c02],
+            [c01, c11 - p1 * q1 + (drift if per_row <= fixed else _drift(per_row)), c12],
+            [c02, c12, c22 - p2 * q2 + (drift if per_context <= fixed else _drift(per_context))],
         ]
 
     def _learn_prompt(self, x: float, wrong: float) -> None:

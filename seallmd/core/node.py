@@ -348,13 +348,11 @@ class Node:
         assert profile is not None
         self._recovery.stepped(service)
         if not step.incomplete:
-            drawing = sum(row.sample for row in step.rows)
-            profile.stepped(step.tokens, drawing, step.context, seconds * step.speedup)
+            profile.stepped(step.tokens, step.drawing, step.context, seconds * step.speedup)
         price, generated = profile.token_seconds(), 0
         drawn = iter(tokens)
         for row in step.rows:
-            token = next(drawn) if row.sample else None
-            request = row.request
+            request, token = row.request, next(drawn) if row.sample else None
             life = request.life
             if life is _DONE:
                 continue

@@ -166,10 +166,12 @@ class _Layout:
         bit, sizes, contents = self._predictor.bit, self._sizes, self._contents
         for service, after in changes.items():
             for cells, visiting in (self.spots[service], after):  # out where it was, in where it goes
-                replicas = len(cells)
+                replicas, size, guest = len(cells), 0, 0
                 for cell in cells:
-                    guest = bit(service, sizes[cell], replicas, visiting)
-                    found[cell] = found.get(cell, contents[cell]) ^ guest
+                    if sizes[cell] != size:  # most have all their cells of one size
+                        size = sizes[cell]
+                        guest = bit(service, size, replicas, visiting)
+                    found[cell] = (found[cell] if cell in found else contents[cell]) ^ guest
         return found
 
     def gain(self, changes: dict[int, Spot]) -> float:

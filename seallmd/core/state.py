@@ -35,9 +35,9 @@ class SentRow:
 class SentStep:
     """A step on its way, noted on each device of its group.
 
-    copy: of the replica that runs it. leader: the device whose answer counts. incomplete: the worker leaves
-    out rows of requests that failed in the step before, so how long it takes says nothing. speedup: by
-    threads that were lent to it.
+    copy: of the replica that runs it. leader: the device whose answer counts. drawing: rows that draw a
+    token. tokens, context: of all rows. incomplete: the worker leaves out rows of requests that failed in the
+    step before, so how long it takes says nothing. speedup: by threads that were lent to it.
     """
 
     id: int
@@ -45,6 +45,7 @@ class SentStep:
     copy: int
     leader: int
     rows: list[SentRow]
+    drawing: int
     tokens: int
     context: int
     incomplete: bool = False
