@@ -89,10 +89,10 @@ class Bench:
 def print_flight(bench: Bench, requests: int) -> None:
     """What recording in flight costs, for the events of the last run."""
     recorder = FlightRecorder(bench.node, 1 << 40)
-    began = time.perf_counter()
+    began = time.process_time()
     for event, actions in bench.events:
         recorder.record(bench.now, event, actions)
-    each = (time.perf_counter() - began) / len(bench.events)
+    each = (time.process_time() - began) / len(bench.events)
     print(f"flight recorder: {each * 1e6:.0f} us an event")
     print_checkpoint(bench, "all requests running or waiting")
     for request in range(1, requests + 1):
@@ -102,9 +102,9 @@ def print_flight(bench: Bench, requests: int) -> None:
 
 def print_checkpoint(bench: Bench, when: str) -> None:
     """How long the event loop stands still for one."""
-    began = time.perf_counter()
+    began = time.process_time()
     frozen = freeze(bench.node)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     arena = bench.node.state.devices[0].arena
     assert arena is not None
     blocks = f"{arena.kv} blocks of KV, {arena.cached} cached"

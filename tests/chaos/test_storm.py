@@ -6,10 +6,13 @@ import asyncio
 from itertools import islice
 from pathlib import Path
 
+import pytest
+
 from tests.chaos import faults, phases
 from tests.chaos.storm import FAULTS, ROUND, Storm, deck
 
 
+@pytest.mark.timeout(1800)
 def test_a_short_storm(tmp_path: Path) -> None:
     """After each fault nothing is held, nothing is left over, and every answer was right or promised."""
     storm = Storm(tmp_path, seed=7)
