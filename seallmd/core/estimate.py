@@ -46,10 +46,23 @@ def wait_seconds(state: NodeState, service: Service) -> float:
 
 
 def queue_guess(state: NodeState, service: Service) -> float:
-    """Until those who wait now have been begun, as far as costs tell; batch work is nobody's obstacle."""
-    if not service.urgent or service.profile is None:
+    """Until those who wait now have been begun, as far as costs tell; batch work is nobody's obstacle.
+
+    Those for whom there is room are begun one after the other; each of the others waits until one has ended.
+    """
+    waiting, profile = service.urgent, service.profile
+    if not waiting or profile is None:
         return 0.0
-    return service.urgent / _begun_per_second(state, service, service.profile)
+    free = sum(
+        max(
+            0.0,
+            min(_room_for(state, replica, profile), state.settings.policy.max_rows) - len(replica.running),
+        )
+        for replica in service.replicas
+    )
+    at_once = min(free, waiting)
+    prefill = profile.prefill_seconds(round(service.waiting_tokens * at_once / waiting)) if at_once else 0.0
+    return prefill + (waiting - at_once) / _begun_per_second(state, service, profile)
 
 
 def begun(service: Service, request: Request, now: float) -> None:

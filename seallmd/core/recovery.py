@@ -99,8 +99,9 @@ class Recovery:
             behind.incomplete = behind.incomplete or behind.service == step.service
         if step.leader == device.index:
             void(self._state, step)
-        elif replica is None:
-            return  # its group is gone already
+        elif replica is None:  # its group is gone already; if it was evicted, its KV was saved and is known
+            self._room.distrust_kv(service)
+            return
         if memory:
             self._blame(step, "there was not enough memory to compute it", "out_of_memory", 503)
         else:

@@ -225,7 +225,7 @@ class Room:
             self._state.send(device.index, DropWeights(service.name))
         return service
 
-    def _distrust_kv(self, service: Service) -> None:
+    def distrust_kv(self, service: Service) -> None:
         """Rank 0 may have reported a step that another rank never finished: what it wrote there is not KV."""
         service.breaks += 1
         for request in service.waiting.values():
@@ -237,7 +237,7 @@ class Room:
             self._state.restart(request)
         service = self.remove(replica)
         if len(replica.devices) > 1:
-            self._distrust_kv(service)
+            self.distrust_kv(service)
         if not service.replicas:
             service.wanted = not service.evict_tickets and not service.outgoing
             self._state.answer(service.evict_tickets)
