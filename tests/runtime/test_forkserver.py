@@ -24,8 +24,8 @@ class Born:
     """A forked host process, the daemon's end of its socket, and what was said of its end."""
 
     def __init__(self, forkserver: ForkServer, cache: Path) -> None:
-        self._sock, theirs = socket.socketpair()
-        self._sock.setblocking(False)
+        self.sock, theirs = socket.socketpair()
+        self.sock.setblocking(False)
         self.end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         settings = msg.WorkerSettings("host", "cpu", cache=str(cache))
         self.number = forkserver.fork("host", settings, theirs, self.end.set_result)
@@ -34,7 +34,7 @@ class Born:
     async def pid(self) -> int:
         """What it says when it is ready."""
         loop, unframer = asyncio.get_running_loop(), msg.Unframer(msg.FromHost)
-        while data := await asyncio.wait_for(loop.sock_recv(self._sock, 4096), SECONDS):
+        while data := await asyncio.wait_for(loop.sock_recv(self.sock, 4096), SECONDS):
             for hello in unframer.feed(data):
                 assert isinstance(hello, msg.Hello)
                 return hello.pid
@@ -51,21 +51,23 @@ async def forkserver() -> AsyncIterator[ForkServer]:
 async def test_children_are_born_and_missed(forkserver: ForkServer, tmp_path: Path) -> None:
     """One that is killed is missed alone; with the fork server all are, none stays, and more can be born."""
     one, other = Born(forkserver, tmp_path), Born(forkserver, tmp_path)
-    pids = [await one.pid(), await other.pid()]
-    forkserver.kill(one.number)
-    assert await asyncio.wait_for(one.end, SECONDS) == "killed by SIGKILL"
-    assert not other.end.done()
+    with one.sock, other.sock:
+        pids = [await one.pid(), await other.pid()]
+        forkserver.kill(one.number)
+        assert await asyncio.wait_for(one.end, SECONDS) == "killed by SIGKILL"
+        assert not other.end.done()
 
-    server = psutil.Process(pids[1]).parent()
-    assert server is not None
-    assert server.ppid() == os.getpid()
-    forgotten = psutil.Process(pids[1])
-    server.send_signal(signal.SIGKILL)
-    assert await asyncio.wait_for(other.end, SECONDS) == "its fork server is gone (killed by SIGKILL)"
-    assert psutil.wait_procs([forgotten], timeout=10)[1] == []
+        server = psutil.Process(pids[1]).parent()
+        assert server is not None
+        assert server.ppid() == os.getpid()
+        forgotten = psutil.Process(pids[1])
+        server.send_signal(signal.SIGKILL)
+        assert await asyncio.wait_for(other.end, SECONDS) == "its fork server is gone (killed by SIGKILL)"
+        assert psutil.wait_procs([forgotten], timeout=10)[1] == []
 
     again = Born(forkserver, tmp_path)
-    assert await again.pid() not in pids
+    with again.sock:
+        assert await again.pid() not in pids
 
 
 def test_what_is_imported_can_be_forked() -> None:
