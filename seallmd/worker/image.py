@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator
+from threading import Thread
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ from seallmd.worker.layout import Layout, layout_of_rank
 from seallmd.worker.parallel import Cut, Indivisible, divide
 from seallmd.worker.probe import Probed, check_loaded
 from seallmd.worker.process import require_memory
+
+_VERSION = 1  # to be raised when the same files come to give other bytes
 
 
 class Image:
@@ -46,15 +49,17 @@ class Image:
         except Indivisible as error:
             raise ModelRefused(f"it cannot be split over {ranks} devices: {error}") from error
         self.bytes_ = sum(part.layout.bytes_ for part in parts)
-        made_from = None if cache is None else _made_from(probed, parts)
-        if cache is not None:
-            found = cache.find(made_from, self.bytes_, progress)
-            if found is not None:
-                self._fd = found
-                return
-        self._build(service, parts, progress)
-        if cache is not None:
-            cache.keep(made_from, self._fd, self.bytes_)
+        self.keeping: Thread | None = None  # what writes it to the cache
+        if cache is None:
+            self._build(service, parts, progress)
+            return
+        made_from = _made_from(probed, parts)
+        found = cache.find(made_from, self.bytes_, progress)
+        if found is not None:
+            self._fd = found
+        else:
+            self._build(service, parts, progress)
+            self.keeping = cache.keep(made_from, self._fd, self.bytes_)
 
     def _build(self, service: str, parts: list[_Part], progress: Callable[[int, int], None]) -> None:
         require_memory(self.bytes_, "the host image")
@@ -102,6 +107,7 @@ def _made_from(probed: Probed, parts: list[_Part]) -> object:
     """All that an image's bytes depend on: files, the layout, and the library that renames and merges."""
     files = [(str(file.resolve()), file.stat()) for file in probed.checkpoint.files]
     return {
+        "version": _VERSION,
         "files": [(path, s.st_size, s.st_mtime_ns, s.st_ino) for path, s in files],
         "transformers": transformers.__version__,
         "places": [

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import psutil
@@ -26,8 +25,8 @@ class Born:
     """A forked host process, the daemon's end of its socket, and what was said of its end."""
 
     def __init__(self, forkserver: ForkServer, cache: Path) -> None:
-        self._sock, theirs = socket.socketpair()
-        self._sock.setblocking(False)
+        self.sock, theirs = socket.socketpair()
+        self.sock.setblocking(False)
         self.end: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         settings = msg.WorkerSettings("host", "cpu", cache=str(cache))
         self.number = forkserver.fork("host", settings, theirs, self.end.set_result)
@@ -36,15 +35,11 @@ class Born:
     async def pid(self) -> int:
         """What it says when it is ready."""
         loop, unframer = asyncio.get_running_loop(), Unframer(msg.FromHost)
-        while data := await asyncio.wait_for(loop.sock_recv(self._sock, 4096), SECONDS):
+        while data := await asyncio.wait_for(loop.sock_recv(self.sock, 4096), SECONDS):
             for hello in unframer.feed(data):
                 assert isinstance(hello, msg.Hello)
                 return hello.pid
         raise AssertionError("it ended without a word")
-
-    def close(self) -> None:
-        """Hang up."""
-        self._sock.close()
 
 
 @pytest.fixture
@@ -54,31 +49,26 @@ async def forkserver() -> AsyncIterator[ForkServer]:
     server.close()
 
 
-@pytest.fixture
-def bear(forkserver: ForkServer, tmp_path: Path) -> Iterator[Callable[[], Born]]:
-    """Forks a child."""
-    with contextlib.ExitStack() as born:
-        yield lambda: born.enter_context(contextlib.closing(Born(forkserver, tmp_path)))
-
-
-async def test_children_are_born_and_missed(forkserver: ForkServer, bear: Callable[[], Born]) -> None:
+async def test_children_are_born_and_missed(forkserver: ForkServer, tmp_path: Path) -> None:
     """One that is killed is missed alone; with the fork server all are, none stays, and more can be born."""
-    one, other = bear(), bear()
-    pids = [await one.pid(), await other.pid()]
-    forkserver.kill(one.number)
-    assert await asyncio.wait_for(one.end, SECONDS) == "killed by SIGKILL"
-    assert not other.end.done()
+    one, other = Born(forkserver, tmp_path), Born(forkserver, tmp_path)
+    with one.sock, other.sock:
+        pids = [await one.pid(), await other.pid()]
+        forkserver.kill(one.number)
+        assert await asyncio.wait_for(one.end, SECONDS) == "killed by SIGKILL"
+        assert not other.end.done()
 
-    server = psutil.Process(pids[1]).parent()
-    assert server is not None
-    assert server.ppid() == os.getpid()
-    forgotten = psutil.Process(pids[1])
-    server.send_signal(signal.SIGKILL)
-    assert await asyncio.wait_for(other.end, SECONDS) == "its fork server is gone (killed by SIGKILL)"
-    assert psutil.wait_procs([forgotten], timeout=10)[1] == []
+        server = psutil.Process(pids[1]).parent()
+        assert server is not None
+        assert server.ppid() == os.getpid()
+        forgotten = psutil.Process(pids[1])
+        server.send_signal(signal.SIGKILL)
+        assert await asyncio.wait_for(other.end, SECONDS) == "its fork server is gone (killed by SIGKILL)"
+        assert psutil.wait_procs([forgotten], timeout=10)[1] == []
 
-    again = bear()
-    assert await again.pid() not in pids
+    again = Born(forkserver, tmp_path)
+    with again.sock:
+        assert await again.pid() not in pids
 
 
 def test_what_is_imported_can_be_forked() -> None:

@@ -29,16 +29,13 @@ class Shelf:
 
     def image(self, probed: Probed, ranks: int = 1) -> tuple[bytes, bool]:
         """The image as a worker reads it, and whether it was built. Returns when it is kept."""
-        kept, keep = [], self._cache.keep
-        self._cache.keep = lambda *given: kept.append(keep(*given))  # type: ignore[method-assign,assignment]
         image = Image("s", probed, ranks, lambda *_: None, self._cache)
-        self._cache.keep = keep  # type: ignore[method-assign]
-        for thread in kept:
-            if thread is not None:
-                thread.join()
+        if image.keeping is not None:
+            image.keeping.join()
+        built = os.readlink(image.path).startswith("/memfd:")
         content = Path(image.path).read_bytes()[: image.bytes_]
         image.close()
-        return content, bool(kept)
+        return content, built
 
     def files(self) -> list[Path]:
         return sorted(file for file in self.directory.iterdir() if file.name != "lock")
