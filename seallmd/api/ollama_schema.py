@@ -19,8 +19,10 @@ from seallmd.api.schema import ChatRequest, CompletionRequest
 from seallmd.api.structured import JsonSchema, ResponseFormat
 from seallmd.errors import RequestError
 
-_DURATION = re.compile(r"^[+-]?(\d+(\.\d+)?(ns|us|µs|ms|s|m|h)?)+$")  # Go's, and plain seconds
+# Go's, and plain seconds. Possessive: nothing is tried twice, or a row of digits would take for ever.
+_DURATION = re.compile(r"^[+-]?(?:\d++(?:\.\d++)?(?:ns|us|µs|ms|s|m|h)?+)++$")
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h|)")
+_LONGEST_SECONDS = 3.2e9  # a century: longer ones have no date
 _SECONDS = {"": 1.0, "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -64,10 +66,10 @@ class KeepingRequest(msgspec.Struct, frozen=True, kw_only=True):
         if self.keep_alive is None or self.unloads:
             return None
         if isinstance(self.keep_alive, float):
-            return max(0.0, self.keep_alive)
+            return min(max(0.0, self.keep_alive), _LONGEST_SECONDS)
         parts = _PART.findall(self.keep_alive)
         seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
-        return 0.0 if self.keep_alive.startswith("-") else seconds
+        return 0.0 if self.keep_alive.startswith("-") else min(seconds, _LONGEST_SECONDS)
 
 
 class OllamaRequest(KeepingRequest, frozen=True, kw_only=True):

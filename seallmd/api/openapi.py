@@ -33,9 +33,15 @@ class ErrorDetail(msgspec.Struct, frozen=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """Every refusal, but below /api/, where it is {"error": "..."} as Ollama's."""
+    """Every refusal, but below /api/."""
 
     error: ErrorDetail
+
+
+class OllamaError(msgspec.Struct, frozen=True):
+    """A refusal below /api/, as Ollama's."""
+
+    error: str
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -124,7 +130,8 @@ OPERATIONS = (
 
 def document(open_paths: Iterable[str] = (), *, keys: bool = False) -> dict[str, Any]:
     """The document. keys: whether API keys are needed, everywhere but on `open_paths`."""
-    types = {t for o in OPERATIONS for t in (o.body, o.answer, o.events) if _is_struct(t)} | {ErrorBody}
+    types = {t for o in OPERATIONS for t in (o.body, o.answer, o.events) if _is_struct(t)}
+    types |= {ErrorBody, OllamaError}
     ordered = sorted(types, key=lambda kind: str(kind.__name__))
     _, components = msgspec.json.schema_components(ordered, ref_template=_REFERENCE)
     paths: dict[str, dict[str, Any]] = {}
@@ -162,9 +169,9 @@ def _describe(operation: Operation) -> dict[str, Any]:
         content = {"application/json": {"schema": _schema(operation.body)}}
         described["requestBody"] = {"required": True, "content": content}
     described["responses"] = {"200": {"description": "Done.", "content": _content(operation)}}
-    error = {"application/json": {"schema": _schema(ErrorBody)}}
-    if not operation.path.startswith("/api/"):
-        described["responses"]["default"] = {"description": "Refused, or failed.", "content": error}
+    shape = OllamaError if operation.path.startswith("/api/") else ErrorBody
+    error = {"application/json": {"schema": _schema(shape)}}
+    described["responses"]["default"] = {"description": "Refused, or failed.", "content": error}
     return described
 
 

@@ -151,6 +151,7 @@ async def test_unload_after_the_answer(url: str, engine: FakeEngine, model: Path
         ("generate", {"prompt": "x", "options": {"mirostat": 1}}, 400, "mirostat"),
         ("generate", {"prompt": "x", "options": {"temperature": 3}}, 400, "temperature"),
         ("generate", {"prompt": "x", "keep_alive": "soon"}, 400, "keep_alive"),
+        ("generate", {"prompt": "x", "keep_alive": "1" * 4000 + "!"}, 400, "keep_alive"),
         ("generate", {"prompt": "hello " * 300}, 400, "context length"),
         ("nothing", {}, 404, "no such path"),
     ],
@@ -203,7 +204,10 @@ async def test_curl_without_a_type(
 
 @pytest.mark.parametrize(
     ("keep_alive", "seconds"),
-    [("10m", 600.0), ("1h30m", 5400.0), (3600, 3600.0), (-1, 0.0), ("-1s", 0.0), ("250ms", 0.25)],
+    [
+        *(("10m", 600.0), ("1h30m", 5400.0), (3600, 3600.0), (-1, 0.0), ("-1s", 0.0), ("250ms", 0.25)),
+        *((1e300, 3.2e9), ("9" * 400 + "h", 3.2e9)),  # a time that no calendar has
+    ],
 )
 async def test_keep_alive(url: str, engine: FakeEngine, keep_alive: object, seconds: float) -> None:
     """How long the model stays is the client's to say; negative is for good, none says nothing."""
