@@ -2,7 +2,7 @@
 # One thing after the other even under -j: the targets install into one environment.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo run test check browser install install-program install-files uninstall clean
+.PHONY: help setup models demo run test check browser clients install install-program install-files uninstall clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,7 +48,7 @@ demo: $(STAMP) models ## start the daemon, stream from all models at once, stop 
 run: $(STAMP) models ## run the daemon in the foreground with seallmd.toml
 	@exec $(BIN)/seallmd --config seallmd.toml
 
-test: $(STAMP) models browser ## all tests, with the real models
+test: $(STAMP) models browser clients ## all tests, with the real models and real clients
 	$(BIN)/python -m pytest
 
 # Chromium, for the tests of the page at /ui. It comes by the system's package manager or not at all; without
@@ -64,6 +64,18 @@ browser:
 		if apt-get -qq install -y --no-install-recommends chromium >/dev/null 2>&1; then exit 0; fi; \
 	fi; \
 	echo 'no chromium here (apt install chromium): the tests of the page in a browser are skipped'
+
+# Other people's clients, for tests/e2e/clients: their versions exclude each other and ours, so they live in
+# environments of their own. Every package is pinned, so that nothing has to be resolved: a minute, once.
+CLIENTS := .clients
+clients: $(CLIENTS)/openai-1/installed $(CLIENTS)/others/installed ## install the clients that tests use (1 GiB)
+
+$(CLIENTS)/%/installed: tests/e2e/clients/%.txt $(STAMP)
+	@rm -f $@
+	@echo 'installing into $(CLIENTS)/$*'
+	@$(BIN)/python -m venv --clear $(CLIENTS)/$*
+	@$(CLIENTS)/$*/bin/python -m pip install --disable-pip-version-check --quiet --no-compile --no-deps -r $<
+	@touch $@
 
 check: $(STAMP) ## lint, format, types, layering
 	$(BIN)/ruff check .
@@ -128,6 +140,6 @@ ifeq ($(DESTDIR),)
 endif
 
 clean: ## remove what make has made; models/ stays
-	rm -rf $(VENV) build seallmd.egg-info
+	rm -rf $(VENV) $(CLIENTS) build seallmd.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
