@@ -117,6 +117,13 @@ class OllamaChatRequest(OllamaRequest, frozen=True, kw_only=True):
     messages: Annotated[list[OllamaMessage], Meta(max_length=1 << 16)] | None = None
 
 
+class ShowRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /api/show. name: as older clients call it."""
+
+    model: Annotated[str, Meta(max_length=256)] = ""
+    name: Annotated[str, Meta(max_length=256)] = ""
+
+
 class EmbedRequest(KeepingRequest, frozen=True, kw_only=True):
     """POST /api/embed. Without an input the model is loaded, or unloaded. truncate: cut what is longer than
     the context, at its end, unless false. dimensions: keep the first ones."""
@@ -182,6 +189,14 @@ def read_embed(body: bytes) -> EmbedRequest:
 def read_old_embed(body: bytes) -> OldEmbedRequest:
     """Read the body of /api/embeddings. Raises RequestError."""
     return _checked(decode_body(body, OldEmbedRequest))
+
+
+def read_show(body: bytes) -> str:
+    """The model that the body of /api/show names. Raises RequestError."""
+    spec = decode_body(body, ShowRequest)
+    if not spec.model and not spec.name:
+        raise RequestError("`model` is needed", param="model")
+    return spec.model or spec.name
 
 
 def chat_messages(spec: GenerateRequest) -> list[ChatMessage]:

@@ -15,7 +15,13 @@ from seallmd import __version__
 from seallmd.api.chat_answer import ChatChunk, ChatCompletion
 from seallmd.api.completion_answer import Completion
 from seallmd.api.embeddings import EmbeddingList, EmbeddingRequest
-from seallmd.api.ollama_schema import EmbedRequest, GenerateRequest, OldEmbedRequest, OllamaChatRequest
+from seallmd.api.ollama_schema import (
+    EmbedRequest,
+    GenerateRequest,
+    OldEmbedRequest,
+    OllamaChatRequest,
+    ShowRequest,
+)
 from seallmd.api.responses_schema import ResponsesRequest
 from seallmd.api.schema import ChatRequest, CompletionRequest
 from seallmd.api.tokenize import DetokenizeRequest, TokenizeRequest
@@ -121,6 +127,7 @@ OPERATIONS = (
     Operation("get", "/api/version", "Ollama: the daemon's version.", answer=Version),
     Operation("get", "/api/tags", "Ollama: the models that can be asked.", answer=_ANY),
     Operation("get", "/api/ps", "Ollama: the models on devices.", answer=_ANY),
+    Operation("post", "/api/show", "Ollama: what is known of a model.", ShowRequest, _ANY),
     Operation("post", "/api/generate", "Ollama: complete.", GenerateRequest, _ANY, _ANY, lines=True),
     Operation("post", "/api/chat", "Ollama: continue a chat.", OllamaChatRequest, _ANY, _ANY, lines=True),
     Operation("post", "/api/embed", "Ollama: texts to vectors.", EmbedRequest, _ANY),

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from seallmd.core.events import Finish
-from tests.api.engine_double import SPOKEN, FakeEngine, view
+from tests.api.engine_double import SPOKEN, TEMPLATE, FakeEngine, view
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -200,6 +200,20 @@ async def test_curl_without_a_type(
     ):
         assert response.status == status
     assert len(engine.submitted) == (status == 200)
+
+
+@pytest.mark.parametrize("field", ["model", "name"])
+async def test_show(url: str, engine: FakeEngine, field: str) -> None:
+    """What clients look up before they ask: sizes, what it can do, its template. Nothing is woken."""
+    status, shown = await call(url + "/api/show", {field: "m:latest"})
+    assert status == 200
+    assert shown["capabilities"] == ["completion"]
+    assert shown["model_info"]["Fake.context_length"] == 200
+    assert shown["model_info"]["Fake.embedding_length"] == 4
+    assert shown["template"] == TEMPLATE
+    assert (engine.loaded, engine.submitted) == ([], [])
+    assert (await call(url + "/api/show", {}))[0] == 400
+    assert (await call(url + "/api/show", {"model": "nobody"}))[0] == 404
 
 
 @pytest.mark.parametrize(

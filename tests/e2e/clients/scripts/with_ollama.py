@@ -22,6 +22,9 @@ CITY = {
 def main():
     client = ollama.Client(host=URL, timeout=120)
     assert {CHAT, PLAIN} <= {model.model for model in client.list().models}
+    shown = client.show(CHAT)
+    assert {"completion", "embedding"} <= set(shown.capabilities)
+    assert shown.modelinfo[f"{shown.details.family}.context_length"] > 1000
     whole = client.chat(CHAT, MESSAGES, options=GREEDY)
     streamed = list(client.chat(CHAT, MESSAGES, options=GREEDY, stream=True))
     assert "".join(part.message.content for part in streamed) == whole.message.content
