@@ -2,7 +2,7 @@
 # One thing after the other even under -j: the targets install into one environment.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo run test check browser systemd install install-program install-files uninstall clean
+.PHONY: help setup models demo run test check browser systemd clients install install-program install-files uninstall clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,7 +48,7 @@ demo: $(STAMP) models ## start the daemon, stream from all models at once, stop 
 run: $(STAMP) models ## run the daemon in the foreground with seallmd.toml
 	@exec $(BIN)/seallmd --config seallmd.toml
 
-test: $(STAMP) models browser systemd ## all tests, with the real models
+test: $(STAMP) models browser systemd clients ## all tests, with the real models and real clients
 	$(BIN)/python -m pytest
 
 # What some tests need of the system, by its package manager or not at all: without it those tests are skipped.
@@ -72,6 +72,18 @@ browser:
 # systemd-analyze and systemd-socket-activate; nothing is started.
 systemd:
 	$(call package,systemd,systemd-analyze,the tests of the units)
+
+# Other people's clients, for tests/e2e/clients: their versions exclude each other and ours, so they live in
+# environments of their own. Every package is pinned, so that nothing has to be resolved: a minute, once.
+CLIENTS := .clients
+clients: $(CLIENTS)/openai-1/installed $(CLIENTS)/others/installed ## install the clients that tests use (1 GiB)
+
+$(CLIENTS)/%/installed: tests/e2e/clients/%.txt $(STAMP)
+	@rm -f $@
+	@echo 'installing into $(CLIENTS)/$*'
+	@$(BIN)/python -m venv --clear $(CLIENTS)/$*
+	@$(CLIENTS)/$*/bin/python -m pip install --disable-pip-version-check --quiet --no-compile --no-deps -r $<
+	@touch $@
 
 check: $(STAMP) ## lint, format, types, layering
 	$(BIN)/ruff check .
@@ -136,6 +148,6 @@ ifeq ($(DESTDIR),)
 endif
 
 clean: ## remove what make has made; models/ stays
-	rm -rf $(VENV) build seallmd.egg-info
+	rm -rf $(VENV) $(CLIENTS) build seallmd.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

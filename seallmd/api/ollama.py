@@ -14,7 +14,7 @@ from aiohttp import web
 from seallmd import __version__
 from seallmd.api.conversation import ChatMessage, plain_messages
 from seallmd.api.embedding import Vector, Wanted, embed, pooling_of
-from seallmd.api.ollama_responses import OllamaAnswer, model_card, running_card
+from seallmd.api.ollama_responses import OllamaAnswer, model_card, running_card, shown_card
 from seallmd.api.ollama_schema import (
     KeepingRequest,
     OllamaRequest,
@@ -25,6 +25,7 @@ from seallmd.api.ollama_schema import (
     read_generate,
     read_old_embed,
     read_ollama_chat,
+    read_show,
 )
 from seallmd.api.schema import ChatRequest, CompletionRequest
 from seallmd.api.serving import Model, Serving, json_response, read_body
@@ -49,6 +50,7 @@ class Ollama:
             web.get("/api/version", self.version),
             web.get("/api/tags", self.tags),
             web.get("/api/ps", self.running),
+            web.post("/api/show", self.show),
             web.post("/api/generate", self.generate),
             web.post("/api/chat", self.chat),
             web.post("/api/embed", self.embed),
@@ -69,6 +71,13 @@ class Ollama:
         views = {view.settings.name: view for view in self._serving.views()}
         resident = [s for s in self._engine.status().services if s.state == "resident" and s.name in views]
         return json_response({"models": [running_card(views[s.name], s) for s in resident]})
+
+    async def show(self, request: web.Request) -> web.Response:
+        """POST /api/show: what is known of a model; wakes none."""
+        name = self._name(read_show(await _body(request)))
+        model = await self._serving.model(name)
+        template = model.text.template.source if model.text.template is not None else ""
+        return json_response(shown_card(self._serving.view(name), template))
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """POST /api/generate: a prompt, through the model's chat template unless it is raw."""

@@ -19,8 +19,10 @@ from seallmd.api.schema import ChatRequest, CompletionRequest
 from seallmd.api.structured import JsonSchema, ResponseFormat
 from seallmd.errors import RequestError
 
-_DURATION = re.compile(r"^[+-]?(\d+(\.\d+)?(ns|us|µs|ms|s|m|h)?)+$")  # Go's, and plain seconds
+# Go's, and plain seconds. Possessive: nothing is tried twice, or a row of digits would take for ever.
+_DURATION = re.compile(r"^[+-]?(?:\d++(?:\.\d++)?(?:ns|us|µs|ms|s|m|h)?+)++$")
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h|)")
+_LONGEST_SECONDS = 3.2e9  # a century: longer ones have no date
 _SECONDS = {"": 1.0, "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -64,10 +66,10 @@ class KeepingRequest(msgspec.Struct, frozen=True, kw_only=True):
         if self.keep_alive is None or self.unloads:
             return None
         if isinstance(self.keep_alive, float):
-            return max(0.0, self.keep_alive)
+            return min(max(0.0, self.keep_alive), _LONGEST_SECONDS)
         parts = _PART.findall(self.keep_alive)
         seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
-        return 0.0 if self.keep_alive.startswith("-") else seconds
+        return 0.0 if self.keep_alive.startswith("-") else min(seconds, _LONGEST_SECONDS)
 
 
 class OllamaRequest(KeepingRequest, frozen=True, kw_only=True):
@@ -113,6 +115,13 @@ class OllamaChatRequest(OllamaRequest, frozen=True, kw_only=True):
     """POST /api/chat. Without messages the model is loaded, or unloaded."""
 
     messages: Annotated[list[OllamaMessage], Meta(max_length=1 << 16)] | None = None
+
+
+class ShowRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /api/show. name: as older clients call it."""
+
+    model: Annotated[str, Meta(max_length=256)] = ""
+    name: Annotated[str, Meta(max_length=256)] = ""
 
 
 class EmbedRequest(KeepingRequest, frozen=True, kw_only=True):
@@ -180,6 +189,14 @@ def read_embed(body: bytes) -> EmbedRequest:
 def read_old_embed(body: bytes) -> OldEmbedRequest:
     """Read the body of /api/embeddings. Raises RequestError."""
     return _checked(decode_body(body, OldEmbedRequest))
+
+
+def read_show(body: bytes) -> str:
+    """The model that the body of /api/show names. Raises RequestError."""
+    spec = decode_body(body, ShowRequest)
+    if not spec.model and not spec.name:
+        raise RequestError("`model` is needed", param="model")
+    return spec.model or spec.name
 
 
 def chat_messages(spec: GenerateRequest) -> list[ChatMessage]:

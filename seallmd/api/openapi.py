@@ -17,7 +17,13 @@ from seallmd.api.batch.routes import BatchRequest
 from seallmd.api.chat_answer import ChatChunk, ChatCompletion
 from seallmd.api.completion_answer import Completion
 from seallmd.api.embeddings import EmbeddingList, EmbeddingRequest
-from seallmd.api.ollama_schema import EmbedRequest, GenerateRequest, OldEmbedRequest, OllamaChatRequest
+from seallmd.api.ollama_schema import (
+    EmbedRequest,
+    GenerateRequest,
+    OldEmbedRequest,
+    OllamaChatRequest,
+    ShowRequest,
+)
 from seallmd.api.responses_schema import ResponsesRequest
 from seallmd.api.schema import ChatRequest, CompletionRequest
 from seallmd.api.tokenize import DetokenizeRequest, TokenizeRequest
@@ -35,9 +41,15 @@ class ErrorDetail(msgspec.Struct, frozen=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """Every refusal, but below /api/, where it is {"error": "..."} as Ollama's."""
+    """Every refusal, but below /api/."""
 
     error: ErrorDetail
+
+
+class OllamaError(msgspec.Struct, frozen=True):
+    """A refusal below /api/, as Ollama's."""
+
+    error: str
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -130,6 +142,7 @@ OPERATIONS = (
     Operation("get", "/api/version", "Ollama: the daemon's version.", answer=Version),
     Operation("get", "/api/tags", "Ollama: the models that can be asked.", answer=_ANY),
     Operation("get", "/api/ps", "Ollama: the models on devices.", answer=_ANY),
+    Operation("post", "/api/show", "Ollama: what is known of a model.", ShowRequest, _ANY),
     Operation("post", "/api/generate", "Ollama: complete.", GenerateRequest, _ANY, _ANY, lines=True),
     Operation("post", "/api/chat", "Ollama: continue a chat.", OllamaChatRequest, _ANY, _ANY, lines=True),
     Operation("post", "/api/embed", "Ollama: texts to vectors.", EmbedRequest, _ANY),
@@ -139,7 +152,8 @@ OPERATIONS = (
 
 def document(open_paths: Iterable[str] = (), *, keys: bool = False) -> dict[str, Any]:
     """The document. keys: whether API keys are needed, everywhere but on `open_paths`."""
-    types = {t for o in OPERATIONS for t in (o.body, o.answer, o.events) if _is_struct(t)} | {ErrorBody}
+    types = {t for o in OPERATIONS for t in (o.body, o.answer, o.events) if _is_struct(t)}
+    types |= {ErrorBody, OllamaError}
     ordered = sorted(types, key=lambda kind: str(kind.__name__))
     _, components = msgspec.json.schema_components(ordered, ref_template=_REFERENCE)
     paths: dict[str, dict[str, Any]] = {}
@@ -183,9 +197,9 @@ def _describe(operation: Operation) -> dict[str, Any]:
         content = {"multipart/form-data": {"schema": form}}
         described["requestBody"] = {"required": True, "content": content}
     described["responses"] = {"200": {"description": "Done.", "content": _content(operation)}}
-    error = {"application/json": {"schema": _schema(ErrorBody)}}
-    if not operation.path.startswith("/api/"):
-        described["responses"]["default"] = {"description": "Refused, or failed.", "content": error}
+    shape = OllamaError if operation.path.startswith("/api/") else ErrorBody
+    error = {"application/json": {"schema": _schema(shape)}}
+    described["responses"]["default"] = {"description": "Refused, or failed.", "content": error}
     return described
 
 

@@ -62,7 +62,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     config += service(GEMMA, GEMMA, dtype="float32", pooling=POOLINGS[GEMMA])
     config += service("smol-b", SMOL, dtype="float32", context=1024)
     config += service("broken", "no-such-model")
-    yield from _run(Daemon(tmp_path_factory.mktemp("daemon"), config))
+    yield from running(Daemon(tmp_path_factory.mktemp("daemon"), config))
 
 
 @pytest.fixture
@@ -73,10 +73,11 @@ def small_daemon(tmp_path: Path, model: str, host_kv: str) -> Iterator[Daemon]:
     config += f'host_kv = "{host_kv}"\n'
     config += "[policy]\nstep_tokens = 256\n"
     config += service(model, model, dtype="float32", preload=True, pooling=POOLINGS[model])
-    yield from _run(Daemon(tmp_path, config))
+    yield from running(Daemon(tmp_path, config))
 
 
-def _run(daemon: Daemon) -> Iterator[Daemon]:
+def running(daemon: Daemon) -> Iterator[Daemon]:
+    """Until the test is over; it has to end well."""
     try:
         daemon.wait_healthy()
         yield daemon
