@@ -2,7 +2,7 @@
 # One thing after the other even under -j: the targets install into one environment.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo run test check browser install install-program install-files uninstall clean
+.PHONY: help setup models demo run test check browser systemd clients install install-program install-files uninstall clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,22 +48,42 @@ demo: $(STAMP) models ## start the daemon, stream from all models at once, stop 
 run: $(STAMP) models ## run the daemon in the foreground with seallmd.toml
 	@exec $(BIN)/seallmd --config seallmd.toml
 
-test: $(STAMP) models browser ## all tests, with the real models
+test: $(STAMP) models browser systemd clients ## all tests, with the real models and real clients
 	$(BIN)/python -m pytest
 
-# Chromium, for the tests of the page at /ui. It comes by the system's package manager or not at all; without
-# one those tests are skipped.
+# What some tests need of the system, by its package manager or not at all: without it those tests are skipped.
+# $(call package,NAME,COMMANDS,TESTS): one of the commands has to be there.
+define package
+@for name in $(2); do \
+	if command -v $$name >/dev/null 2>&1; then exit 0; fi; \
+done; \
+if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+	echo 'installing $(1) for $(3)'; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	apt-get -qq update >/dev/null 2>&1; \
+	if apt-get -qq install -y --no-install-recommends $(1) >/dev/null 2>&1; then exit 0; fi; \
+fi; \
+echo 'no $(1) here (apt install $(1)): $(3) are skipped'
+endef
+
 browser:
-	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
-		if command -v $$name >/dev/null 2>&1; then exit 0; fi; \
-	done; \
-	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
-		echo 'installing chromium for the tests of the page'; \
-		export DEBIAN_FRONTEND=noninteractive; \
-		apt-get -qq update >/dev/null 2>&1; \
-		if apt-get -qq install -y --no-install-recommends chromium >/dev/null 2>&1; then exit 0; fi; \
-	fi; \
-	echo 'no chromium here (apt install chromium): the tests of the page in a browser are skipped'
+	$(call package,chromium,chromium chromium-browser google-chrome google-chrome-stable,the tests of the page in a browser)
+
+# systemd-analyze and systemd-socket-activate; nothing is started.
+systemd:
+	$(call package,systemd,systemd-analyze,the tests of the units)
+
+# Other people's clients, for tests/e2e/clients: their versions exclude each other and ours, so they live in
+# environments of their own. Every package is pinned, so that nothing has to be resolved: a minute, once.
+CLIENTS := .clients
+clients: $(CLIENTS)/openai-1/installed $(CLIENTS)/others/installed ## install the clients that tests use (1 GiB)
+
+$(CLIENTS)/%/installed: tests/e2e/clients/%.txt $(STAMP)
+	@rm -f $@
+	@echo 'installing into $(CLIENTS)/$*'
+	@$(BIN)/python -m venv --clear $(CLIENTS)/$*
+	@$(CLIENTS)/$*/bin/python -m pip install --disable-pip-version-check --quiet --no-compile --no-deps -r $<
+	@touch $@
 
 check: $(STAMP) ## lint, format, types, layering
 	$(BIN)/ruff check .
@@ -128,6 +148,6 @@ ifeq ($(DESTDIR),)
 endif
 
 clean: ## remove what make has made; models/ stays
-	rm -rf $(VENV) build seallmd.egg-info
+	rm -rf $(VENV) $(CLIENTS) build seallmd.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from seallmd.api.settings import HttpSettings, TierSettings
+from seallmd.api.settings import BatchSettings, HttpSettings, TierSettings
 from seallmd.core.settings import GroupSettings, PolicySettings, ReplacementSettings, ServiceSettings
 from seallmd.errors import ConfigError
 
@@ -50,15 +50,17 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     kind: "cuda" = every GPU, "cpu" = worker processes with a byte budget, "auto" = GPUs if there are any.
     cpu_workers: how many CPU devices. memory: arena of each CPU device; empty = a quarter of the machine's
-    memory shared among them, at most 4 GiB each. reserve: GPU memory kept out of the arena, for activations
-    and CUDA itself. graphs: GPU memory kept out besides, for CUDA graphs of decode steps; "0 B" = none are
-    captured. kernels: "triton" = each Triton operation that agrees with plain torch on a GPU, "torch" = none.
-    threads: math threads of each CPU device; 0 = the cores shared among them. block: the arena's unit;
-    empty = 2 MiB on GPUs, 512 KiB on CPUs. host_memory: limit for host images of models; empty = half of the
-    machine's memory. host_kv: host memory of each device for the KV of preempted requests; empty = 4 GiB for
-    a GPU, a quarter of its arena for a CPU device. kv_layout: whether a block holds all layers of its tokens
-    ("merged") or one ("split"). cache: where downloaded and converted models are kept; empty =
-    ~/.cache/seallmd.
+    memory shared among them, at most 4 GiB each. reserve: GPU memory kept out of the arena, for
+    activations and CUDA itself. graphs: GPU memory kept out besides, for CUDA graphs of decode steps; "0
+    B" = none are captured. kernels: "triton" = each Triton operation that agrees with plain torch on a
+    GPU, "torch" = none. threads: math threads of each CPU device; 0 = the cores shared among them.
+    lend_threads: whether CPU devices that have nothing to do lend theirs to the others. block: the arena's
+    unit; empty = 2 MiB on GPUs, 512 KiB on CPUs. host_memory: limit for host images of models; empty =
+    half of the machine's memory. host_kv: host memory of each device for the KV of preempted requests;
+    empty = 4 GiB for a GPU, a quarter of its arena for a CPU device. kv_layout: whether a block holds all
+    layers of its tokens ("merged") or one ("split"). cache: where downloaded and converted models are
+    kept; empty = ~/.cache/seallmd. image_cache: limit for host images on disk, in the cache, from which a
+    restart on CPU devices takes them; "0 B" = none.
     """
 
     kind: Literal["auto", "cuda", "cpu"] = "auto"
@@ -68,11 +70,13 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     graphs: str = "512 MiB"
     kernels: Literal["triton", "torch"] = "triton"
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
+    lend_threads: bool = True
     block: str = ""
     host_memory: str = ""
     host_kv: str = ""
     kv_layout: Literal["merged", "split"] = "merged"
     cache: str = ""
+    image_cache: str = "8 GiB"
 
 
 class JournalSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -108,6 +112,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """
 
     http: HttpSettings = HttpSettings()
+    batches: BatchSettings = BatchSettings()
     control: ControlSettings = ControlSettings()
     devices: DeviceSettings = DeviceSettings()
     policy: PolicySettings = PolicySettings()
@@ -148,7 +153,10 @@ def load(path: Path) -> Config:
         raise ConfigError(f"{path}:{_line_of(text, place, message)}: {message} {place}".rstrip()) from error
     _check(config, path, text)
     services = tuple(_with_place(service, path.parent) for service in config.service)
-    return msgspec.structs.replace(config, service=services, http=_with_files(config.http, path.parent))
+    http, batches = _with_files(config.http, path.parent), config.batches
+    if batches.directory:
+        batches = msgspec.structs.replace(batches, directory=_absolute(batches.directory, path.parent))
+    return msgspec.structs.replace(config, service=services, http=http, batches=batches)
 
 
 def reloaded(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
@@ -216,7 +224,7 @@ def _check(config: Config, path: Path, text: str) -> None:
             line = _line_of(text, f"`$.service[{index}].devices`", "")
             raise ConfigError(f"{path}:{line}: {wrong}")
     devices = config.devices
-    for key in ("memory", "reserve", "graphs", "block", "host_memory", "host_kv"):
+    for key in ("memory", "reserve", "graphs", "block", "host_memory", "host_kv", "image_cache"):
         _check_size(getattr(devices, key), f"`$.devices.{key}`", path, text)
     for key in ("limit", "flight"):
         _check_size(getattr(config.journal, key), f"`$.journal.{key}`", path, text)
@@ -255,8 +263,11 @@ def _with_place(service: ServiceSettings, base: Path) -> ServiceSettings:
 def _with_files(http: HttpSettings, base: Path) -> HttpSettings:
     """Files of the HTTP side, relative to the configuration file as models are."""
     names = {key: getattr(http, key) for key in ("keys", "tls_certificate", "tls_key")}
-    files = {key: str((base / Path(name).expanduser()).absolute()) for key, name in names.items() if name}
-    return msgspec.structs.replace(http, **files)
+    return msgspec.structs.replace(http, **{k: _absolute(name, base) for k, name in names.items() if name})
+
+
+def _absolute(name: str, base: Path) -> str:
+    return str((base / Path(name).expanduser()).absolute())
 
 
 def _toml_line(error: tomllib.TOMLDecodeError, text: str) -> int:

@@ -1,6 +1,6 @@
-"""Where the daemon and its command line meet: the control socket's place.
+"""Where things lie: the control socket, at which the daemon and its command line meet, and the state.
 
-Owns the default path and the check that its directory cannot be another user's. Must not know what is said
+Owns the default paths and the check that its directory cannot be another user's. Must not know what is said
 over the socket. Imports the standard library alone: `seallmctl` has to start fast.
 """
 
@@ -23,6 +23,15 @@ def default_control_socket() -> Path:
     if os.path.isabs(runtime):
         return Path(runtime) / "seallmd" / "control.sock"
     return Path("/tmp") / f"seallmd-{os.getuid()}" / "control.sock"
+
+
+def default_state_directory() -> Path:
+    """Where what must outlive the daemon is kept: as systemd says, else the user's own place for that."""
+    given = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    if os.path.isabs(given):
+        return Path(given)
+    home = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state") / "seallmd"
 
 
 def find_control_socket() -> Path:

@@ -40,22 +40,22 @@ _CHANCE = frozenset({"asyncio", "concurrent", "random", "secrets", "threading", 
 _IMPURE = _CLOCKS | _OUTSIDE | _CHANCE
 _CORE = ("seallmd.core", "seallmd.errors")
 _CORE_STRUCTS = tuple(f"seallmd.core.{name}" for name in ("events", "messages", "settings", "status"))
-_RUNTIME = ("seallmd.runtime", *_CORE, "seallmd.config", "seallmd.paths")
+_RUNTIME = ("seallmd.runtime", *_CORE, "seallmd.config", "seallmd.files", "seallmd.paths")
 _LIGHT = frozenset({"msgspec"})
 
 # The longest name that fits a module is its layer. A module that no name fits is a breach: it has no place.
 LAYERS = {
     "seallmd": Layer(()),  # the package's own __init__ alone
-    "seallmd.__main__": Layer(("seallmd.runtime.daemon",)),
+    "seallmd.__main__": Layer(("seallmd.runtime.daemon", "seallmd.runtime.forkserver")),
     "seallmd.errors": Layer((), frozenset()),
     "seallmd.paths": Layer(("seallmd.errors",), frozenset()),
+    "seallmd.files": Layer((), frozenset()),
     "seallmd.config": Layer(("seallmd.core.settings", "seallmd.api.settings", "seallmd.errors"), _LIGHT),
     "seallmd.core": Layer(_CORE, _LIGHT, _IMPURE),
     "seallmd.core.placement": Layer(_CORE, _LIGHT | {"numpy", "scipy"}, _IMPURE),
     "seallmd.sim": Layer(("seallmd.sim", *_CORE)),
     "seallmd.runtime": Layer(_RUNTIME),
     "seallmd.runtime.daemon": Layer((*_RUNTIME, "seallmd", "seallmd.api")),
-    "seallmd.runtime.children": Layer((*_RUNTIME, "seallmd.worker.main", "seallmd.worker.host")),
     "seallmd.api": Layer(
         (
             *("seallmd", "seallmd.api", "seallmd.runtime.face", "seallmd.runtime.feed"),
@@ -63,7 +63,13 @@ LAYERS = {
         )
     ),
     "seallmd.ui": Layer(()),
-    "seallmd.worker": Layer(("seallmd.worker", "seallmd.core.messages", "seallmd.errors")),
+    "seallmd.worker": Layer(
+        (
+            *("seallmd.worker", "seallmd.core.framing", "seallmd.core.messages"),
+            *("seallmd.errors", "seallmd.files"),
+        )
+    ),
+    "seallmd.worker.forkserver": Layer(("seallmd.worker", "seallmd.core.messages", "seallmd.core.forks")),
     "seallmd.ctl": Layer(("seallmd", "seallmd.ctl", "seallmd.paths", "seallmd.errors"), frozenset({"rich"})),
 }
 
@@ -222,7 +228,6 @@ def test_the_checker_sees_a_breach(tmp_path: Path, file: str, source: str) -> No
         ),
         ("core/placement.py", "import numpy\nfrom scipy import optimize"),
         ("runtime/daemon.py", "from seallmd import __version__\nfrom seallmd.api import server"),
-        ("runtime/children.py", "def run():\n    from seallmd.worker.main import run"),
         ("api/server.py", "from seallmd.runtime import face\nfrom seallmd.core.events import Finish"),
         ("worker/main.py", "import torch\nfrom seallmd.core import messages"),
         ("ctl/main.py", "import os\nimport rich.table\nfrom seallmd import __version__"),

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import aiohttp
+import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,7 +42,7 @@ from seallmd.worker.process import quiet_libraries
 from tools.bench_engine import Engine
 from tools.demo import Daemon
 
-_READY_SECONDS = 120.0
+_READY_SECONDS = 300.0
 _TICK = os.sysconf("SC_CLK_TCK")
 _MEMORY = "2 GiB"
 _LONG_PROMPT = 2000
@@ -59,10 +60,12 @@ class Answer(NamedTuple):
 
 
 class Served(NamedTuple):
-    """What came of several completions at once. loop: CPU seconds of the daemon's event loop."""
+    """What came of several completions at once. loop: CPU seconds of the daemon's event loop; cpu: of all its
+    processes."""
 
     seconds: float
     loop: float
+    cpu: float
     answers: list[Answer]
 
 
@@ -104,9 +107,10 @@ class Bench:
 
     def ask(self, prompts: Sequence[Sequence[int]], new: int, services: int = 1) -> Served:
         """All at once, each answered with `new` tokens, by so many services in turn."""
-        loop, begun = self._loop_seconds(), time.perf_counter()
+        loop, cpu, begun = self._loop_seconds(), self.cpu_seconds(), time.perf_counter()
         answers = asyncio.run(self._ask(prompts, new, services))
-        return Served(time.perf_counter() - begun, self._loop_seconds() - loop, answers)
+        seconds = time.perf_counter() - begun
+        return Served(seconds, self._loop_seconds() - loop, self.cpu_seconds() - cpu, answers)
 
     async def _ask(self, prompts: Sequence[Sequence[int]], new: int, services: int) -> list[Answer]:
         connector = aiohttp.TCPConnector(limit=0)
@@ -135,6 +139,11 @@ class Bench:
         pid = self._daemon.pid
         fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICK
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the daemon and all its processes since the command."""
+        daemon = psutil.Process(self._daemon.pid)
+        return sum(sum(process.cpu_times()[:4]) for process in (daemon, *daemon.children(recursive=True)))
 
     def device(self) -> str:
         """What the daemon's first device says of itself: whether its operations are compiled, too."""
@@ -249,16 +258,22 @@ class Run:
         with_, without = self._serving("prefix_reuse = true"), self._serving("prefix_reuse = false")
         try:
             ratio = self._compare(with_, without)
-            prompt = self._prompts(1, _LONG_PROMPT)[0]
-            first, again = (with_.ask([prompt], 4).answers[0].first for _ in range(2))
+            turns = [self._twice(with_) for _ in range(o.repeats)]
         finally:
             with_.end()
             without.end()
-        print(f"prefix: with reuse {ratio:.3f} x the tokens/s without, {o.streams} random prompts")
+        first, again = (statistics.median(seconds) for seconds in zip(*turns, strict=True))
+        print(f"prefix: with reuse {ratio}, {o.streams} random prompts")
         print(
-            f"  first token behind {_LONG_PROMPT} prompt tokens {first:.3f} s, again {again:.3f} s",
-            flush=True,
+            f"  first token behind {_LONG_PROMPT} prompt tokens {first:.3f} s, again {again:.3f} s:", end=""
         )
+        print(f" {statistics.median(a / b for a, b in turns):.1f} times sooner", flush=True)
+
+    def _twice(self, bench: Bench) -> tuple[float, float]:
+        """Seconds to the first token of a long prompt, and of the same prompt again."""
+        prompt = self._prompts(1, _LONG_PROMPT)[0]
+        first, again = (bench.ask([prompt], 4).answers[0].first for _ in range(2))
+        return first, again
 
     def chunks(self) -> None:
         """Prefill in chunks beside decodes, and whole prompts at once."""
@@ -268,18 +283,21 @@ class Run:
         finally:
             small.end()
             large.end()
-        print(f"chunks: steps of 256 tokens {ratio:.3f} x the tokens/s of steps of 8192", flush=True)
+        print(f"chunks: steps of 256 tokens, against steps of 8192: {ratio}", flush=True)
 
-    def _compare(self, one: Bench, other: Bench) -> float:
-        """tokens/s of `one` over those of `other`, the median of pairs that take turns."""
+    def _compare(self, one: Bench, other: Bench) -> str:
+        """tokens/s of `one` over those of `other`, and its CPU time over the other's, which other jobs of the
+        machine change less: medians of pairs that take turns, and their range."""
         o = self._options
         for bench in (one, other):
             bench.ask(self._prompts(1, 8), 2)
-        ratios = []
-        for _ in range(o.repeats):
-            seconds = [bench.ask(self._prompts(o.streams, o.prompt), o.new).seconds for bench in (one, other)]
-            ratios.append(seconds[1] / seconds[0])
-        return statistics.median(ratios)
+        rates, costs = [], []
+        for turn in range(o.repeats):
+            pair = (one, other) if turn % 2 else (other, one)
+            served = {bench: bench.ask(self._prompts(o.streams, o.prompt), o.new) for bench in pair}
+            rates.append(served[other].seconds / served[one].seconds)
+            costs.append(served[one].cpu / served[other].cpu)
+        return f"{_spread(rates)} x the tokens/s, {_spread(costs)} x the CPU time"
 
     def models(self) -> None:
         """One service on two devices, and three that share them."""
@@ -300,19 +318,27 @@ class Run:
         )
 
     def start(self) -> None:
-        """A start with nothing in the cache, and the next one."""
+        """A start with nothing in the cache, and the next ones. CPU time tells what others of the machine do
+        not change."""
         cache = self._folder / "cold"
         cache.mkdir()
-        for name in ("empty cache", "again"):
+        for name in ("empty cache", *("again" for _ in range(self._options.repeats))):
             bench = self._serving(cache=cache)
             try:
+                used = [bench.cpu_seconds()]
                 first = bench.ask(self._prompts(1, 8), 1).answers[0].first
+                used.append(bench.cpu_seconds())
             finally:
                 bench.end()
             image, copy = bench.bringing_in()
             ready = bench.ready - bench.started
-            print(f"start, {name}: ready {ready:.2f} s after the command, first token {first:.2f} s later")
-            print(f"  of that the host image {image:.2f} s, its copy and binding {copy:.2f} s", flush=True)
+            print(f"start, {name}: ready {ready:.2f} s after the command ({used[0]:.2f} s of CPU time),")
+            print(f"  first token {first:.2f} s later ({used[1] - used[0]:.2f} s), ", end="")
+            print(f"host image {image:.2f} s, its copy and binding {copy:.2f} s", flush=True)
+
+
+def _spread(ratios: Sequence[float]) -> str:
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def _save_tiny(directory: Path, like: Path) -> None:

@@ -3,8 +3,9 @@
     python -m tools.bench_node [--services N] [--requests N] [--policy NAME]
 
 One device holds N services with the given number of requests; every step is answered at once. Prints the
-median and tail of `handle` over all StepDone events, also for half and twice the requests, so that growth
-shows.
+median and tail of `handle` over all StepDone events, in processor time, also for fewer and more requests, so
+that growth shows. Then what the flight recorder costs: an event, and a checkpoint while all of it is held and
+after it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.node import Node
 from seallmd.core.settings import NodeSettings, PolicySettings, ServiceSettings
+from seallmd.core.snapshot import freeze
+from seallmd.runtime.journal import FlightRecorder
 
 BLOCK = 1 << 16
 LAYER = msg.LayerShape(kv_heads=2, k_dim=64, v_dim=64)
@@ -42,6 +45,7 @@ class Bench:
         self.node = Node(settings)
         self.seconds: list[float] = []
         self.now = 0.0
+        self.events: list[tuple[ev.Event, list[ev.Action]]] = []
         self._steps: list[msg.Step] = []
         self.happen(ev.HostUp())
         self.happen(ev.WorkerUp(0, "bench", BLOCK * 200_000))
@@ -51,10 +55,11 @@ class Bench:
 
     def happen(self, event: ev.Event) -> None:
         """One event, and what the device says to the actions."""
-        before = time.perf_counter()
+        before = time.process_time()
         actions = self.node.handle(event, self.now)
         if isinstance(event, ev.FromDevice):
-            self.seconds.append(time.perf_counter() - before)
+            self.seconds.append(time.process_time() - before)
+            self.events.append((event, list(actions)))
         for action in actions:
             if isinstance(action, ev.ToDevice):
                 if isinstance(action.message, msg.CopyIn):
@@ -73,11 +78,37 @@ class Bench:
     def run(self, steps: int) -> None:
         """Answer steps in order."""
         self.seconds.clear()
+        self.events.clear()
         for _ in range(steps):
             step = self._steps.pop(0)
             self.now += 0.02
             tokens = tuple(1 for row in step.rows if row.sample)
             self.happen(ev.FromDevice(0, msg.StepDone(step.step, tokens, 0.02)))
+
+
+def print_flight(bench: Bench, requests: int) -> None:
+    """What recording in flight costs, for the events of the last run."""
+    recorder = FlightRecorder(bench.node, 1 << 40)
+    began = time.process_time()
+    for event, actions in bench.events:
+        recorder.record(bench.now, event, actions)
+    each = (time.process_time() - began) / len(bench.events)
+    print(f"flight recorder: {each * 1e6:.0f} us an event")
+    print_checkpoint(bench, "all requests running or waiting")
+    for request in range(1, requests + 1):
+        bench.node.handle(ev.Cancelled(request), bench.now)
+    print_checkpoint(bench, "no request left")
+
+
+def print_checkpoint(bench: Bench, when: str) -> None:
+    """How long the event loop stands still for one."""
+    began = time.process_time()
+    frozen = freeze(bench.node)
+    seconds = time.process_time() - began
+    arena = bench.node.state.devices[0].arena
+    assert arena is not None
+    blocks = f"{arena.kv} blocks of KV, {arena.cached} cached"
+    print(f"checkpoint, {when} ({blocks}): {seconds * 1e3:.0f} ms, {len(frozen) / 1e6:.1f} MB")
 
 
 def main() -> None:
@@ -88,7 +119,7 @@ def main() -> None:
     parser.add_argument("--policy", default="budget")
     parser.add_argument("--steps", type=int, default=2000)
     options = parser.parse_args()
-    for requests in (options.requests // 2, options.requests, options.requests * 2):
+    for requests in (options.requests * times // 4 for times in (1, 2, 4, 8, 16)):
         bench = Bench(options.services, options.policy)
         bench.fill(requests, random.Random(0))
         bench.run(options.steps)
@@ -99,6 +130,7 @@ def main() -> None:
             f"{options.services} services, {requests:5d} requests, {options.policy}: "
             f"median {median * 1e3:.3f} ms, P99 {tail * 1e3:.3f} ms"
         )
+    print_flight(bench, 2 * options.requests)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import torch
 import torch.multiprocessing as mp
 
 from seallmd.core import messages as msg
+from seallmd.core.framing import Unframer, frame
 from seallmd.worker import host
 from seallmd.worker import main as worker
 
@@ -48,16 +49,16 @@ class Process:
         )
         self._child.start()
         theirs.close()
-        self._messages = self._receive(msg.Unframer(speaks))
+        self._messages = self._receive(Unframer(speaks))
         self._clock = _cpu_clock(self.hear(msg.Hello).pid)
 
-    def _receive(self, unframer: msg.Unframer) -> Iterator[Any]:
+    def _receive(self, unframer: Unframer) -> Iterator[Any]:
         while data := self._sock.recv(1 << 16):
             yield from unframer.feed(data)
 
     def say(self, *messages: msg.Message) -> None:
         """Send."""
-        self._sock.sendall(b"".join(map(msg.frame, messages)))
+        self._sock.sendall(b"".join(map(frame, messages)))
 
     def hear(self, *kinds: type) -> Any:
         """The next message of one of these kinds; progress is skipped, and anything else ends the run."""

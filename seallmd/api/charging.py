@@ -9,42 +9,49 @@ from collections.abc import Sequence
 
 import msgspec
 
-from seallmd.api.choices import Choice
+from seallmd.api.fields import ServiceTier
 from seallmd.api.keys import current_key
 from seallmd.api.metrics import Metrics
 from seallmd.api.rates import Rates
+from seallmd.api.tiers import in_batch, tier_of
 from seallmd.errors import RequestError
 from seallmd.runtime.face import Generation
 
 
-def keyed(generations: list[Generation]) -> list[Generation]:
-    """The same generations for the key at hand. Prefixes are not shared between keys: how fast an answer
-    comes would tell what others have asked."""
-    key = current_key.get()
-    if key is None:
-        return generations
-    return [msgspec.structs.replace(g, tier=key.tier, salt=f"{key.name}/{g.salt}") for g in generations]
+def keyed(generations: list[Generation], asked: ServiceTier | None = None) -> list[Generation]:
+    """The same generations for the key at hand, at its tier or the one that was asked for.
+
+    Prefixes are not shared between keys: how fast an answer comes would tell what others have asked. Raises
+    RequestError (403).
+    """
+    key, tier = current_key.get(), tier_of(asked)
+    prefix = "" if key is None else f"{key.name}/"
+    return [msgspec.structs.replace(g, tier=tier, salt=prefix + g.salt) for g in generations]
 
 
 class Charge:
-    """What one HTTP request takes from the limits of its key."""
+    """What one HTTP request takes from the limits of its key.
+
+    A line of a batch takes nothing: it waits for a gap anyway, and its key's other requests must not wait
+    for it. It is counted all the same.
+    """
 
     def __init__(self, rates: Rates, metrics: Metrics, batches: Sequence[Sequence[Generation]]) -> None:
         """Charge for all choices of all prompts. Raises RequestError (429) and then charges nothing."""
         self._key = current_key.get()
+        self._limited = None if in_batch.get() else self._key
         self._rates = rates
         self._metrics = metrics
         self._tokens = sum(len(g.prompt) + g.max_tokens for batch in batches for g in batch)
         try:
-            rates.charge(self._key, 1, self._tokens)
+            rates.charge(self._limited, 1, self._tokens)
         except RequestError:
             self._count("limited", 1)
             raise
 
-    def settle(self, choices: Sequence[Choice]) -> None:
-        """Give back what was not used; a choice that got nothing costs nothing."""
-        used = sum(len(choice.prompt) + choice.tokens for choice in choices if choice.tokens)
-        self._rates.give_back(self._key, self._tokens - used)
+    def settle(self, used: int) -> None:
+        """Give back what was not used. used: tokens."""
+        self._rates.give_back(self._limited, self._tokens - used)
         self._count("requests", 1)
         self._count("tokens", used)
 

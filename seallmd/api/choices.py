@@ -192,6 +192,11 @@ class Run:
                 if piece.finish_reason is None:
                     self._wait_for(index, source)
 
+    @property
+    def used(self) -> int:
+        """Tokens of prompts and outputs; a choice that got nothing costs nothing."""
+        return sum(len(choice.prompt) + choice.tokens for choice in self.choices if choice.tokens)
+
     async def close(self) -> None:
         """Cancel what still runs."""
         for stream in self._streams:

@@ -6,6 +6,7 @@ Owns the protocol and who may speak it. Must not know how commands are carried o
     {"op": "map", "cells": 64}                   -> {"kind": "map", "maps": [...], "latencies": {...}}
     {"op": "show", "service": "a"}               -> {"kind": "service", "service": {...}} or error
     {"op": "requests"}                           -> {"kind": "requests", "requests": [...]}
+    {"op": "batches"}                            -> {"kind": "batches", "batches": [...]}; "cancel": id -> ok
     {"op": "plan"}                               -> {"kind": "plan", "plan": {...}} (null: nothing is planned)
     {"op": "cancel", "request": 7}               -> ok or error
     {"op": "load", "service": "a"}               -> {"kind": "progress", ...}* then ok or error
@@ -38,6 +39,7 @@ import msgspec
 from msgspec import Meta
 
 from seallmd import __version__
+from seallmd.api.batch.operator import BatchOperator, BatchStatus
 from seallmd.api.latency_window import Figures
 from seallmd.api.sockets import claim_socket_path
 from seallmd.core.events import (
@@ -84,6 +86,12 @@ class Show(_Request, frozen=True):
 
 class Requests(_Request, frozen=True):
     """Every request that is not over."""
+
+
+class Batches(_Request, frozen=True):
+    """Batches of /v1/batches; or end one."""
+
+    cancel: str = ""
 
 
 class Plan(_Request, frozen=True):
@@ -192,6 +200,12 @@ class RequestList(_Reply, frozen=True, tag="requests"):
     requests: list[RequestStatus]
 
 
+class BatchList(_Reply, frozen=True, tag="batches"):
+    """The answer to `Batches`: those that go on, and after them the last that are over."""
+
+    batches: list[BatchStatus]
+
+
 class Event(_Reply, frozen=True, tag="event"):
     """One answer to `Events`."""
 
@@ -211,7 +225,9 @@ class PlanReport(_Reply, frozen=True, tag="plan"):
     plan: PlanStatus | None
 
 
-Command = Status | Map | Show | Requests | Plan | Cancel | Load | Evict | Pin | Drain | Events | Reload
+Command = (
+    Status | Map | Show | Requests | Batches | Plan | Cancel | Load | Evict | Pin | Drain | Events | Reload
+)
 Reloader = Callable[[], tuple[list[str], list[str]]]
 
 
@@ -233,6 +249,7 @@ class ControlServer:
         """
         self.http: tuple[str, ...] = ()
         self.reload: Reloader | None = None
+        self.batches: BatchOperator | None = None
         self.latencies: Callable[[], dict[str, Figures]] = dict
         self._engine = engine
         self._path = path
@@ -336,6 +353,8 @@ class ControlServer:
                 await _say(writer, unknown if detail is None else Detail(detail))
             case Requests():
                 await _say(writer, RequestList(self._engine.requests()))
+            case Batches(cancel):
+                await _say(writer, await self._tell_batches(cancel))
             case Plan():
                 await _say(writer, PlanReport(self._engine.plan()))
             case Cancel(number):
@@ -353,6 +372,17 @@ class ControlServer:
                 await self._tell_events(request, reader, writer)
             case Reload():
                 await _say(writer, self._reload())
+
+    async def _tell_batches(self, cancel: str) -> BatchList | Ok | Failed:
+        if self.batches is None:
+            return Failed("this daemon has no batches")
+        try:
+            if not cancel:
+                return BatchList(await self.batches.list())
+            await self.batches.cancel(cancel)
+        except ControlError as error:
+            return Failed(str(error)[:MAX_MESSAGE_CHARACTERS])
+        return Ok()
 
     def _cancel(self, number: int) -> Ok | Failed:
         if all(request.request != number for request in self._engine.requests()):

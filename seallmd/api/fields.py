@@ -7,7 +7,7 @@ any endpoint, aiohttp or the engine.
 from __future__ import annotations
 
 import re
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -22,6 +22,7 @@ Top = Annotated[int, Meta(ge=0, le=20)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 Salt = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^@/\\\x00]*$")]
+ServiceTier = Literal["auto", "default", "flex", "priority"]
 ModelName = Annotated[str, Meta(min_length=1, max_length=256)]
 
 # Known but not served: field names, each with the JSON values that change nothing.
@@ -38,15 +39,22 @@ def decode_body(body: bytes, kind: type[Struct]) -> Struct:
     except msgspec.ValidationError as error:
         raise _explain(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RequestError(f"the body is not valid JSON: {error}"[:MAX_ERROR_CHARACTERS]) from None
+        raise _no_json(error) from None
 
 
 def refuse_unserved(fields: dict[str, msgspec.Raw], unserved: Unserved) -> None:
     """Refuse fields that are known but not served, unless their JSON value changes nothing."""
     for name in sorted(fields.keys() & unserved.keys()):
-        value = msgspec.json.format(bytes(fields[name]), indent=-1).decode()
+        try:
+            value = msgspec.json.format(bytes(fields[name]), indent=-1).decode()
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # it was skipped until now
+            raise _no_json(error) from None
         if value not in unserved[name]:
             raise RequestError(f"`{name}` is not supported", code="unsupported_parameter", param=name)
+
+
+def _no_json(error: Exception) -> RequestError:
+    return RequestError(f"the body is not valid JSON: {error}"[:MAX_ERROR_CHARACTERS])
 
 
 def _explain(error: msgspec.ValidationError) -> RequestError:

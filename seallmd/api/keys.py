@@ -85,6 +85,10 @@ class Keyring:
                 found = key
         return found
 
+    def named(self, name: str) -> Key | None:
+        """The key of a name, for work that goes on without its caller."""
+        return next((key for _, key in self._keys if key.name == name), None)
+
 
 # Whose request is being handled; None = nobody has to say.
 current_key: ContextVar[Key | None] = ContextVar("current_key", default=None)

@@ -48,12 +48,15 @@ def build_generations(
 
 def truncated(request: GenerationRequest, context: int, prompt: list[int]) -> list[int]:
     """The end of a prompt, as much of it as the client wants at most; -1 is what fits with the output."""
-    limit = request.truncate_prompt_tokens
-    if limit == -1:
-        limit = max(1, context - max(1, request.output_limit or 1))
+    room = max(1, context - max(1, request.output_limit or 1))
+    return last_of(prompt, request.truncate_prompt_tokens, room)
+
+
+def last_of(tokens: list[int], limit: int | None, room: int) -> list[int]:
+    """The last so many tokens, all without a limit; -1 is as many as there is room for."""
     if limit == 0:
         raise RequestError("`truncate_prompt_tokens` leaves nothing", param="truncate_prompt_tokens")
-    return prompt if limit is None else prompt[-limit:]
+    return tokens if limit is None else tokens[-(room if limit == -1 else limit) :]
 
 
 def check_token_ids(ids: list[int], vocab: int, param: str) -> None:

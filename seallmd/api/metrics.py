@@ -99,6 +99,12 @@ class Metrics:
             (*_MODEL, "tier", "met"),
             registry=self._registry,
         )
+        self.batch_lines = Counter(
+            "seallmd_batch_lines",
+            "Lines of batches that ended, by how: completed, failed, expired, cancelled.",
+            ("outcome",),
+            registry=self._registry,
+        )
         texts = {
             "requests": "Requests of a key.",
             "tokens": "Tokens of a key's prompts and outputs.",
@@ -144,6 +150,7 @@ class RequestMeter:
         self._first_seconds = float("inf")
         self._tokens = 0
         self._stopped = False
+        self._timed = generation.tier != "batch"  # which nobody waits for: its times would hide the others'
 
     def stop_string(self) -> None:
         """The text has what it was to stop at: the cancellation that follows is an end like any other."""
@@ -153,6 +160,11 @@ class RequestMeter:
         """So many tokens came."""
         now = self._metrics.clock()
         seconds, self._last = now - self._last, now
+        if self._timed:
+            self._time(seconds)
+        self._tokens += tokens
+
+    def _time(self, seconds: float) -> None:
         if self._tokens:
             self._between_tokens.observe(seconds)
             self._metrics.window.next_token(self._generation.service, seconds)
@@ -160,7 +172,6 @@ class RequestMeter:
             self._first_seconds = seconds
             self._first_token.observe(seconds)
             self._metrics.window.first_token(self._generation.service, seconds)
-        self._tokens += tokens
 
     def ended(self, finish: Finish) -> None:
         """The request is over. Failed ones have no latency: an early refusal would look like speed."""
@@ -168,14 +179,18 @@ class RequestMeter:
         reason = "stop" if self._stopped else _ENDS.get(finish.reason, "error")
         metrics.ends.labels(service, reason).inc()
         seconds = metrics.clock() - self._began
+        if not self._tokens:
+            self._first_seconds = seconds  # a vector comes as a whole
         if reason == "error":
             metrics.failures.labels(service, finish.code or "other").inc()
-            metrics.window.failed(service)
+            if self._timed:
+                metrics.window.failed(service)
         else:
-            metrics.whole.labels(service).observe(seconds)
+            if self._timed:
+                metrics.whole.labels(service).observe(seconds)
             metrics.prompt.labels(service).observe(len(self._generation.prompt))
             metrics.output.labels(service).observe(self._tokens)
-        if reason != "abort":
+        if reason != "abort" and self._timed:
             self._judge(failed=reason == "error")
 
     def _judge(self, *, failed: bool) -> None:

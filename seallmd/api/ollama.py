@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 from aiohttp import web
 
 from seallmd import __version__
 from seallmd.api.conversation import ChatMessage, plain_messages
-from seallmd.api.ollama_responses import OllamaAnswer, model_card, running_card
+from seallmd.api.embedding import Vector, Wanted, embed, pooling_of
+from seallmd.api.ollama_responses import OllamaAnswer, model_card, running_card, shown_card
 from seallmd.api.ollama_schema import (
-    GenerateRequest,
-    OllamaChatRequest,
+    KeepingRequest,
     OllamaRequest,
     as_chat,
     as_completion,
     chat_messages,
+    read_embed,
     read_generate,
+    read_old_embed,
     read_ollama_chat,
+    read_show,
 )
 from seallmd.api.schema import ChatRequest, CompletionRequest
 from seallmd.api.serving import Model, Serving, json_response, read_body
@@ -46,8 +50,11 @@ class Ollama:
             web.get("/api/version", self.version),
             web.get("/api/tags", self.tags),
             web.get("/api/ps", self.running),
+            web.post("/api/show", self.show),
             web.post("/api/generate", self.generate),
             web.post("/api/chat", self.chat),
+            web.post("/api/embed", self.embed),
+            web.post("/api/embeddings", self.old_embed),
         ]
 
     async def version(self, _request: web.Request) -> web.Response:
@@ -65,13 +72,21 @@ class Ollama:
         resident = [s for s in self._engine.status().services if s.state == "resident" and s.name in views]
         return json_response({"models": [running_card(views[s.name], s) for s in resident]})
 
+    async def show(self, request: web.Request) -> web.Response:
+        """POST /api/show: what is known of a model; wakes none."""
+        name = self._name(read_show(await _body(request)))
+        model = await self._serving.model(name)
+        template = model.text.template.source if model.text.template is not None else ""
+        return json_response(shown_card(self._serving.view(name), template))
+
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """POST /api/generate: a prompt, through the model's chat template unless it is raw."""
         spec = read_generate(await _body(request))
         name = self._name(spec.model)
         answer = OllamaAnswer(spec.model, "generate")
         if not spec.prompt:
-            return await self._place(spec, name, answer)
+            await self._place(spec, name)
+            return json_response(answer.nothing("unload" if spec.unloads else "load"))
         model = await self._serving.model(name)
         if spec.raw or model.text.template is None:
             if spec.system:
@@ -92,12 +107,54 @@ class Ollama:
         name = self._name(spec.model)
         answer = OllamaAnswer(spec.model, "chat")
         if not spec.messages:
-            return await self._place(spec, name, answer)
+            await self._place(spec, name)
+            return json_response(answer.nothing("unload" if spec.unloads else "load"))
         model = await self._serving.model(name)
         messages = [ChatMessage(role=message.role, content=message.content) for message in spec.messages]
         tokens = await self._encode(model, messages)
         ours = as_chat(spec, name, messages, _room(model, tokens))
         return await self._answer(request, spec, ours, model, tokens, answer)
+
+    async def embed(self, request: web.Request) -> web.Response:
+        """POST /api/embed: a vector of length 1 for each input."""
+        began = time.monotonic_ns()
+        spec = read_embed(await _body(request))
+        wanted = Wanted(spec.dimensions or None)
+        vectors, tokens = await self._embed(spec, spec.texts, wanted, truncate=spec.truncate is not False)
+        answer = {
+            "model": spec.model,
+            "embeddings": [vector.tolist() for vector in vectors],
+            "total_duration": time.monotonic_ns() - began,
+            "load_duration": 0,
+            "prompt_eval_count": tokens,
+        }
+        return await asyncio.to_thread(json_response, answer)
+
+    async def old_embed(self, request: web.Request) -> web.Response:
+        """POST /api/embeddings: one vector, not scaled."""
+        spec = read_old_embed(await _body(request))
+        texts = [spec.prompt] if spec.prompt else []
+        vectors, _ = await self._embed(spec, texts, Wanted(normalize=False), truncate=True)
+        return json_response({"embedding": vectors[0].tolist() if vectors else []})
+
+    async def _embed(
+        self, spec: KeepingRequest, texts: list[str], wanted: Wanted, *, truncate: bool
+    ) -> tuple[list[Vector], int]:
+        """Vectors of texts, and how many tokens these have. Without any text the model comes in, or goes."""
+        name = self._name(spec.model)
+        pooling_of(self._serving, name)
+        if not any(texts):
+            await self._place(spec, name)
+            return [], 0
+        model = await self._serving.model(name)
+        encoded = [await self._serving.encode(model, text) for text in texts]
+        inputs = [tokens[: model.shape.context] if truncate else tokens for tokens in encoded]
+        self._keep(spec, name)
+        try:
+            return await embed(self._serving, model, inputs, wanted), sum(map(len, inputs))
+        finally:
+            if spec.unloads:
+                self._unload_later(name)
 
     async def _encode(self, model: Model, messages: list[ChatMessage]) -> list[int]:
         return await self._serving.texts.encode_chat(model.text, plain_messages(messages), {})
@@ -118,10 +175,8 @@ class Ollama:
             if spec.unloads:
                 self._unload_later(model.name)
 
-    async def _place(
-        self, spec: GenerateRequest | OllamaChatRequest, name: str, answer: OllamaAnswer
-    ) -> web.Response:
-        """Load the model, or with keep_alive 0 unload it, and answer when that is done."""
+    async def _place(self, spec: KeepingRequest, name: str) -> None:
+        """Load the model, or with keep_alive 0 unload it; returns when that is done."""
         try:
             if spec.unloads:
                 self._refuse_pinned(name)
@@ -131,9 +186,8 @@ class Ollama:
                 await self._engine.load(name)
         except ControlError as error:
             raise RequestError(str(error), status=503, code="model_unavailable") from error
-        return json_response(answer.nothing("unload" if spec.unloads else "load"))
 
-    def _keep(self, spec: OllamaRequest, name: str) -> None:
+    def _keep(self, spec: KeepingRequest, name: str) -> None:
         if spec.keep_seconds is not None:
             self._engine.keep(name, spec.keep_seconds)
 

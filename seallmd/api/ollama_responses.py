@@ -1,4 +1,4 @@
-"""What Ollama's clients get: the objects of /api/generate, /api/chat, /api/tags and /api/ps.
+"""What Ollama's clients get: the objects of /api/generate, /api/chat, /api/tags, /api/ps and /api/show.
 
 Owns their fields. Must not know aiohttp, or where pieces come from.
 """
@@ -119,6 +119,27 @@ def running_card(view: ServiceView, status: ServiceStatus) -> dict[str, Any]:
         "size_vram": size,
         "expires_at": _expiry(status),
         "context_length": status.context,
+    }
+
+
+def shown_card(view: ServiceView, template: str) -> dict[str, Any]:
+    """A service in /api/show. template: as the model has it (Jinja, where Ollama's are Go's)."""
+    card, shape = model_card(view), view.shape
+    assert shape is not None
+    family = shape.architecture
+    return {
+        "modified_at": card["modified_at"],
+        "template": template,
+        "details": card["details"],
+        "model_info": {
+            "general.architecture": family,
+            "general.parameter_count": round(shape.weights_bytes / shape.itemsize),
+            f"{family}.context_length": shape.context,
+            f"{family}.embedding_length": shape.hidden,
+            f"{family}.block_count": len(shape.layers),
+            f"{family}.vocab_size": shape.vocab,
+        },
+        "capabilities": ["completion"] + ["embedding"] * (view.settings.pooling != "none"),
     }
 
 

@@ -1,4 +1,4 @@
-"""What Ollama's clients send: the bodies of /api/generate and /api/chat.
+"""What Ollama's clients send: the bodies of /api/generate, /api/chat, /api/embed and /api/embeddings.
 
 Owns their fields and defaults, and turning them into our own requests (`schema`). Must not know aiohttp or
 the engine.
@@ -13,13 +13,16 @@ import msgspec
 from msgspec import Meta
 
 from seallmd.api.conversation import ChatMessage
+from seallmd.api.embeddings import MAX_INPUTS
 from seallmd.api.fields import Penalty, StopString, Unserved, decode_body, refuse_unserved
 from seallmd.api.schema import ChatRequest, CompletionRequest
 from seallmd.api.structured import JsonSchema, ResponseFormat
 from seallmd.errors import RequestError
 
-_DURATION = re.compile(r"^[+-]?(\d+(\.\d+)?(ns|us|µs|ms|s|m|h)?)+$")  # Go's, and plain seconds
+# Go's, and plain seconds. Possessive: nothing is tried twice, or a row of digits would take for ever.
+_DURATION = re.compile(r"^[+-]?(?:\d++(?:\.\d++)?(?:ns|us|µs|ms|s|m|h)?+)++$")
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h|)")
+_LONGEST_SECONDS = 3.2e9  # a century: longer ones have no date
 _SECONDS = {"": 1.0, "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -42,14 +45,37 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: Penalty | None = None
 
 
-class OllamaRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What both have in common. keep_alive: how long the model stays after this request if nobody else needs
+class KeepingRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What all have in common. keep_alive: how long the model stays after this request if nobody else needs
     its memory; 0 unloads, a negative one is for good, none changes nothing."""
 
     model: Annotated[str, Meta(min_length=1, max_length=256)]
-    stream: bool | None = None
     options: Options | None = None
     keep_alive: float | str | None = None
+
+    @property
+    def unloads(self) -> bool:
+        """Whether keep_alive is 0: the model is to go once the answer is out."""
+        if isinstance(self.keep_alive, str):
+            return re.search("[1-9]", self.keep_alive) is None
+        return self.keep_alive == 0
+
+    @property
+    def keep_seconds(self) -> float | None:
+        """keep_alive in seconds, 0 = for good; None where it was not given, or unloads."""
+        if self.keep_alive is None or self.unloads:
+            return None
+        if isinstance(self.keep_alive, float):
+            return min(max(0.0, self.keep_alive), _LONGEST_SECONDS)
+        parts = _PART.findall(self.keep_alive)
+        seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
+        return 0.0 if self.keep_alive.startswith("-") else min(seconds, _LONGEST_SECONDS)
+
+
+class OllamaRequest(KeepingRequest, frozen=True, kw_only=True):
+    """What /api/generate and /api/chat have in common."""
+
+    stream: bool | None = None
     format: Literal["json", ""] | dict[str, Any] | None = None
 
     @property
@@ -66,24 +92,6 @@ class OllamaRequest(msgspec.Struct, frozen=True, kw_only=True):
     def streams(self) -> bool:
         """Ollama streams unless told not to."""
         return self.stream is not False
-
-    @property
-    def unloads(self) -> bool:
-        """Whether keep_alive is 0: the model is to go once the answer is out."""
-        if isinstance(self.keep_alive, str):
-            return re.search("[1-9]", self.keep_alive) is None
-        return self.keep_alive == 0
-
-    @property
-    def keep_seconds(self) -> float | None:
-        """keep_alive in seconds, 0 = for good; None where it was not given, or unloads."""
-        if self.keep_alive is None or self.unloads:
-            return None
-        if isinstance(self.keep_alive, float):
-            return max(0.0, self.keep_alive)
-        parts = _PART.findall(self.keep_alive)
-        seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
-        return 0.0 if self.keep_alive.startswith("-") else seconds
 
 
 class GenerateRequest(OllamaRequest, frozen=True, kw_only=True):
@@ -109,6 +117,33 @@ class OllamaChatRequest(OllamaRequest, frozen=True, kw_only=True):
     messages: Annotated[list[OllamaMessage], Meta(max_length=1 << 16)] | None = None
 
 
+class ShowRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """POST /api/show. name: as older clients call it."""
+
+    model: Annotated[str, Meta(max_length=256)] = ""
+    name: Annotated[str, Meta(max_length=256)] = ""
+
+
+class EmbedRequest(KeepingRequest, frozen=True, kw_only=True):
+    """POST /api/embed. Without an input the model is loaded, or unloaded. truncate: cut what is longer than
+    the context, at its end, unless false. dimensions: keep the first ones."""
+
+    input: str | Annotated[list[str], Meta(max_length=MAX_INPUTS)] | None = None
+    truncate: bool | None = None
+    dimensions: Annotated[int, Meta(ge=0, le=1 << 20)] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """The inputs."""
+        return [self.input] if isinstance(self.input, str) else list(self.input or ())
+
+
+class OldEmbedRequest(KeepingRequest, frozen=True, kw_only=True):
+    """POST /api/embeddings, the older one: one text, and its vector as it is."""
+
+    prompt: str | None = None
+
+
 # As in `fields`: known, not served, and the values that change nothing.
 _UNSERVED: Unserved = {
     "context": ("null", "[]"),
@@ -127,7 +162,7 @@ _UNSERVED_OPTIONS: Unserved = {
 }
 
 
-_Request = TypeVar("_Request", GenerateRequest, OllamaChatRequest)
+_Request = TypeVar("_Request", GenerateRequest, OllamaChatRequest, EmbedRequest, OldEmbedRequest)
 
 
 class _Fields(msgspec.Struct, frozen=True):
@@ -144,6 +179,24 @@ def read_ollama_chat(body: bytes) -> OllamaChatRequest:
     """Read the body of /api/chat. Raises RequestError."""
     _refuse(body)
     return _checked(decode_body(body, OllamaChatRequest))
+
+
+def read_embed(body: bytes) -> EmbedRequest:
+    """Read the body of /api/embed. Raises RequestError."""
+    return _checked(decode_body(body, EmbedRequest))
+
+
+def read_old_embed(body: bytes) -> OldEmbedRequest:
+    """Read the body of /api/embeddings. Raises RequestError."""
+    return _checked(decode_body(body, OldEmbedRequest))
+
+
+def read_show(body: bytes) -> str:
+    """The model that the body of /api/show names. Raises RequestError."""
+    spec = decode_body(body, ShowRequest)
+    if not spec.model and not spec.name:
+        raise RequestError("`model` is needed", param="model")
+    return spec.model or spec.name
 
 
 def chat_messages(spec: GenerateRequest) -> list[ChatMessage]:

@@ -12,9 +12,18 @@ from typing import Any
 import msgspec
 
 from seallmd import __version__
+from seallmd.api.batch.records import BatchList, BatchObject, Deleted, FileList, FileObject
+from seallmd.api.batch.routes import BatchRequest
 from seallmd.api.chat_answer import ChatChunk, ChatCompletion
 from seallmd.api.completion_answer import Completion
-from seallmd.api.ollama_schema import GenerateRequest, OllamaChatRequest
+from seallmd.api.embeddings import EmbeddingList, EmbeddingRequest
+from seallmd.api.ollama_schema import (
+    EmbedRequest,
+    GenerateRequest,
+    OldEmbedRequest,
+    OllamaChatRequest,
+    ShowRequest,
+)
 from seallmd.api.responses_schema import ResponsesRequest
 from seallmd.api.schema import ChatRequest, CompletionRequest
 from seallmd.api.tokenize import DetokenizeRequest, TokenizeRequest
@@ -32,9 +41,15 @@ class ErrorDetail(msgspec.Struct, frozen=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """Every refusal, but below /api/, where it is {"error": "..."} as Ollama's."""
+    """Every refusal, but below /api/."""
 
     error: ErrorDetail
+
+
+class OllamaError(msgspec.Struct, frozen=True):
+    """A refusal below /api/, as Ollama's."""
+
+    error: str
 
 
 class ModelCard(msgspec.Struct, frozen=True):
@@ -83,7 +98,8 @@ class Version(msgspec.Struct, frozen=True):
 
 class Operation(msgspec.Struct, frozen=True):
     """One route. body, answer: types, None = none or no JSON. events: each event of a stream's, if it can be
-    one. media: of an answer that is no JSON; lines: streams are JSON lines, not events."""
+    one. media: of an answer that is no JSON; lines: streams are JSON lines, not events. form: fields
+    of a form, the first of which is a file."""
 
     method: str
     path: str
@@ -93,6 +109,7 @@ class Operation(msgspec.Struct, frozen=True):
     events: Any = None
     media: str = ""
     lines: bool = False
+    form: tuple[str, ...] = ()
 
 
 _ANY = dict[str, Any]
@@ -103,6 +120,18 @@ OPERATIONS = (
     Operation("post", "/v1/completions", "Complete prompts.", CompletionRequest, Completion, Completion),
     Operation("post", "/v1/chat/completions", "Continue a chat.", ChatRequest, ChatCompletion, ChatChunk),
     Operation("post", "/v1/responses", "Answer, in the newer form.", ResponsesRequest, _ANY, _ANY),
+    Operation(
+        "post", "/v1/files", "Upload the input of a batch.", answer=FileObject, form=("file", "purpose")
+    ),
+    Operation("get", "/v1/files", "Files, a page at a time.", answer=FileList),
+    Operation("get", "/v1/files/{name}", "One file.", answer=FileObject),
+    Operation("get", "/v1/files/{name}/content", "What is in it.", media="application/octet-stream"),
+    Operation("delete", "/v1/files/{name}", "Delete a file.", answer=Deleted),
+    Operation("post", "/v1/batches", "Begin a batch.", BatchRequest, BatchObject),
+    Operation("get", "/v1/batches", "Batches, a page at a time.", answer=BatchList),
+    Operation("get", "/v1/batches/{name}", "One batch.", answer=BatchObject),
+    Operation("post", "/v1/batches/{name}/cancel", "End a batch.", answer=BatchObject),
+    Operation("post", "/v1/embeddings", "Texts to vectors.", EmbeddingRequest, EmbeddingList),
     Operation("post", "/tokenize", "Text or a chat to token ids.", TokenizeRequest, Tokenized),
     Operation("post", "/detokenize", "Token ids to text.", DetokenizeRequest, Detokenized),
     Operation("get", "/health", "Whether every device is up.", answer=Word),
@@ -113,14 +142,18 @@ OPERATIONS = (
     Operation("get", "/api/version", "Ollama: the daemon's version.", answer=Version),
     Operation("get", "/api/tags", "Ollama: the models that can be asked.", answer=_ANY),
     Operation("get", "/api/ps", "Ollama: the models on devices.", answer=_ANY),
+    Operation("post", "/api/show", "Ollama: what is known of a model.", ShowRequest, _ANY),
     Operation("post", "/api/generate", "Ollama: complete.", GenerateRequest, _ANY, _ANY, lines=True),
     Operation("post", "/api/chat", "Ollama: continue a chat.", OllamaChatRequest, _ANY, _ANY, lines=True),
+    Operation("post", "/api/embed", "Ollama: texts to vectors.", EmbedRequest, _ANY),
+    Operation("post", "/api/embeddings", "Ollama: a text to a vector.", OldEmbedRequest, _ANY),
 )
 
 
 def document(open_paths: Iterable[str] = (), *, keys: bool = False) -> dict[str, Any]:
     """The document. keys: whether API keys are needed, everywhere but on `open_paths`."""
-    types = {t for o in OPERATIONS for t in (o.body, o.answer, o.events) if _is_struct(t)} | {ErrorBody}
+    types = {t for o in OPERATIONS for t in (o.body, o.answer, o.events) if _is_struct(t)}
+    types |= {ErrorBody, OllamaError}
     ordered = sorted(types, key=lambda kind: str(kind.__name__))
     _, components = msgspec.json.schema_components(ordered, ref_template=_REFERENCE)
     paths: dict[str, dict[str, Any]] = {}
@@ -157,10 +190,16 @@ def _describe(operation: Operation) -> dict[str, Any]:
     if operation.body is not None:
         content = {"application/json": {"schema": _schema(operation.body)}}
         described["requestBody"] = {"required": True, "content": content}
+    if operation.form:
+        fields: dict[str, Any] = {name: {"type": "string"} for name in operation.form}
+        fields[operation.form[0]]["format"] = "binary"
+        form = {"type": "object", "properties": fields, "required": list(operation.form)}
+        content = {"multipart/form-data": {"schema": form}}
+        described["requestBody"] = {"required": True, "content": content}
     described["responses"] = {"200": {"description": "Done.", "content": _content(operation)}}
-    error = {"application/json": {"schema": _schema(ErrorBody)}}
-    if not operation.path.startswith("/api/"):
-        described["responses"]["default"] = {"description": "Refused, or failed.", "content": error}
+    shape = OllamaError if operation.path.startswith("/api/") else ErrorBody
+    error = {"application/json": {"schema": _schema(shape)}}
+    described["responses"]["default"] = {"description": "Refused, or failed.", "content": error}
     return described
 
 

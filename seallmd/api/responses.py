@@ -16,6 +16,7 @@ from msgspec import UNSET, UnsetType
 
 from seallmd.api.choices import Choice, Piece
 from seallmd.api.schema import GenerationRequest
+from seallmd.api.tiers import tier_of
 
 
 class PromptDetails(msgspec.Struct, frozen=True):
@@ -44,8 +45,8 @@ class Head(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, request: GenerationRequest, prefix: str) -> Head:
         """For one request; its id is the client's own behind the prefix, if it gave one."""
-        # There is one tier: this is the tier that serves, whatever was asked for.
-        tier = UNSET if request.service_tier is None else "default"
+        # The tier that serves: "auto" is not the answer to "auto".
+        tier = UNSET if request.service_tier is None else tier_of(request.service_tier)
         return cls(
             f"{prefix}-{request.request_id or uuid.uuid4().hex}", int(time.time()), request.model, tier
         )

@@ -15,6 +15,7 @@ from msgspec import UnsetType
 from seallmd.api.choices import Choice, Piece
 from seallmd.api.responses import Usage, count_usage
 from seallmd.api.responses_schema import ResponsesRequest
+from seallmd.api.tiers import tier_of
 from seallmd.api.tool_formats import ToolFormat
 from seallmd.api.tool_reader import Called, Event, Said
 from seallmd.api.turns import Turns
@@ -33,6 +34,7 @@ class ResponsesAnswer:
         self._items: list[Object] = []  # the last one may be open
         self._sent = 0
         self._begun = False
+        self._tier = tier_of(request.service_tier)
 
     def chunks(self, choice: Choice, piece: Piece, usage: Usage | UnsetType | None) -> list[Object]:  # noqa: ARG002 - it comes at the end
         """The events for one piece."""
@@ -155,7 +157,7 @@ class ResponsesAnswer:
             "output": list(self._items) if reason is not None else [],
             "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "service_tier": "default",
+            "service_tier": self._tier,
             "store": False,
             "temperature": 1.0 if request.temperature is None else request.temperature,
             "text": {"format": _format(request)},

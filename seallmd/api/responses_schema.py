@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from seallmd.api.conversation import ChatMessage, FunctionCall, ToolCall
-from seallmd.api.fields import ModelName, Tokens, Unserved, decode_body, refuse_unserved
+from seallmd.api.fields import ModelName, ServiceTier, Tokens, Unserved, decode_body, refuse_unserved
 from seallmd.api.schema import ChatRequest
 from seallmd.api.structured import JsonSchema, ResponseFormat
 from seallmd.api.tools import Function, FunctionName, NamedFunction, NamedTool, Tool
@@ -81,7 +81,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
     tools: Annotated[list[FunctionTool], Meta(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
     parallel_tool_calls: bool | None = None
-    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    service_tier: ServiceTier | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
 
@@ -108,6 +108,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
             tools=None if self.tools is None else [Tool("function", tool) for tool in self.tools],
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls,
+            service_tier=self.service_tier,
         )
 
     def _format(self) -> ResponseFormat | None:

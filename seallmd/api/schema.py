@@ -7,7 +7,7 @@ depends on the model (vocabulary, context) is checked in `limits`. Must not know
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -18,6 +18,7 @@ from seallmd.api.fields import (
     ModelName,
     Penalty,
     Salt,
+    ServiceTier,
     StopString,
     TokenId,
     Tokens,
@@ -26,6 +27,7 @@ from seallmd.api.fields import (
     decode_body,
     refuse_unserved,
 )
+from seallmd.api.prompts import split_prompts
 from seallmd.api.structured import Form, ResponseFormat, StructuredOutputs, wanted_form
 from seallmd.api.tools import Choice as ToolChoice
 from seallmd.api.tools import Tool, Tools
@@ -77,7 +79,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: Salt | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    service_tier: ServiceTier | None = None
     request_id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
     user: str | None = None
 
@@ -217,7 +219,7 @@ Body = TypeVar("Body", CompletionRequest, ChatRequest)
 def read_completion(body: bytes) -> CompletionRequest:
     """Read the body of /v1/completions. Raises RequestError."""
     request = _read(body, CompletionRequest, _UNSERVED_IN_COMPLETIONS)
-    prompts = len(split_prompts(request.prompt))
+    prompts = len(split_prompts(request.prompt, "prompt", MAX_PROMPTS))
     if prompts * request.choices > MAX_CHOICES:
         raise RequestError(
             f"{prompts} prompts times n={request.choices} is over {MAX_CHOICES} choices", param="n"
@@ -241,25 +243,6 @@ def read_chat(body: bytes) -> ChatRequest:
             param="continue_final_message",
         )
     return request
-
-
-def split_prompts(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """The prompts of a completion: strings and lists of token ids. Raises RequestError."""
-    if isinstance(prompt, str):
-        prompts: list[str | list[int]] = [prompt]
-    elif prompt and all(isinstance(entry, int) for entry in prompt):
-        prompts = [[entry for entry in prompt if isinstance(entry, int)]]
-    elif all(isinstance(entry, str) for entry in prompt) or all(isinstance(entry, list) for entry in prompt):
-        prompts = [entry for entry in prompt if not isinstance(entry, int)]
-    else:
-        raise RequestError("`prompt` mixes strings and token ids", param="prompt")
-    if not prompts or not all(prompts):
-        raise RequestError("`prompt` is empty", param="prompt")
-    if len(prompts) > MAX_PROMPTS:
-        raise RequestError(
-            f"`prompt` has {len(prompts)} prompts, at most {MAX_PROMPTS} are allowed", param="prompt"
-        )
-    return prompts
 
 
 def _read(body: bytes, kind: type[Body], unserved_here: Unserved) -> Body:

@@ -17,10 +17,15 @@ from aiohttp import web
 
 from seallmd import __version__
 from seallmd.api.access import make_access, make_rate_headers
+from seallmd.api.batch.routes import BatchRoutes
+from seallmd.api.batch.runner import Endpoint, Runner
+from seallmd.api.batch.store import Store
+from seallmd.api.batch.teller import Teller
 from seallmd.api.chat_answer import ChatAnswer
 from seallmd.api.completion_answer import CompletionAnswer
 from seallmd.api.conversation import plain_messages
 from seallmd.api.cors import make_cors, tell_origin
+from seallmd.api.embeddings import Embeddings
 from seallmd.api.guard import make_guard
 from seallmd.api.keys import Keyring
 from seallmd.api.limits import truncated
@@ -28,12 +33,13 @@ from seallmd.api.metrics import CONTENT_TYPE, Metrics
 from seallmd.api.ollama import Ollama
 from seallmd.api.openapi import document
 from seallmd.api.problems import problems
+from seallmd.api.prompts import split_prompts
 from seallmd.api.responses import Answer
 from seallmd.api.responses_answer import ResponsesAnswer
 from seallmd.api.responses_schema import read_responses
-from seallmd.api.schema import ChatRequest, read_chat, read_completion, split_prompts
+from seallmd.api.schema import MAX_PROMPTS, ChatRequest, read_chat, read_completion
 from seallmd.api.serving import Serving, ToolUse, json_response, read_body
-from seallmd.api.settings import HttpSettings
+from seallmd.api.settings import BatchSettings, HttpSettings
 from seallmd.api.sockets import claim_socket_path
 from seallmd.api.text import TextModel
 from seallmd.api.tokenize import Tokenize
@@ -44,6 +50,7 @@ from seallmd.core.status import NodeStatus, ServiceStatus
 from seallmd.errors import ConfigError, ControlError, RequestError
 from seallmd.runtime.face import EngineFace, ServiceView
 
+BATCHES: web.AppKey[Runner] = web.AppKey("batches", Runner)
 _SHUTDOWN_SECONDS = 10.0
 
 
@@ -52,14 +59,17 @@ def build_app(
     settings: HttpSettings,
     keyring: Keyring | None = None,
     metrics: Metrics | None = None,
+    store: Store | None = None,
 ) -> web.Application:
-    """The application. keyring: whose callers it serves, None = everybody. metrics: where
-    requests are counted.
+    """The application. keyring: whose callers it serves, None = everybody. metrics: where requests are
+    counted. store: of files and batches, None = there are none; `app[BATCHES]` is to be started and closed.
 
     Its runner needs handler_cancellation, as `start_http` sets it: without that, a client that leaves before
     its first token is not noticed.
     """
-    serving = Serving(engine, settings, metrics or Metrics(engine.status))
+    metrics = metrics or Metrics(engine.status)
+    serving = Serving(engine, settings, metrics)
+    openai, embeddings = OpenAI(serving), Embeddings(serving)
     origins, keyring = settings.cors_origins, keyring or Keyring()
     middlewares = [
         problems,
@@ -69,10 +79,15 @@ def build_app(
     ]
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
     app.add_routes(Operation(serving).routes())
-    app.add_routes(OpenAI(serving).routes())
+    app.add_routes(openai.routes())
+    app.add_routes(embeddings.routes())
     app.add_routes(Tokenize(serving).routes())
     app.add_routes(Ollama(serving).routes())
     Ui(serving).register(app)
+    store = store or Store(BatchSettings(), Path())
+    endpoints = {**openai.endpoints(), **embeddings.endpoints()}
+    app[BATCHES] = Runner(store, endpoints, serving.view, keyring, Teller(engine.feed, metrics))
+    app.add_routes(BatchRoutes(store, app[BATCHES]).routes())
 
     async def describe(_request: web.Request) -> web.Response:
         return json_response(document(settings.open_paths, keys=keyring.required))
@@ -94,15 +109,16 @@ async def start_http(
     listeners: Sequence[socket.socket] = (),
     keyring: Keyring | None = None,
     metrics: Metrics | None = None,
+    store: Store | None = None,
 ) -> web.AppRunner:
     """Listen where the settings say; `cleanup()` of the result ends it. Raises ConfigError.
 
     listeners: sockets that are open already (socket activation), instead of those of the settings; they stay
-    in the file system. keyring, metrics: as in `build_app`.
+    in the file system. keyring, metrics, store: as in `build_app`.
     """
     tls = tls_context(settings)
     bound: list[Path] = []  # removed at the end, but only if they are ours
-    app = build_app(engine, settings, keyring, metrics)
+    app = build_app(engine, settings, keyring, metrics, store)
 
     async def remove_sockets(_app: web.Application) -> None:
         for path in bound:
@@ -239,6 +255,14 @@ class OpenAI:
             web.post("/v1/responses", self.responses),
         ]
 
+    def endpoints(self) -> dict[str, Endpoint]:
+        """Those that answer a body from anywhere: of the lines of batches, by path."""
+        return {
+            "/v1/chat/completions": self.converse,
+            "/v1/completions": self.complete,
+            "/v1/responses": self.respond,
+        }
+
     async def models(self, _request: web.Request) -> web.Response:
         """Every configured service, served or not."""
         cards = [_card(view) for view in self._serving.views()]
@@ -250,10 +274,14 @@ class OpenAI:
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions."""
-        spec = read_completion(await read_body(request))
+        return await self.complete(await read_body(request), request)
+
+    async def complete(self, body: bytes, request: web.Request | None = None) -> web.StreamResponse:
+        """The same for a body from anywhere. request: as for `Serving.generate`."""
+        spec = read_completion(body)
         model = await self._serving.model(spec.model)
         special = spec.add_special_tokens is not False
-        given = split_prompts(spec.prompt)
+        given = split_prompts(spec.prompt, "prompt", MAX_PROMPTS)
         encoded = [await self._serving.encode(model, prompt, add_special_tokens=special) for prompt in given]
         prompts = [truncated(spec, model.shape.context, prompt) for prompt in encoded]
         echoes = []
@@ -266,19 +294,27 @@ class OpenAI:
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/chat/completions."""
-        spec = read_chat(await read_body(request))
+        return await self.converse(await read_body(request), request)
+
+    async def converse(self, body: bytes, request: web.Request | None = None) -> web.StreamResponse:
+        """The same for a body from anywhere."""
+        spec = read_chat(body)
         return await self._chat(request, spec, lambda text, tools: ChatAnswer(spec, text.vocabulary, tools))
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/responses."""
-        wanted = read_responses(await read_body(request))
+        return await self.respond(await read_body(request), request)
+
+    async def respond(self, body: bytes, request: web.Request | None = None) -> web.StreamResponse:
+        """The same for a body from anywhere."""
+        wanted = read_responses(body)
         return await self._chat(
             request, wanted.as_chat(), lambda _, tools: ResponsesAnswer(wanted, tools), NAMED_EVENTS
         )
 
     async def _chat(
         self,
-        request: web.Request,
+        request: web.Request | None,
         spec: ChatRequest,
         answer: Callable[[TextModel, ToolFormat | None], Answer],
         wire: Wire = EVENTS,

@@ -116,7 +116,7 @@ class Serving:
 
     async def generate(
         self,
-        request: web.Request,
+        request: web.Request | None,
         spec: CompletionRequest | ChatRequest,
         model: Model,
         prompts: list[list[int]],
@@ -124,12 +124,18 @@ class Serving:
         wire: Wire = EVENTS,
         tools: ToolUse | None = None,
     ) -> web.StreamResponse:
-        """Run all choices of all prompts; whatever happens, none outlives the HTTP request."""
+        """Run all choices of all prompts; whatever happens, none outlives the call.
+
+        request: whose connection a stream goes to; None: there is none, and nothing is streamed.
+        """
         # Everything is checked before anything is started.
+        if spec.stream and request is None:
+            raise RequestError("this is answered in one piece: `stream` must be false", param="stream")
         form = spec.form if tools is None else tools.form
         constraints = await self.constraints(spec, model, form)
         batches = [
-            keyed(generations) for generations in build_generations(spec, model.shape, prompts, constraints)
+            keyed(generations, spec.service_tier)
+            for generations in build_generations(spec, model.shape, prompts, constraints)
         ]
         charge = Charge(self.rates, self.metrics, batches)
         run = Run(self.engine, self.metrics)
@@ -155,12 +161,12 @@ class Serving:
                     )
                     leader = leader or choice
                     run.choices.append(choice)
-            if spec.stream:
+            if spec.stream and request is not None:
                 documents = _documents(spec, run, answer, wire)
                 return await send_stream(request, documents, wire, self._ping_seconds, self._write_seconds)
             return await _whole(spec, run, answer)
         finally:
-            charge.settle(run.choices)
+            charge.settle(run.used)
             await run.close()
 
 

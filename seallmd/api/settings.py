@@ -50,3 +50,25 @@ class HttpSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     cors_origins: tuple[str, ...] = ()
     tls_certificate: str = ""
     tls_key: str = ""
+
+
+class BatchSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The `[batches]` table: /v1/files and /v1/batches.
+
+    directory: where files and the state of batches are kept; empty = systemd's StateDirectory, else
+    $XDG_STATE_HOME/seallmd or ~/.local/state/seallmd. max_file_bytes: larger uploads are refused.
+    max_line_bytes, max_lines: of the input of a batch. max_files, max_batches: that a key may have, batches
+    that are not over. max_total_bytes: files and results of everybody together. in_flight: lines of all
+    batches that a model has at once; the others wait on disk. keep_seconds: how long results, and the records
+    of batches that are over, are kept.
+    """
+
+    directory: str = ""
+    max_file_bytes: Annotated[int, Meta(ge=1024, le=1 << 40)] = 200 << 20
+    max_line_bytes: Annotated[int, Meta(ge=64, le=1 << 30)] = 1 << 20
+    max_lines: Annotated[int, Meta(ge=1, le=1 << 24)] = 50_000
+    max_files: Annotated[int, Meta(ge=1, le=1 << 20)] = 1000
+    max_batches: Annotated[int, Meta(ge=1, le=1 << 16)] = 100
+    max_total_bytes: Annotated[int, Meta(ge=1024, le=1 << 50)] = 10 << 30
+    in_flight: Annotated[int, Meta(ge=1, le=4096)] = 32
+    keep_seconds: Annotated[float, Meta(ge=60, le=31_536_000)] = 30 * 86400.0

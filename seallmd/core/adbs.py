@@ -15,7 +15,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from seallmd.core.request import Request
-from seallmd.core.state import Device, NodeState, Replica
+from seallmd.core.service import Replica
+from seallmd.core.state import Device, NodeState
 
 ADAPT_SECONDS = 8.0
 BUSY = 0.9  # of its quota: a service that uses so much and has a queue gets more

@@ -10,7 +10,8 @@ from array import array
 from collections import Counter
 from itertools import pairwise
 
-from seallmd.core.state import Device, NodeState, Replica, Service, Stage
+from seallmd.core.service import Replica, Service, Stage
+from seallmd.core.state import Device, NodeState
 from seallmd.core.status import ArenaMap, Cell, Holding
 
 _FREE, _CACHED = 0, 1  # what the block's number in a `_Drawing` means; replicas have the further ones

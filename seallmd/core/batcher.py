@@ -1,21 +1,31 @@
 """Forms one step of one replica: which requests, how many tokens of each, on which blocks.
 
-Owns admission and the batch. Must not choose between replicas (`scheduler`). Memory is given by seniority:
-rows are formed most senior request first, and a senior request that lacks blocks takes them from idle
-services and then from the most junior running request of the device, whatever its service. So the most
-senior one always gets on, and nothing ever waits for something that waits for it.
+Owns admission and the step's rows. Must not choose between replicas (`scheduler`). Memory is given by
+seniority: rows are formed most senior request first, and a senior request that lacks blocks takes them from
+idle services and then from the most junior running request of the device, whatever its service. So the most
+senior one always gets on, and nothing ever waits for something that waits for it. Batch work is given what
+rows and time the others leave.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from math import inf
+from operator import attrgetter
 
+from seallmd.core.estimate import begun
 from seallmd.core.messages import Admit, RestoreBlocks, Row, Step
 from seallmd.core.ranks import Tables
 from seallmd.core.request import Life, Request, SavedKv
 from seallmd.core.room import Room
 from seallmd.core.scheduler import Admits
-from seallmd.core.state import Device, NodeState, Replica, SentRow, SentStep, Service, Stage
+from seallmd.core.service import Replica, Service, Stage
+from seallmd.core.state import Device, NodeState, SentRow, SentStep
+from seallmd.core.tiers import DEFERRED, YIELDING
+
+_ORDER = attrgetter("order")
+# Looking a member up in its Enum takes as long as a call, and these are asked for with every row.
+_RUNNING, _RESIDENT, _DRAINING = Life.RUNNING, Stage.RESIDENT, Stage.DRAINING
 
 
 class Batcher:
@@ -33,16 +43,26 @@ class Batcher:
 
     def has_work(self, replica: Replica) -> bool:
         """Whether a step could be formed, memory permitting."""
-        if replica.stage not in (Stage.RESIDENT, Stage.DRAINING):
+        if replica.stage is not _RESIDENT and replica.stage is not _DRAINING:
             return False
-        if any(request.drawn < request.max_tokens for request in replica.running.values()):
-            return True
-        return next(self._admissible(replica), None) is not None
+        for request in replica.running.values():
+            if request.runnable:
+                return True
+        waiting = self._state.services[replica.service].waiting
+        return bool(waiting) and next(self._admissible(replica, waiting.values()), None) is not None
 
-    def _admissible(self, replica: Replica) -> Iterator[Request]:
-        """Waiting requests that this replica may take, most senior first."""
-        for request in self._state.services[replica.service].waiting.values():
-            if replica.stage is Stage.DRAINING and request.order >= replica.admit_below:
+    def only_deferred(self, replica: Replica) -> bool:
+        """Whether all that the replica could run is batch work."""
+        if any(request.runnable and not request.deferred for request in replica.running.values()):
+            return False
+        waiting = self._state.services[replica.service].waiting
+        first = next(self._admissible(replica, waiting.values()), None)
+        return first is None or first.deferred
+
+    def _admissible(self, replica: Replica, waiting: Iterable[Request]) -> Iterator[Request]:
+        """Those of its service's waiting requests that a replica may take, most senior first."""
+        for request in waiting:
+            if replica.stage is _DRAINING and request.order >= replica.admit_below:
                 return
             # A preempted request whose last rows are still on their way would be announced without the
             # token that they draw.
@@ -58,30 +78,43 @@ class Batcher:
 
     def form(self, replica: Replica) -> list[tuple[Device, Step]]:
         """The replica's next step for each of its devices, with its memory taken; empty if none can run."""
-        return self._form_for_suspect(replica) or self._form_for_all(replica)
+        suspects = self._state.services[replica.service].suspects
+        return (suspects and self._form_for_suspect(replica)) or self._form_for_all(replica)
 
     def _form_for_suspect(self, replica: Replica) -> list[tuple[Device, Step]]:
         """A step for one request alone that was in a step that failed, if there is such a request."""
-        suspects = self._state.services[replica.service].suspects
-        suspects &= self._state.requests.keys()
-        if not suspects:
+        service = self._state.services[replica.service]
+        service.suspects &= self._state.requests.keys()
+        if not service.suspects:
             return []
         former = _StepFormer(self._state, self._room, self._admits, replica)
         running = [r for r in replica.running.values() if r.suspect and r.runnable]
         if running:
             former.add(min(running, key=lambda r: r.order))
-        elif request := next((r for r in self._admissible(replica) if r.suspect), None):
-            former.admit(request)
+            return former.steps()
+        for request in self._admissible(replica, service.waiting.values()):
+            if request.suspect:
+                former.admit(request)
+                break
         return former.steps()
 
     def _form_for_all(self, replica: Replica) -> list[tuple[Device, Step]]:
         former = _StepFormer(self._state, self._room, self._admits, replica)
-        for request in sorted(replica.running.values(), key=lambda r: r.order):
-            if not request.suspect:
-                former.add(request)
-        for request in list(self._admissible(replica)):
-            if not request.suspect and not former.admit(request):
-                break
+        # A copy: who is admitted waits no longer. There may be thousands, of which few are looked at.
+        queue = list(self._state.services[replica.service].waiting.values())
+        rows = sorted(replica.running.values(), key=_ORDER)
+        admitting = True
+        # Whoever waits gets in before what yields to it gets its rows: what has a row keeps its memory.
+        for tiers, running, waiting in zip(YIELDING, _by_yielding(rows), _by_yielding(queue), strict=True):
+            if tiers == DEFERRED:
+                former.bound_deferred()
+            for request in running:
+                if not request.suspect:
+                    former.add(request)
+            for request in self._admissible(replica, waiting) if admitting and former.has_place else ():
+                if not request.suspect and not former.admit(request):
+                    admitting = False
+                    break
         return former.steps()
 
 
@@ -102,24 +135,58 @@ class _StepFormer:
         limits = state.settings.policy
         self._rows_left = limits.max_rows
         # Decoding requests wait for one token each: they get theirs before prefill takes the rest.
-        decoding = sum(r.runnable and r.pending == 1 for r in replica.running.values())
+        decoding = 0
+        for request in replica.running.values():
+            decoding += request.pending == 1 and request.runnable
         self._prefill_left = max(1, limits.step_tokens - min(decoding, limits.max_rows))
+        self._slowdown = limits.batch_slowdown
+        self._most_seconds = inf
+        self._tokens = self._context = self._drawing = 0
+
+    def bound_deferred(self) -> None:
+        """The rows so far are not to wait much longer for those that follow, which are batch work."""
+        if self._sent:
+            self._most_seconds = self._slowdown * self._seconds_with(0, 0, draws=False)
+
+    def _seconds_with(self, count: int, start: int, *, draws: bool) -> float:
+        """How long the step is going to take with one row more, of `count` tokens after `start`."""
+        assert self._service.profile is not None
+        tokens, context = self._tokens + count, self._context + start + count
+        return self._service.profile.costs.predict(tokens, context, self._drawing + draws)
+
+    def _within_bound(self, count: int, start: int, pending: int) -> int:
+        """As many of the next `count` of a request's `pending` tokens as the step has time for; 0 = none."""
+        if self._most_seconds == inf:
+            return count
+        while count and self._seconds_with(count, start, draws=count == pending) > self._most_seconds:
+            count //= 2
+        return count
 
     def add(self, request: Request) -> None:
         """Give a running request its row, if it is still running and its memory can be had."""
-        if request.life is not Life.RUNNING or not request.runnable or not self._rows_left:
+        if request.life is not _RUNNING or not request.runnable or not self._rows_left:
             return
-        count = 1 if request.pending == 1 else min(request.pending, self._prefill_left)
-        fresh = max(0, self._service.blocks_for(request.scheduled + count) - len(request.tables[0]))
-        if count and self._had(fresh, request):
+        pending = request.pending
+        count = 1 if pending == 1 else min(pending, self._prefill_left)
+        count = self._within_bound(count, request.scheduled, pending)
+        fresh = self._service.blocks_for(request.scheduled + count) - len(request.tables[0])
+        if not count:
+            return
+        if fresh <= 0:  # most tokens go where the last one went
+            self._append(request, count, ((),) * len(self._rows))
+        elif self._had(fresh, request):
             self._append(request, count, self._take(request, fresh))
+
+    @property
+    def has_place(self) -> bool:
+        """Whether a request could be taken in, as far as the step's size and the other replicas' part go."""
+        fits = self._rows_left and self._prefill_left
+        return bool(fits) and len(self._replica.running) < self._service.share(self._replica)
 
     def admit(self, request: Request) -> bool:
         """Take a waiting request in. False: none behind it is to be tried either."""
-        if not self._rows_left or not self._prefill_left:
+        if not self.has_place:
             return False
-        if len(self._replica.running) >= self._service.share(self._replica):
-            return False  # the other replicas' part
         if self._belongs_elsewhere(request):
             return True
         if any(self._state.claimed(device, request.order) for device in self._group):
@@ -132,7 +199,11 @@ class _StepFormer:
         saved = self._worth_restoring(request.saved, done)
         if saved is not None:
             done = saved.tokens
-        count = min(len(request.tokens) - done, self._prefill_left)
+        pending = len(request.tokens) - done
+        count = self._within_bound(min(pending, self._prefill_left), done, pending)
+        if not count:
+            self._ranks.release(shared)
+            return False
         fresh = self._service.blocks_for(done + count) - len(shared[0])
         margin = len(self._replica.running) * self._service.run_blocks  # the next tokens of those that run
         if not self._has_room(fresh, request, margin):
@@ -152,13 +223,16 @@ class _StepFormer:
         return True
 
     def _belongs_elsewhere(self, request: Request) -> bool:
-        """Whether a request could outgrow this group (pinned services keep their part) but not another's."""
-        service = self._service
+        """Whether a request has outgrown this group, or could outgrow it but not another's."""
+        service, state = self._service, self._state
+        room = state.most_kv_blocks_of(self._replica)
+        if service.blocks_for(len(request.tokens) + 1) > room:
+            service.stranded = True
+            return True
         if len(service.replicas) == 1:
             return False
         blocks = service.blocks_for(request.prompt + request.max_tokens)
-        rooms = {replica.leader: self._state.most_kv_blocks_of(replica) for replica in service.replicas}
-        return rooms[self._replica.leader] < blocks <= max(rooms.values())
+        return room < blocks <= max(map(state.most_kv_blocks_of, service.replicas))
 
     def _shared_prefix(self, request: Request) -> Tables:
         if not self._state.settings.policy.prefix_reuse:
@@ -182,12 +256,13 @@ class _StepFormer:
             self._state.send(device.index, RestoreBlocks(tuple(back), tuple(blocks)))
 
     def _has_room(self, blocks: int, request: Request, margin: int) -> bool:
-        """Room for an admission, without pushing out anything that runs; alone, it may take all there is."""
+        """Room for an admission, without pushing out what runs but yielding tiers; alone, it may take all."""
         for device in self._group:
             arena = device.arena
             assert arena is not None
             if arena.available < blocks + margin:
                 self._room.evict_idle(device, blocks + margin, keep=request.service)
+            self._room.displace(device, blocks + margin, request, kept=self._rows[0])
         if self._ranks.available >= blocks + margin:
             return True
         return self._alone() and self._had(blocks, request)
@@ -197,6 +272,7 @@ class _StepFormer:
 
     def _enter(self, request: Request, shared: Tables) -> None:
         self._service.dequeue(request)
+        begun(self._service, request, self._state.now)
         request.move("admit")
         request.replica = self._replica
         request.tables = tuple(list(table) for table in shared)
@@ -205,7 +281,7 @@ class _StepFormer:
         request.announced = True
         self._replica.running[request.id] = request
         tokens = tuple(request.tokens)
-        self._admits.append(Admit(request.id, tokens, request.prompt, request.sampling, request.scored))
+        self._admits.append(Admit(request.id, tokens, request.prompt, request.sampling, request.told))
 
     def _had(self, blocks: int, request: Request) -> bool:
         """Whether a request can have blocks on every rank now, from its juniors if need be."""
@@ -227,15 +303,20 @@ class _StepFormer:
             table += more
         return taken
 
-    def _append(self, request: Request, count: int, fresh: Tables) -> None:
-        sample = count == request.pending
+    def _append(self, request: Request, count: int, fresh: Sequence[Sequence[int]]) -> None:
+        """Note a request's row. fresh: blocks, by rank, that its table has gained for it."""
+        pending, start = request.pending, request.scheduled
+        sample = count == pending and not request.pools
         for rows, blocks in zip(self._rows, fresh, strict=True):
-            rows[request.id] = Row(request.id, request.scheduled, count, sample, tuple(blocks))
+            rows[request.id] = Row(request.id, start, count, sample, tuple(blocks))
         self._sent.append(SentRow(request, request.epoch, count, sample))
         self._rows_left -= 1
-        if request.pending > 1:
+        if pending > 1:
             self._prefill_left -= count
-        request.scheduled += count
+        self._drawing += sample
+        self._tokens += count
+        self._context += start + count
+        request.scheduled = start + count
         request.drawn += sample
         request.inflight += 1
 
@@ -245,20 +326,26 @@ class _StepFormer:
             return []
         state, replica = self._state, self._replica
         state.steps += 1
-        rows = self._rows[0].values()
-        tokens, context = sum(row.count for row in rows), sum(row.start + row.count for row in rows)
-        sent = SentStep(
-            state.steps, replica.service, replica.copy, replica.leader, self._sent, tokens, context
-        )
+        work = self._drawing, self._tokens, self._context
+        sent = SentStep(state.steps, replica.service, replica.copy, replica.leader, self._sent, *work)
         replica.used, replica.served = state.now, True
-        admits, steps = tuple(self._admits), list[tuple[Device, Step]]()
-        for device, rows_here in zip(self._group, self._rows, strict=True):
+        self._service.changed()
+        admits = tuple(self._admits)
+        steps = []
+        for device, rows in zip(self._group, self._rows, strict=True):
             device.inflight[sent.id] = sent
             device.last_served = replica.service
-            steps.append((device, Step(sent.id, replica.service, admits, tuple(rows_here.values()))))
+            steps.append((device, Step(sent.id, replica.service, admits, tuple(rows.values()))))
         return steps
 
 
 def _joined(first: Tables, second: Tables) -> Tables:
     """Rank by rank, one after the other."""
     return tuple([*a, *b] for a, b in zip(first, second, strict=True))
+
+
+def _by_yielding(requests: list[Request]) -> list[list[Request]]:
+    """Requests in order of seniority, cut where tiers begin that yield to those before."""
+    if not requests or requests[-1].tier in YIELDING[0]:
+        return [requests, *([] for _ in YIELDING[1:])]
+    return [[request for request in requests if request.tier in tiers] for tiers in YIELDING]

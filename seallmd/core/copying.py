@@ -6,7 +6,7 @@ Owns that arithmetic. Must not decide anything.
 from __future__ import annotations
 
 from seallmd.core.messages import CopyIn, Extent, Group
-from seallmd.core.state import Replica, Service
+from seallmd.core.service import Replica, Service
 
 
 def copy_in(service: Service, replica: Replica, rank: int, block_bytes: int) -> CopyIn:

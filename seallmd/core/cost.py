@@ -61,7 +61,8 @@ class Roofline(msgspec.Struct, frozen=True):
     efficiency: share of the two limits that a real engine reaches. serial: share of the shorter of reading
     and computing that is not hidden behind the longer; 1 where one core does both in turn. context_share: KV
     is read at this share of bytes_per_second (it is scattered, and attention is more than reading).
-    reduce_seconds: of one sum over the ranks of a tensor-parallel group.
+    reduce_seconds: of one sum over the ranks of a tensor-parallel group. contention: by how much a step is
+    slower, as a share, for each other device of the machine that runs one at the same time.
     """
 
     name: str
@@ -74,13 +75,14 @@ class Roofline(msgspec.Struct, frozen=True):
     serial: float = 0.0
     context_share: float = 1.0
     reduce_seconds: float = 20e-6
+    contention: float = 0.0
 
     def step(self, work: Work, tokens: int, context: int, rows: int) -> float:
         """Seconds of one step: weights and KV are read once, every token is multiplied with every layer."""
         weights = work.layers_bytes + (work.output_bytes if rows else 0)
         reading = (weights + context * work.context_bytes / self.context_share) / self.bytes_per_second
         computing = (tokens * work.token_flops + rows * work.row_flops) / self.flops
-        longer, shorter = max(reading, computing), min(reading, computing)
+        longer, shorter = (reading, computing) if reading > computing else (computing, reading)
         fixed = self.step_seconds + work.reductions * self.reduce_seconds
         return fixed + (longer + self.serial * shorter) / self.efficiency
 
@@ -102,6 +104,7 @@ ROOFLINES = {
             serial=1.0,
             context_share=0.19,
             reduce_seconds=0.6e-3,
+            contention=0.09,
         ),
     )
 }
@@ -114,6 +117,7 @@ _DRIFT = 0.003  # of a coefficient between two steps, as a share: about 30 steps
 _ERROR_WEIGHT = 0.02
 _MANY = 1 << 20  # tokens whose cost is nothing but theirs
 _BATCH = 8  # rows of a decode step
+_LEAST_SECONDS = 1e-6  # of a step
 
 
 class StepCosts(msgspec.Struct):
@@ -165,11 +169,12 @@ class StepCosts(msgspec.Struct):
         if rows is None:
             rows = tokens
         seconds = fixed + per_row * rows / _ROWS + per_context * context / _CONTEXT
-        return max(seconds + self.prompt * (tokens - rows) / _PROMPT, 1e-6)
+        seconds += self.prompt * (tokens - rows) / _PROMPT
+        return max(_LEAST_SECONDS, seconds)
 
     def learn(self, tokens: int, context: int, rows: int, seconds: float) -> None:
         """A step took so long."""
-        seconds = max(seconds, 1e-6)
+        seconds = max(seconds, _LEAST_SECONDS)
         wrong = 1 - self.predict(tokens, context, rows) / seconds
         weight = max(_ERROR_WEIGHT, 1 / (self.steps + 1))
         self.error += weight * (abs(wrong) - self.error)
@@ -188,19 +193,20 @@ class StepCosts(msgspec.Struct):
         p2 = c02 * x0 + c12 * x1 + c22 * x2
         denominator = 1 + p0 * x0 + p1 * x1 + p2 * x2
         gain = wrong / denominator
-        # A coefficient below zero would make larger batches look free.
         fixed, per_row, per_context = self.decode
-        fixed = max(0.0, fixed + gain * p0)
-        per_row, per_context = max(0.0, per_row + gain * p1), max(0.0, per_context + gain * p2)
+        fixed, per_row, per_context = fixed + gain * p0, per_row + gain * p1, per_context + gain * p2
+        if fixed < 0 or per_row < 0 or per_context < 0:  # would make larger batches look free
+            fixed, per_row, per_context = max(0.0, fixed), max(0.0, per_row), max(0.0, per_context)
         self.decode = (fixed, per_row, per_context)
         q0, q1, q2 = p0 / denominator, p1 / denominator, p2 / denominator
         c01, c02, c12 = c01 - p0 * q1, c02 - p0 * q2, c12 - p1 * q2
         # Drift adds doubt at a steady rate. Forgetting by a factor would let it explode in the directions of
         # which steps that are all alike teach nothing.
+        drift = _drift(fixed)
         self.covariance = [
-            [c00 - p0 * q0 + _drift(fixed), c01, c02],
-            [c01, c11 - p1 * q1 + _drift(max(per_row, fixed)), c12],
-            [c02, c12, c22 - p2 * q2 + _drift(max(per_context, fixed))],
+            [c00 - p0 * q0 + drift, c01, c02],
+            [c01, c11 - p1 * q1 + (drift if per_row <= fixed else _drift(per_row)), c12],
+            [c02, c12, c22 - p2 * q2 + (drift if per_context <= fixed else _drift(per_context))],
         ]
 
     def _learn_prompt(self, x: float, wrong: float) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import takewhile
 
-from seallmd.core.state import Device, NodeState, Replica, Service
+from seallmd.core.service import Replica, Service
+from seallmd.core.state import Device, NodeState
 
 NAME = "dedicated"
 

@@ -14,6 +14,7 @@ from seallmd.core.messages import (
     ImageFailed,
     ImageReady,
     JobProgress,
+    Pooled,
     Probed,
     ProbeFailed,
     Sampling,
@@ -25,6 +26,7 @@ from seallmd.core.messages import (
 )
 from seallmd.core.plan import Demand, Machine, Plan
 from seallmd.core.settings import GroupSettings, PolicySettings, ReplacementSettings, ServiceSettings
+from seallmd.core.tiers import Tier as Tier
 
 
 class _Tagged(msgspec.Struct, frozen=True, tag=True, gc=False):
@@ -35,11 +37,12 @@ class _Tagged(msgspec.Struct, frozen=True, tag=True, gc=False):
 
 
 class Arrived(_Tagged, frozen=True):
-    """A request. prompt: token ids. max_tokens: most tokens to generate. stop_ids: ids that end it.
+    """A request. prompt: token ids. max_tokens: most tokens to generate; 0 for one whose prompt is pooled
+    (`sampling`), and for no other. stop_ids: ids that end it.
 
     salt: prefixes are shared only among equal salts. leader: a request with the same prompt that arrived just
-    before (n > 1): this one waits for the leader's prefill, to share it; 0 = none. tier: how urgent it is, in
-    OpenAI's words (priority, default, flex).
+    before (n > 1): this one waits for the leader's prefill, to share it; 0 = none. tier: how urgent it is
+    (`core.tiers`).
     """
 
     request: int
@@ -50,7 +53,7 @@ class Arrived(_Tagged, frozen=True):
     stop_ids: tuple[int, ...] = ()
     salt: str = ""
     leader: int = 0
-    tier: str = "default"
+    tier: Tier = "default"
 
 
 class Cancelled(_Tagged, frozen=True):
@@ -245,10 +248,18 @@ class Scored(_Tagged, frozen=True):
     scores: Scores
 
 
+class Embedded(_Tagged, frozen=True):
+    """A part of what pooling a request's prompt gives; each comes once, in order, without a gap."""
+
+    request: int
+    pooled: Pooled
+
+
 class Finish(_Tagged, frozen=True):
     """A request is over; its last action.
 
-    reason: "stop" (a stop id was drawn; it was emitted), "length", "cancelled" or "failed".
+    reason: "stop" (a stop id was drawn, and emitted; or the prompt has been pooled), "length", "cancelled" or
+    "failed".
     error: a sentence for the client. code: OpenAI's error code. status: the HTTP status that fits.
     retry_after: seconds, 0 = trying again is pointless or unknown.
     """
@@ -283,4 +294,4 @@ class Note(_Tagged, frozen=True):
     text: str
 
 
-Action = ToDevice | ToHostProcess | Emit | Scored | Finish | Answer | Note | SearchPlan
+Action = ToDevice | ToHostProcess | Emit | Scored | Embedded | Finish | Answer | Note | SearchPlan

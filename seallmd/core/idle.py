@@ -6,7 +6,8 @@ Owns the clock of idleness. Must not know why else a service comes or goes.
 from __future__ import annotations
 
 from seallmd.core.room import Room
-from seallmd.core.state import NodeState, Service, Stage
+from seallmd.core.service import Service, Stage
+from seallmd.core.state import NodeState
 
 
 class IdleLimits:
@@ -37,9 +38,10 @@ class IdleLimits:
             seconds = _limit(service)
             if not seconds or not service.replicas:
                 continue
-            # Who is busy now will have been idle for so long at that time at the earliest.
+            # Who is busy now will have been idle for so long at that time at the earliest. That may be now:
+            # clients choose the limit.
             end = idle_since(service, self._state.now) + seconds
-            if end <= self._state.now:
+            if end <= self._state.now and not _is_busy(service):
                 self._let_go(service, seconds)
             else:
                 ends.append(end)
@@ -60,10 +62,13 @@ def _limit(service: Service) -> float:
 
 def idle_since(service: Service, now: float) -> float:
     """Since when nobody has wanted anything of it; now, while somebody does."""
-    quiet = all(r.stage is Stage.RESIDENT and not r.running for r in service.replicas)
-    if not quiet or service.demand:
+    if _is_busy(service):
         return now
     return max([service.idle_since, *(replica.since for replica in service.replicas)])
+
+
+def _is_busy(service: Service) -> bool:
+    return service.demand or any(r.running or r.stage is not Stage.RESIDENT for r in service.replicas)
 
 
 def expires_seconds(service: Service, now: float) -> float | None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from seallmd.core.events import ToHostProcess
 from seallmd.core.messages import BuildImage, DropImage
-from seallmd.core.state import Image, NodeState, Service, Stage
+from seallmd.core.service import Image, Service, Stage
+from seallmd.core.state import NodeState
 
 
 class Images:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+from seallmd.core.outlook import look
 from seallmd.core.request import Life
-from seallmd.core.state import Device, NodeState, Stage
+from seallmd.core.service import Stage
+from seallmd.core.state import Device, NodeState
 
 
 def check_node(state: NodeState) -> None:
@@ -19,12 +21,16 @@ def check_node(state: NodeState) -> None:
         _check_device(state, device)
     for service in state.services.values():
         assert list(service.waiting) == sorted(service.waiting), "waiting is not in order of arrival"
-        assert service.waiting_tokens == sum(len(request.tokens) for request in service.waiting.values())
+        urgent = [request for request in service.waiting.values() if not request.deferred]
+        assert service.urgent == len(urgent)
+        assert service.waiting_tokens == sum(len(request.tokens) for request in urgent)
         assert not (service.refused and (service.waiting or service.replicas))
         for replica in service.replicas:
             assert len(replica.devices) == service.ranks == len(set(replica.devices))
             for device in state.group(replica):
                 assert device.replicas.get(service.name) is replica
+            if (known := service.outlooks.get(replica.copy)) is not None:
+                assert known == look(state, replica), f"{service.name} has changed, and nobody was told"
 
 
 def _check_requests(state: NodeState) -> None:

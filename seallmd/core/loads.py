@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from seallmd.core.request import Life
 from seallmd.core.room import Room
-from seallmd.core.state import Device, NodeState, Replica, Service
+from seallmd.core.service import Replica, Service
+from seallmd.core.state import Device, NodeState
 
 MAX_RETRY_SECONDS = 60.0
 

@@ -1,23 +1,18 @@
 """Everything that is said between the daemon and its worker and host processes.
 
-Owns the message structs and their framing; it is the one module that `worker` shares with the rest. Must
-not know torch, sockets or policy.
+Owns the message structs; with their `framing` they are all that `worker` shares with the rest. Must not know
+torch, sockets or policy.
 
-A frame is a 4-byte little-endian length and that many bytes of msgpack. Messages to one process are carried
-out in the order in which they were sent. The ledger in `core` relies on that: it may hand a block to a new
-owner at once, because whatever still reads the old contents was sent earlier.
+Messages to one process are carried out in the order in which they were sent. The ledger in `core` relies on
+that: it may hand a block to a new owner at once, because whatever still reads the old contents was sent
+earlier.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
-
-MAX_FRAME_BYTES = 1 << 28
-_LENGTH = struct.Struct("<I")
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, omit_defaults=True, gc=False):
@@ -54,6 +49,7 @@ class ModelShape(msgspec.Struct, frozen=True, gc=False):
     layers: one entry per attention layer. vocab: rows of the output layer. context: the limit in tokens
     that the service runs with. eos: token ids that end a generation. shards: how it can be split over
     several devices by tensor parallelism, fewest ranks first; `layers` and `segments` are those of one rank.
+    hidden: elements of a hidden state behind the last layer.
     """
 
     architecture: str
@@ -65,6 +61,7 @@ class ModelShape(msgspec.Struct, frozen=True, gc=False):
     context: int
     eos: tuple[int, ...] = ()
     shards: tuple[Shard, ...] = ()
+    hidden: int = 0
 
     def shard(self, ranks: int) -> Shard:
         """What one of so many ranks holds. Raises ValueError when the model cannot be split so."""
@@ -255,7 +252,7 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
-    """How to choose tokens; ranges as in OpenAI's API and vLLM's extras.
+    """How to choose tokens, and what to tell of them; ranges as in OpenAI's API and vLLM's extras.
 
     temperature 0 is greedy. top_k 0 is off. repetition_penalty covers prompt and output, the other two
     penalties the output alone. seed: the same (seed, position) gives the same draw, whatever else is in the
@@ -265,6 +262,9 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True,
     the likeliest in its place; -1 = tell none. They are the model's own, before any adjustment. allowed: no
     other ids are chosen; empty = all are allowed. bad_words: sequences of ids that the output never has.
     grammar: what the output matches; it goes before whatever would leave it nothing to choose.
+
+    pooling: choose none. Tell what the prompt's last hidden states (behind the final norm) come to: those of
+    all its tokens ("mean"), or the last one's ("last").
     """
 
     temperature: float = 1.0
@@ -283,20 +283,22 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True,
     allowed: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     grammar: Grammar | None = None
+    pooling: Literal["", "mean", "last"] = ""
 
 
 class Admit(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a worker must know of a request before its first row.
 
     tokens: prompt and whatever was generated before (after a preemption). prompt: how many are prompt.
-    scored: of the prompt's tokens, how many need no log-probability (any more); the first one has none.
+    told: of the prompt's tokens, how many have been told what is wanted of them, or need not be: the first
+    one has no log-probability.
     """
 
     request: int
     tokens: tuple[int, ...]
     prompt: int
     sampling: Sampling
-    scored: int = 1
+    told: int = 1
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
@@ -319,13 +321,15 @@ class Step(Message, frozen=True):
     """One forward pass of one resident service. Rows' tokens are packed in this order.
 
     A step that fails makes the worker drop its requests. Steps behind it may have rows of them: such rows
-    are skipped and draw 0, which the daemon, having failed these requests, ignores.
+    are skipped and draw 0, which the daemon, having failed these requests, ignores. threads: for the math, on
+    a CPU; 0 = the worker's own number.
     """
 
     step: int
     service: str
     admit: tuple[Admit, ...]
     rows: tuple[Row, ...]
+    threads: int = 0
 
 
 class Forget(Message, frozen=True):
@@ -358,11 +362,13 @@ class Hello(Message, frozen=True):
 
 
 class CopyDone(Message, frozen=True):
-    """The service is resident. seconds: from the first byte copied to parameters bound."""
+    """The service is resident. seconds: from the first byte copied to parameters bound. operations: what of
+    the model fast operations replaced, and how often."""
 
     service: str
     seconds: float
     copy: int = 0
+    operations: tuple[tuple[str, int], ...] = ()
 
 
 class CopyFailed(Message, frozen=True):
@@ -395,6 +401,19 @@ class Scores(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return len(self.ranks) // 4
 
 
+class Pooled(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A part of what pooling a prompt gives: the sum of the hidden states of neighbouring tokens.
+
+    position: of the first one among the request's tokens. tokens: how many. sum: little-endian float32
+    [hidden size].
+    """
+
+    request: int
+    position: int
+    tokens: int
+    sum: bytes
+
+
 class RowFailed(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A request that cannot go on although its step went well: its grammar cannot be followed, and why."""
 
@@ -405,9 +424,9 @@ class RowFailed(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class StepDone(Message, frozen=True):
     """tokens: one per row with `sample`, in row order. seconds: from the step's start to its end.
 
-    scores: of the rows' requests that want some; those of the prompt as far as these rows ran it. failed:
-    requests whose tokens mean nothing.
-    In a tensor-parallel group every rank answers, and only rank 0 has tokens and scores.
+    scores, pooled: of the rows' requests that want some; those of the prompt as far as these rows ran it.
+    failed: requests whose tokens mean nothing.
+    In a tensor-parallel group every rank answers, and only rank 0 has more to tell than seconds.
     """
 
     step: int
@@ -415,6 +434,7 @@ class StepDone(Message, frozen=True):
     seconds: float
     scores: tuple[Scores, ...] = ()
     failed: tuple[RowFailed, ...] = ()
+    pooled: tuple[Pooled, ...] = ()
 
 
 class StepFailed(Message, frozen=True):
@@ -441,36 +461,6 @@ ToWorker = (
 )
 FromWorker = Hello | Pong | JobProgress | CopyDone | CopyFailed | StepDone | StepFailed
 
-_ENCODER = msgspec.msgpack.Encoder()
-
-
-def frame(message: Message) -> bytes:
-    """The bytes of one message on the wire."""
-    body = _ENCODER.encode(message)
-    return _LENGTH.pack(len(body)) + body
-
-
-class Unframer:
-    """Bytes in, messages out. `kind` is one of the unions above, or a list of message types as a union."""
-
-    def __init__(self, kind: object) -> None:
-        self._decoder = msgspec.msgpack.Decoder(kind)
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes | bytearray | memoryview) -> Iterator[Message]:
-        """Yield every message completed by `data`. Raises DecodeError or ValueError on a bad frame."""
-        self._buffer += data
-        while len(self._buffer) >= _LENGTH.size:
-            (size,) = _LENGTH.unpack_from(self._buffer)
-            if size > MAX_FRAME_BYTES:
-                raise ValueError(f"frame of {size} bytes, at most {MAX_FRAME_BYTES} are allowed")
-            end = _LENGTH.size + size
-            if len(self._buffer) < end:
-                return
-            body = bytes(self._buffer[_LENGTH.size : end])
-            del self._buffer[:end]
-            yield self._decoder.decode(body)
-
 
 class WorkerSettings(msgspec.Struct, frozen=True, gc=False):
     """What a worker or the host process is started with.
@@ -479,7 +469,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, gc=False):
     (activations, workspaces, CUDA context). block_bytes: the arena's unit. threads: CPU threads for math.
     cache: directory for downloaded and converted models and for compiled operations. host_kv_bytes: host
     memory for preempted KV, in slots of one block. kv_layout: "merged" (a block holds all layers of its
-    tokens) or "split" (one layer).
+    tokens) or "split" (one layer). image_cache_bytes: of host images on disk, 0 = none.
     kernels: whether a GPU runs Triton operations, where they agree with plain torch. graph_bytes: how much of
     `reserve_bytes` CUDA graphs may take, 0 = none are captured.
     rendezvous: a private directory in which the members of tensor-parallel groups find each other.
@@ -497,3 +487,4 @@ class WorkerSettings(msgspec.Struct, frozen=True, gc=False):
     kernels: bool = True
     graph_bytes: int = 0
     rendezvous: str = ""
+    image_cache_bytes: int = 0

@@ -7,22 +7,26 @@ numbers: the same (now, event) list gives the same actions, in the daemon, in th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 
 from msgspec.structs import replace
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
+from seallmd.core.admission import Door
 from seallmd.core.arena import Arena
 from seallmd.core.batcher import Batcher
 from seallmd.core.cost import StepCosts
-from seallmd.core.estimate import queue_seconds
+from seallmd.core.estimate import queue_guess
 from seallmd.core.host_kv import HostSlots
 from seallmd.core.idle import IdleLimits
 from seallmd.core.images import Images
 from seallmd.core.invariants import check_node
+from seallmd.core.lending import speedup, threads_for
 from seallmd.core.loads import Loads
 from seallmd.core.operators import Operators
+from seallmd.core.outgrown import Outgrown
 from seallmd.core.planner import Planner
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.reconfigure import Reconfigure
@@ -32,12 +36,15 @@ from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
 from seallmd.core.scheduler import POLICIES, charge
+from seallmd.core.service import Image, Replica, Service
 from seallmd.core.settings import NodeSettings
 from seallmd.core.sharing import Sharing
-from seallmd.core.state import Device, Image, NodeState, Replica, SentStep, Service
+from seallmd.core.state import Device, NodeState, SentStep
 from seallmd.core.status import NodeStatus, PlanStatus
+from seallmd.core.tiers import seniority
 
 KNOWN_STEPS = 50  # of a service, before its steps' times count as known
+_RUNNING, _DONE = Life.RUNNING, Life.DONE  # asked for with every row, and slow to look up in their Enum
 
 
 class Node:
@@ -58,6 +65,8 @@ class Node:
         self._planner = Planner(self._state, self._room, self._residency, self._images)
         self._operators = Operators(self._state, self._room, self._residency, self._planner, self._probe)
         self._reconfigure = Reconfigure(self._state, self._room, self._images, self._probe)
+        self._outgrown = Outgrown(self._state, self._room, self._residency)
+        self._door = Door(self._state, self._residency)
         self._idle = IdleLimits(self._state, self._room)
         self._policy = POLICIES[settings.policy.scheduler]()
         self._batcher = Batcher(self._state, self._room, self._policy.admits)
@@ -84,11 +93,12 @@ class Node:
         have replicas: what they share of their requests, and whom their claims keep waiting.
         """
         state = self._state
+        names: Iterable[str]
         match event:
-            case ev.FromDevice(index, msg.StepDone()):
-                names, indexes = list(state.devices[index].replicas), {index}
+            case ev.FromDevice(message=msg.StepDone()):
+                names, indexes = state.devices[event.device].replicas, {event.device}
             case ev.Arrived() if event.service in state.services:
-                names, indexes = [event.service], set[int]()
+                names, indexes = (event.service,), set[int]()
             case _:
                 return list(state.devices.values())
         for name in names:
@@ -104,6 +114,7 @@ class Node:
         self._recovery.settle()
         self._reconfigure.settle()
         self._idle.settle()
+        self._outgrown.settle()
         self._residency.bring_in_wanted()
         self._planner.settle()
         for device in devices:
@@ -119,7 +130,7 @@ class Node:
         for service in state.services.values():
             if service.pressed_since is not None:
                 times.append(service.pressed_since + patience.replicate_seconds)
-            if not service.replicas and service.demand and not service.refused:
+            if not service.replicas and not service.refused and service.demand:
                 times.append(service.retry_at)
                 times.append(service.asks_at)
                 times.extend(
@@ -127,9 +138,11 @@ class Node:
                     for d in state.devices.values()
                     for r in d.replicas.values()
                 )
-        wakeups = (self._planner.next_wakeup(), self._idle.next_wakeup(), self._recovery.next_wakeup())
-        times.extend(wakeup for wakeup in wakeups if wakeup is not None)
-        return min((t for t in times if t > state.now), default=None)
+        for wakeup in (self._planner.next_wakeup(), self._idle.next_wakeup(), self._recovery.next_wakeup()):
+            if wakeup is not None:
+                times.append(wakeup)
+        times = [time for time in times if time > state.now]
+        return min(times) if times else None
 
     def profiles(self) -> dict[str, ServiceProfile]:
         """What was learnt of each service, for a later run's `NodeSettings.profiles`."""
@@ -148,9 +161,8 @@ class Node:
 
     def _fill(self, device: Device) -> None:
         """Send steps until the device holds as many as it may, or nothing can run."""
-        if device.arena is None:
-            return
-        while not self._is_full(device) and self._send_next(device):
+        depth = self._state.settings.policy.pipeline_depth
+        while len(device.inflight) < depth and device.replicas and self._send_next(device):
             pass
 
     def _is_full(self, device: Device) -> bool:
@@ -166,17 +178,26 @@ class Node:
             if device.replicas.get(replica.service) is not replica:
                 continue
             group = self._state.group(replica)
-            if any(self._is_full(member) for member in group):
+            if len(group) > 1 and any(self._is_full(member) for member in group):
                 self._reserve(replica, group)
                 return False
             steps = self._batcher.form(replica)
-            for member, step in steps:
+            for member, formed in steps:
+                step = self._with_threads(member, formed)
                 self._state.actions.append(ev.ToDevice(member.index, step, self._expected(member, step)))
                 if member.reserved is replica:
                     member.reserved = None
             if steps:
                 return True
         return False
+
+    def _with_threads(self, device: Device, step: msg.Step) -> msg.Step:
+        """The same step on as many threads as there are for it now."""
+        threads, own = threads_for(self._state, device), self._state.settings.threads
+        if threads <= own:
+            return step
+        device.inflight[step.step].speedup = speedup(threads, own)
+        return replace(step, threads=threads)
 
     def _expected(self, device: Device, step: msg.Step) -> float:
         """Seconds that a step should take; 0 while too few of its service were seen to tell."""
@@ -189,6 +210,8 @@ class Node:
     def _in_turn(self, device: Device, ready: list[Replica]) -> list[Replica]:
         """The policy's order; a replica on several devices that has been waiting for another goes first."""
         order = self._policy.order(self._state, device, ready)
+        if len(order) > 1:  # batch work in the gaps that the others leave
+            order = sorted(order, key=self._batcher.only_deferred)
         if device.reserved in ready:
             order = [device.reserved, *(replica for replica in order if replica is not device.reserved)]
         return order
@@ -203,8 +226,8 @@ class Node:
 
     def _on(self, event: ev.Event) -> None:
         match event:
-            case ev.FromDevice(device, message):
-                self._on_device(self._state.devices[device], message)
+            case ev.FromDevice():
+                self._on_device(self._state.devices[event.device], event.message)
             case ev.Arrived():
                 self._on_arrived(event)
             case ev.Cancelled(request):
@@ -233,18 +256,19 @@ class Node:
                 self._idle.changed()
 
     def _on_arrived(self, event: ev.Arrived) -> None:
-        refusal = self._refusal(event)
+        refusal = self._door.refusal(event)
         if refusal is not None:
             self._state.actions.append(refusal)
             return
         state = self._state
         assert event.request not in state.requests, f"request {event.request} arrived twice"
+        assert bool(event.sampling.pooling) == (event.max_tokens == 0), "pooled, or something is drawn"
         service = state.services[event.service]
         state.orders += 1
         request = Request(
             id=event.request,
             service=event.service,
-            order=state.orders,
+            order=seniority(event.tier, state.orders),
             arrived=state.now,
             tokens=list(event.prompt),
             prompt=len(event.prompt),
@@ -254,60 +278,17 @@ class Node:
             root=(event.service, event.salt),
             leader=event.leader,
             tier=event.tier,
+            told=0 if event.sampling.pooling else 1,
         )
         assert service.profile is not None
-        request.budget = service.profile.request_seconds(request.prompt)
-        service.arrivals.add(1, state.now)
+        request.expected_wait = queue_guess(state, service)
+        request.budget = service.profile.request_seconds(request.prompt, draws=not request.pools)
+        if not request.deferred:  # plans are made for those whose latency counts
+            service.arrivals.add(1, state.now)
         service.evicted = False
         state.requests[request.id] = request
         service.enqueue(request)
         service.prompt_tokens += request.prompt
-
-    def _refusal(self, event: ev.Arrived) -> ev.Finish | None:
-        """Why a request is not even queued."""
-        state = self._state
-
-        def failed(error: str, code: str, status: int, retry_after: float = 0.0) -> ev.Finish:
-            return ev.Finish(event.request, "failed", error, code, status, retry_after)
-
-        service = state.services.get(event.service)
-        if service is None or (service.outgoing and service.successor is None):
-            return failed(f"model {event.service!r} does not exist", "model_not_found", 404)
-        if state.draining:
-            error = "the server is shutting down" if state.stopping else "the server takes no new requests"
-            return failed(error, "shutting_down" if state.stopping else "draining", 503, 5.0)
-        if service.outgoing:
-            error = f"model {service.name!r} is being replaced"
-            return failed(error, "model_loading", 503, queue_seconds(state, service))
-        if service.closed:
-            error = f"model {service.name!r} takes no new requests: an operator has drained it"
-            return failed(error, "draining", 503, 5.0)
-        if service.refused:
-            error = f"model {service.name!r} cannot be served: {service.refused}"
-            return failed(error, "model_unavailable", 503)
-        if state.now < service.retry_at:
-            error = f"model {service.name!r} could not be loaded: {service.trouble}"
-            return failed(error, "model_unavailable", 503, service.retry_at - state.now)
-        if len(service.waiting) >= service.settings.max_waiting:
-            error = f"{len(service.waiting)} requests wait for model {service.name!r} already"
-            return failed(error, "overloaded", 503, queue_seconds(state, service))
-        tokens = sum(each.waiting_tokens for each in state.services.values())
-        if tokens and tokens + len(event.prompt) > state.settings.policy.max_waiting_tokens:
-            error = f"{tokens} tokens wait for models already"
-            return failed(error, "overloaded", 503, queue_seconds(state, service))
-        if service.shape is None:
-            return failed(f"model {service.name!r} is still being examined", "model_loading", 503, 1.0)
-        limit = self._residency.context_limit(service)
-        if limit < 1:
-            error = f"pinned services leave no room for model {service.name!r} on any device"
-            return failed(error, "model_unavailable", 503)
-        if len(event.prompt) + event.max_tokens > limit:
-            error = (
-                f"this model's context is {limit} tokens; the request has {len(event.prompt)} "
-                f"in the prompt and wants {event.max_tokens} more"
-            )
-            return failed(error, "context_length_exceeded", 400)
-        return None
 
     def _on_reconfigured(self, event: ev.Reconfigured) -> None:
         before = self._state.settings.policy.scheduler
@@ -334,16 +315,17 @@ class Node:
 
     def _on_device(self, device: Device, message: object) -> None:
         match message:
-            case msg.StepDone(step, tokens, seconds, scores, failed):
-                sent = device.inflight.pop(step)
+            case msg.StepDone():
+                sent = device.inflight.pop(message.step)
                 device.steps += 1
                 if sent.leader == device.index:  # the other ranks have nothing to tell
-                    self._state.tell(scores, failed)
-                    self._on_step_done(sent, tokens, seconds)
+                    self._state.tell(message)
+                    self._on_step_done(sent, message.tokens, message.seconds)
             case msg.StepFailed(step, reason, memory):
                 self._recovery.step_failed(device, device.inflight.pop(step), reason, memory=memory)
-            case msg.CopyDone(name, seconds, copy):
+            case msg.CopyDone(name, seconds, copy, operations):
                 if replica := self._awaited(device, name, copy):
+                    replica.operations = operations
                     self._loads.copied(replica, device, seconds)
             case msg.CopyFailed(name, reason, copy):
                 if replica := self._awaited(device, name, copy):
@@ -366,28 +348,36 @@ class Node:
         assert profile is not None
         self._recovery.stepped(service)
         if not step.incomplete:
-            drawing = sum(row.sample for row in step.rows)
-            profile.stepped(step.tokens, drawing, step.context, seconds)
+            profile.stepped(step.tokens, step.drawing, step.context, seconds * step.speedup)
+        price, generated = profile.token_seconds(), 0
         drawn = iter(tokens)
         for row in step.rows:
-            token = next(drawn) if row.sample else None
-            request = row.request
-            if request.life is Life.DONE:
+            request, token = row.request, next(drawn) if row.sample else None
+            life = request.life
+            if life is _DONE:
                 continue
             request.inflight -= 1
             if row.epoch < request.trusted:
                 request.drawn -= row.sample
-                continue
+                token = None
             if token is not None:
                 request.tokens.append(token)
-                service.waiting_tokens += request.life is Life.WAITING
-            if row.epoch == request.epoch and request.life is Life.RUNNING:
+                service.waiting_tokens += life is not _RUNNING and not request.deferred
+            if row.epoch == request.epoch and life is _RUNNING:
                 request.computed += row.count
                 if (request.indexed + 1) * service.run_tokens <= request.computed:
                     self._index_blocks(request, service)
             if token is not None:
-                self._on_token(request, service, token)
+                generated += 1
+                if self._on_token(request, service, token, price):
+                    price = profile.token_seconds()  # which depends on how long answers are
+            elif request.is_pooled:
+                self._on_pooled(request, service)
         assert next(drawn, None) is None, f"step {step.id} drew more tokens than it was asked for"
+        service.changed()
+        if generated:
+            service.rate.add(generated, self._state.now)
+            service.output_tokens += generated
 
     def _index_blocks(self, request: Request, service: Service) -> None:
         """Let others reuse the blocks whose KV is complete and whose tokens are known."""
@@ -402,22 +392,31 @@ class Node:
             request.replica.ranks.index(request.parents, request.tables, at, tokens, blocks)
             request.indexed += 1
 
-    def _on_token(self, request: Request, service: Service, token: int) -> None:
-        state = self._state
-        state.actions.append(ev.Emit(request.id, (token,), 0 if request.emitted else request.cached))
+    def _on_token(self, request: Request, service: Service, token: int, price: float) -> bool:
+        """A token of a request came, and takes `price` of its budget. True when it was the last."""
+        state, cached = self._state, 0
         if not request.emitted:
-            service.cached_tokens += request.cached
-        request.emitted = True
-        self._recovery.advanced(request)
-        charge(request, service)
-        service.rate.add(1, state.now)
-        service.output_tokens += 1
+            cached, request.emitted = request.cached, True
+            service.cached_tokens += cached
+        state.actions.append(ev.Emit(request.id, (token,), cached))
+        if request.failures:
+            self._recovery.advanced(request)
+        charge(request, price)
         output = len(request.tokens) - request.prompt
         if token not in request.stop_ids and output < request.max_tokens:
-            return
+            return False
         assert service.profile is not None
-        service.profile.ended(request.prompt, output)
+        if not request.deferred:
+            service.profile.ended(request.prompt, output)
         state.finish(request, "stop" if token in request.stop_ids else "length")
+        return True
+
+    def _on_pooled(self, request: Request, service: Service) -> None:
+        """Its vector is complete. To those who plan by lengths, that is an answer of one token."""
+        assert service.profile is not None
+        service.cached_tokens += request.cached
+        service.profile.ended(request.prompt, 1)
+        self._state.finish(request, "stop")
 
     # ------------------------------------------------------------------------------------ host process
 

@@ -15,7 +15,8 @@ from seallmd.core import events as ev
 from seallmd.core.planner import Planner
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
-from seallmd.core.state import NodeState, Service, Stage
+from seallmd.core.service import Service, Stage
+from seallmd.core.state import NodeState
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,18 +163,23 @@ class _Layout:
     def _after(self, changes: dict[int, Spot]) -> dict[int, int]:
         """Contents of the cells that the changes touch."""
         found: dict[int, int] = {}
-        bit, sizes = self._predictor.bit, self._sizes
+        bit, sizes, contents = self._predictor.bit, self._sizes, self._contents
         for service, after in changes.items():
             for cells, visiting in (self.spots[service], after):  # out where it was, in where it goes
+                replicas, size, guest = len(cells), 0, 0
                 for cell in cells:
-                    guest = bit(service, sizes[cell], len(cells), visiting)
-                    found[cell] = found.get(cell, self._contents[cell]) ^ guest
+                    if sizes[cell] != size:  # most have all their cells of one size
+                        size = sizes[cell]
+                        guest = bit(service, size, replicas, visiting)
+                    found[cell] = (found[cell] if cell in found else contents[cell]) ^ guest
         return found
 
     def gain(self, changes: dict[int, Spot]) -> float:
         """By how much the objective would fall; -inf when something does not fit."""
-        cost, arenas = self._predictor.cost, self._arenas
-        gain = sum(self._costs[c] - cost(arenas[c], inside) for c, inside in self._after(changes).items())
+        cost, costs, arenas = self._predictor.cost, self._costs, self._arenas
+        gain = 0.0
+        for cell, inside in self._after(changes).items():
+            gain += costs[cell] - cost(arenas[cell], inside)
         for service, spot in changes.items():
             gain += self._lost[service] * ((not self.spots[service].cells) - (not spot.cells))
         return gain
@@ -189,8 +194,11 @@ class _Layout:
 
     def _take_best(self, choices: Iterator[dict[int, Spot]], least: float) -> bool:
         """Make the best of these changes if it gains more than `least`."""
-        gain, best = max(((self.gain(c), c) for c in choices), key=lambda found: found[0], default=(0.0, {}))
-        if gain <= least:
+        best, most = None, least
+        for changes in choices:
+            if (gain := self.gain(changes)) > most:
+                best, most = changes, gain
+        if best is None:
             return False
         self.change(best)
         return True

@@ -17,7 +17,8 @@ from seallmd.core.plan import Demand, Devices, Machine, Plan, Split, broken
 from seallmd.core.replacement import Replacement
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
-from seallmd.core.state import Device, Image, NodeState, Replica, Service, Stage
+from seallmd.core.service import Image, Replica, Service, Stage
+from seallmd.core.state import Device, NodeState
 from seallmd.core.status import PlanStatus
 from seallmd.core.transition import Bring, Change
 
@@ -52,11 +53,13 @@ class Planner:
 
     def settle(self) -> None:
         """Go on with the plan at hand; have another made when that is due."""
+        if not self._steps and self._state.now < self._tick_at:
+            return  # as after most events
         if not self.enabled or self._state.draining:
             return
         if self._steps:
             self._go_on()
-        elif self._state.now >= self._tick_at and self._is_ready():
+        elif self._is_ready():
             self._tick_at = self._state.now + TICK_SECONDS
             self._tick(self._replacement or self._begin())
 

@@ -83,9 +83,11 @@ class ServiceProfile(msgspec.Struct):
         """Execution time of a prompt, alone."""
         return self.costs.predict(tokens, tokens, 1)
 
-    def request_seconds(self, prompt: int) -> float:
+    def request_seconds(self, prompt: int, *, draws: bool = True) -> float:
         """Execution time that a request is expected to need, from its prompt and the service's mean output.
 
         SeaLLM's estimate, and a request's first budget (reconstructed: the paper gives the inputs only).
+        draws: whether it has an output at all.
         """
-        return self.prefill_seconds(prompt) + self.output_tokens * self.token_seconds()
+        output = self.output_tokens * self.token_seconds() if draws else 0.0
+        return self.prefill_seconds(prompt) + output

@@ -23,11 +23,11 @@ class Ranks:
     @property
     def available(self) -> int:
         """Blocks that can be had on every rank at once."""
-        return min(arena.available for arena in self.arenas)
+        return min([arena.available for arena in self.arenas])
 
     def take(self, blocks: int) -> Tables:
         """So many blocks on every rank. The caller has looked at `available`."""
-        return tuple(arena.take(blocks) for arena in self.arenas)
+        return tuple([arena.take(blocks) for arena in self.arenas])
 
     def release(self, tables: Tables) -> None:
         """Each rank's blocks are named by one table less."""

@@ -13,9 +13,10 @@ import msgspec
 from seallmd.core import events as ev
 from seallmd.core.images import Images
 from seallmd.core.room import Room
+from seallmd.core.service import Image, Service, Stage
 from seallmd.core.settings import ServiceSettings
 from seallmd.core.sharing import Sharing
-from seallmd.core.state import Image, NodeState, Service, Stage
+from seallmd.core.state import NodeState
 
 
 class Reconfigure:
@@ -49,6 +50,7 @@ class Reconfigure:
         )
         state.sharing = Sharing(event.groups)
         for name, service in state.services.items():
+            service.changed()  # so has the policy
             if name not in wanted:
                 self._retire(service, None)
             elif service.outgoing or before.get(name) != wanted[name]:

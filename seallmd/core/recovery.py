@@ -18,7 +18,8 @@ from seallmd.core.loads import MAX_RETRY_SECONDS, Loads
 from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
-from seallmd.core.state import Device, Image, NodeState, SentStep, Service, Stage
+from seallmd.core.service import Image, Service, Stage
+from seallmd.core.state import Device, NodeState, SentStep
 
 CRASHES_ALLOWED = 1  # of a service, in a row, before it pauses
 CALM_SECONDS = 10.0  # a service that steps so long after a crash has recovered from it
@@ -50,7 +51,7 @@ class Recovery:
             self._room.break_up(replica)
         for sent in device.inflight.values():
             if sent.leader == index:
-                void(sent)
+                void(state, sent)
         for service in state.services.values():
             service.former.pop(index, None)
             for request in service.waiting.values():
@@ -97,9 +98,10 @@ class Recovery:
         for behind in device.inflight.values():
             behind.incomplete = behind.incomplete or behind.service == step.service
         if step.leader == device.index:
-            void(step)
-        elif replica is None:
-            return  # its group is gone already
+            void(self._state, step)
+        elif replica is None:  # its group is gone already; if it was evicted, its KV was saved and is known
+            self._room.distrust_kv(service)
+            return
         if memory:
             self._blame(step, "there was not enough memory to compute it", "out_of_memory", 503)
         else:
@@ -189,8 +191,9 @@ class Recovery:
             self._loads.refuse(service, "the loader process died twice while it examined the model")
 
 
-def void(step: SentStep) -> None:
+def void(state: NodeState, step: SentStep) -> None:
     """The step's rows will never come back."""
+    state.services[step.service].changed()
     for row in step.rows:
         if row.request.life is not Life.DONE:
             row.request.inflight -= 1

@@ -10,7 +10,8 @@ from seallmd.core.idle import expires_seconds, idle_since
 from seallmd.core.profile import Lengths
 from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
-from seallmd.core.state import Device, Image, NodeState, Replica, Service, Stage
+from seallmd.core.service import Image, Replica, Service, Stage
+from seallmd.core.state import Device, NodeState
 from seallmd.core.status import (
     DeviceStatus,
     NodeStatus,
@@ -128,6 +129,7 @@ def service_detail(state: NodeState, status: ServiceStatus, now: float) -> Servi
                 weights_bytes=state.weights_blocks(service) * state.settings.block_bytes,
                 running=len(replica.running),
                 idle_seconds=max(0.0, now - max(replica.used, replica.began)),
+                operations=replica.operations,
             )
             for replica in service.replicas
         ),
@@ -178,6 +180,8 @@ def _why_waiting(state: NodeState, request: Request, place: int) -> str:
         return _why_absent(state, service)
     if place > 1:
         return f"{place - 1} requests of its service are before it"
+    if request.deferred:
+        return "it is batch work, and runs when others leave a gap"
     if all(_is_claimed(state, replica, request) for replica in resident):
         return "a senior request has claimed the device's memory"
     if request.epoch:

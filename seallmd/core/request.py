@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from seallmd.core.messages import Sampling
 from seallmd.core.ranks import Tables
+from seallmd.core.tiers import Tier
 
 if TYPE_CHECKING:
-    from seallmd.core.state import Replica
+    from seallmd.core.service import Replica
 
 
 class IllegalTransition(RuntimeError):
@@ -50,16 +51,18 @@ class SavedKv:
 class Request:
     """One request, from `Arrived` to its `Finish`.
 
-    order: arrival order, the seniority by which memory is given. tokens: prompt and every generated token
-    that was seen. replica: where it runs; tables: its block table on each rank there. scheduled, computed:
-    tokens whose KV steps on their way, or done, have written. drawn: generated tokens, those still on their
-    way included. inflight: rows in steps on their way. epoch: counts preemptions, so that rows of an earlier
-    life are told apart. saved: its KV in host memory, while it waits. indexed: runs of blocks that others may
-    share, and parents: what the next one follows, by rank. budget, attained: seconds of execution it may take
-    before its rank falls, and that it has taken (SeaLLM's doubling budget). scored: of the prompt's tokens,
-    how many have been told their log-probability or need none, which is true of the first. tier: how urgent
-    it is. failures: of steps with it, in a row; alone_until: after one, it has steps to itself until it has
-    more tokens than that. trusted: rows of earlier epochs no longer count, not even their tokens.
+    order: its seniority, by which memory is given: tier, then arrival. tokens: prompt and every generated
+    token that was seen. replica: where it runs; tables: its block table on each rank there. scheduled,
+    computed: tokens whose KV steps on their way, or done, have written. drawn: generated tokens, those still
+    on their way included. inflight: rows in steps on their way. epoch: counts preemptions, so that rows of
+    an earlier life are told apart. saved: its KV in host memory, while it waits. indexed: runs of blocks
+    that others may share, and parents: what the next one follows, by rank. budget, attained: seconds of
+    execution it may take before its rank falls, and that it has taken (SeaLLM's doubling budget). told: of
+    the prompt's tokens, how many have been told what is wanted of them (log-probability, part in the pooled
+    vector), or need not be, as the first one has no log-probability. tier: how urgent it is. failures: of
+    steps with it, in a row; alone_until: after one, it has steps to itself until it has more tokens than
+    that. trusted: rows of earlier epochs no longer count, not even their tokens. expected_wait: seconds that
+    those before it seemed to take when it arrived.
     """
 
     id: int
@@ -73,7 +76,7 @@ class Request:
     stop_ids: frozenset[int]
     root: Hashable
     leader: int
-    tier: str = "default"
+    tier: Tier = "default"
     life: Life = Life.WAITING
     replica: Replica | None = None
     tables: Tables = ()
@@ -91,10 +94,11 @@ class Request:
     budget: float = 0.0
     attained: float = 0.0
     doublings: int = 0
-    scored: int = 1
+    told: int = 1
     failures: int = 0
     alone_until: int = 0
     trusted: int = 0
+    expected_wait: float = 0.0
 
     def move(self, event: str) -> None:
         """Take one step of the life cycle. Raises IllegalTransition."""
@@ -110,10 +114,17 @@ class Request:
 
     @property
     def reusable(self) -> int:
-        """Leading tokens whose KV may come from elsewhere: whatever has to be predicted must be run here."""
-        if self.sampling.prompt_logprobs >= 0 and self.scored < self.prompt:
-            return self.scored - 1
+        """Leading tokens whose KV may come from elsewhere: what has to be predicted or pooled is run here."""
+        if self.sampling.prompt_logprobs >= 0 and self.told < self.prompt:
+            return self.told - 1
+        if self.sampling.pooling == "mean":
+            return self.told
         return len(self.tokens) - 1
+
+    @property
+    def deferred(self) -> bool:
+        """Whether it is batch work, for the gaps that others leave."""
+        return self.tier == "batch"
 
     @property
     def suspect(self) -> bool:
@@ -122,5 +133,15 @@ class Request:
 
     @property
     def runnable(self) -> bool:
-        """Whether another row makes sense: something is left to draw."""
-        return self.drawn < self.max_tokens
+        """Whether another row makes sense: something is left to draw, or to run of what is only pooled."""
+        return self.drawn < self.max_tokens or (self.pools and self.pending > 0)
+
+    @property
+    def pools(self) -> bool:
+        """Whether its prompt is pooled, and nothing drawn."""
+        return self.max_tokens == 0
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether that is done."""
+        return self.pools and self.told == self.prompt

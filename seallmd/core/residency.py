@@ -9,7 +9,7 @@ A place is a group of devices, in rank order; for most services a group of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 
 from seallmd.core import dedicated
@@ -21,7 +21,9 @@ from seallmd.core.messages import MoveBlocks
 from seallmd.core.ranks import Ranks
 from seallmd.core.room import Room
 from seallmd.core.scaling import is_idle, wants_replica, watch_pressure
-from seallmd.core.state import Claim, Device, Image, NodeState, Replica, Service, Stage
+from seallmd.core.service import Image, Replica, Service, Stage
+from seallmd.core.state import Claim, Device, NodeState
+from seallmd.core.tiers import is_deferred
 from seallmd.core.worth import asks_at, drain_seconds, loss
 
 Place = Sequence[Device]
@@ -46,19 +48,24 @@ class Residency:
         combinations of 32 devices are too many. closed: also those that an operator wants empty, for what
         must not depend on that.
         """
-        ranks, devices = ranks or service.ranks, self._state.devices
+        return list(self._places(service, ranks or service.ranks, closed=closed))
+
+    def _places(self, service: Service, ranks: int, *, closed: bool) -> Iterator[Place]:
+        for group in self._groups(service, ranks):
+            if len(group) == ranks and all(d.arena is not None and (closed or not d.closed) for d in group):
+                yield group
+
+    def _groups(self, service: Service, ranks: int) -> Iterator[Place]:
+        """Groups of devices, whatever state those are in."""
+        devices = self._state.devices
         if dedicated.is_dedicated(self._state):
-            groups = [dedicated.own_devices(self._state, service, ranks)]
-        else:
-            wanted: Iterable[Sequence[int]] = service.settings.devices or (
-                range(first, first + ranks) for first in range(len(devices) - ranks + 1)
-            )
-            groups = [[devices[index] for index in group if index in devices] for group in wanted]
-        return [
-            group
-            for group in groups
-            if len(group) == ranks and all(d.arena is not None and (closed or not d.closed) for d in group)
-        ]
+            yield dedicated.own_devices(self._state, service, ranks)
+            return
+        wanted: Iterable[Sequence[int]] = service.settings.devices or (
+            range(first, first + ranks) for first in range(len(devices) - ranks + 1)
+        )
+        for group in wanted:
+            yield [devices[index] for index in group if index in devices]
 
     def _least_kv_blocks(self, service: Service) -> int:
         """KV that must fit beside the weights: one request of an explicit context, or a short one."""
@@ -88,10 +95,12 @@ class Residency:
     def context_limit(self, service: Service) -> int:
         """Most tokens (prompt and output) that a request of the service can ever have."""
         assert service.shape is not None
-        room = [self._most_kv(service, place) for place in self.places(service, closed=True)]
-        if not room:
-            return service.shape.context
-        return min(service.shape.context, max(room) // service.run_blocks * service.run_tokens)
+        most, longest = -1, service.shape.context
+        for place in self._places(service, service.ranks, closed=True):
+            most = max(most, self._most_kv(service, place) // service.run_blocks * service.run_tokens)
+            if most >= longest:  # asked for with every request, and on most machines of the first place
+                break
+        return longest if most < 0 else min(longest, most)
 
     def look_at_sizes(self) -> None:
         """Choose each service's ranks, and refuse what no place can ever hold.
@@ -212,6 +221,10 @@ class Residency:
             for place in self.places(service)
             if self._most_kv(service, place) >= least and not any(self._barred(d, service) for d in place)
         ]
+
+    def most_kv_anywhere(self, service: Service) -> int:
+        """KV blocks that it could have on each device of the best of those places."""
+        return max((self._most_kv(service, place) for place in self.able_places(service)), default=0)
 
     def _barred(self, device: Device, service: Service) -> bool:
         """Whether a pinned service that it may not be beside is on a device."""
@@ -379,7 +392,8 @@ class Residency:
         assert arena is not None
         for replica in leaving:
             if replica.stage is Stage.RESIDENT:
-                self._room.drain(replica, admit_below=0, seconds=drain_seconds(self._state, service))
+                seconds = drain_seconds(self._state, service, replica)
+                self._room.drain(replica, admit_below=0, seconds=seconds)
             replica.admit_below = 0  # its seniors would wait for ever behind the claim
 
     def _promised(self, device: Device, service: Service) -> bool:
@@ -387,9 +401,11 @@ class Residency:
         return self._loads_another(device, service) or self._state.claimed(device, self._order(service))
 
     def _loads_another(self, device: Device, service: Service) -> bool:
-        """Whether the device is being cleared for another service."""
+        """Whether the device is being cleared for another service; if for batch work alone, that can wait."""
         claim = self._state.claim_on(device)
-        return claim is not None and claim.load and claim.service != service.name
+        if claim is None or not claim.load or claim.service == service.name:
+            return False
+        return not is_deferred(claim.order) or is_deferred(self._order(service))
 
     def _cannot(self, service: Service) -> None:
         drained = not self.places(service) and self.places(service, closed=True)

@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Container
 
 from seallmd.core.messages import DropWeights
-from seallmd.core.request import Request
-from seallmd.core.state import Device, NodeState, Replica, Service, Stage
+from seallmd.core.request import Life, Request
+from seallmd.core.service import Replica, Service, Stage
+from seallmd.core.state import Device, NodeState
+from seallmd.core.tiers import yields
 
 
 class Room:
@@ -69,7 +71,8 @@ class Room:
         """Free `blocks` for a request, cheapest means first; never from its seniors nor from rows in `kept`.
 
         1. evict idle services; 2. preempt the most junior running request of the device; 3. evict services
-        that have waiting requests only. When nothing is left to take and the request is alone, it fails.
+        that have waiting requests only. When nothing is left to take and the request is alone, it has
+        outgrown the device, and waits for its service to move (`outgrown`).
         """
         arena = device.arena
         assert arena is not None
@@ -86,11 +89,20 @@ class Room:
             return True
         if not any(r.running.keys() - {request.id} for r in device.replicas.values()):
             copying = any(r.stage is Stage.COPYING for r in device.replicas.values())
-            if not copying:
-                self._state.finish(
-                    request, "failed", "the device has no memory left for this request", status=503
-                )
+            if not copying and request.life is Life.RUNNING:
+                self._state.preempt(request, "it has outgrown its device")
+                self._state.services[request.service].stranded = True
         return False
+
+    def displace(self, device: Device, blocks: int, request: Request, kept: Container[int]) -> None:
+        """Preempt running requests that yield to a more urgent one, most junior first; never those `kept`."""
+        arena = device.arena
+        assert arena is not None
+        while arena.available < blocks:
+            junior = self._most_junior(device, request, kept)
+            if junior is None or not yields(junior.tier, request.tier):
+                return
+            self._state.preempt(junior, f"request {request.id} is more urgent and needs memory")
 
     def _evict_spare(self, device: Device, request: Request) -> bool:
         """Evict the replica with least to do of a service that has another one; its requests go on there.
@@ -150,6 +162,8 @@ class Room:
 
     def settle_drains(self) -> None:
         """Evict what has drained; keep what nobody wants gone any more."""
+        if not self._draining:
+            return
         for replica in list(self._draining.values()):
             if replica.copy in self._draining:
                 self._settle(self._state.services[replica.service], replica)
@@ -211,7 +225,7 @@ class Room:
             self._state.send(device.index, DropWeights(service.name))
         return service
 
-    def _distrust_kv(self, service: Service) -> None:
+    def distrust_kv(self, service: Service) -> None:
         """Rank 0 may have reported a step that another rank never finished: what it wrote there is not KV."""
         service.breaks += 1
         for request in service.waiting.values():
@@ -223,7 +237,7 @@ class Room:
             self._state.restart(request)
         service = self.remove(replica)
         if len(replica.devices) > 1:
-            self._distrust_kv(service)
+            self.distrust_kv(service)
         if not service.replicas:
             service.wanted = not service.evict_tickets and not service.outgoing
             self._state.answer(service.evict_tickets)

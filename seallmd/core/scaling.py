@@ -8,7 +8,9 @@ idle, and leaves again as soon as anybody else wants them.
 
 from __future__ import annotations
 
-from seallmd.core.state import Device, NodeState, Service, Stage
+from seallmd.core.lending import speedup
+from seallmd.core.service import Service, Stage
+from seallmd.core.state import Device, NodeState
 
 
 def watch_pressure(state: NodeState, service: Service) -> None:
@@ -36,12 +38,15 @@ def _would_pay(state: NodeState, service: Service) -> bool:
     if requests <= len(replicas) or profile is None:
         return False
     context = profile.prompt_tokens + profile.output_tokens / 2
+    own, idle = state.settings.threads, sum(map(is_idle, state.devices.values()))
+    at_hand = len(replicas) * service.ranks + idle
 
-    def round_seconds(devices: int) -> float:
+    def round_seconds(replicas: int) -> float:
         """One token for every request: what does not fit into one step takes several."""
-        each = requests / devices
+        each = requests / replicas
         rows = min(each, limits.max_rows)
-        return profile.costs.predict(rows, rows * context) * each / rows
+        lent = speedup(own * (at_hand // (replicas * service.ranks)), own)
+        return profile.costs.predict(rows, rows * context) / lent * each / rows
 
     return round_seconds(len(replicas)) >= limits.replicate_gain * round_seconds(len(replicas) + 1)
 

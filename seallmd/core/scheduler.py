@@ -7,15 +7,14 @@ Must not form steps (`batcher`) nor move models (`residency`). The policy is cho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain, islice
 from typing import NamedTuple
 
 from seallmd.core import dedicated
 from seallmd.core.adbs import Adbs
+from seallmd.core.outlook import outlook
 from seallmd.core.request import Request
-from seallmd.core.state import Device, NodeState, Replica, Service
-
-_HEAD_START = 0.1  # of its budget, that a request counts as having had: its slowdown does not begin endless
+from seallmd.core.service import Replica
+from seallmd.core.state import Device, NodeState
 
 Order = Callable[[NodeState, Device, Sequence[Replica]], list[Replica]]
 Admits = Callable[[NodeState, Device, Replica, Request], bool]
@@ -45,71 +44,37 @@ def budget(state: NodeState, _device: Device, ready: Sequence[Replica]) -> list[
 
     Each row is worth the share of its request's budget that the step gets done, times its slowdown so far
     to the power of `ageing`: the time since it arrived over the execution time that it has had. That is
-    what clients notice, and it keeps the tail of the slowdown below that of taking turns (docs/log.md). A
-    service that has had work for `max_gap_rounds` without a step goes first, the longest waiting of them,
-    so that nobody waits without limit: a round is the time in which each service that has work would get
-    one step. The literal rule, the service of the one best request, throws batching away, and a gap in
-    seconds suits one size of model only (docs/log.md).
+    what clients notice, and it keeps the tail of the slowdown below that of taking turns (docs/log.md). The
+    weight of the request's tier comes on top. A service that has had work for `max_gap_rounds` without a
+    step goes first, the longest waiting of them, so that nobody waits without limit: a round is the time in
+    which each service that has work would get one step. The literal rule, the service of the one best
+    request, throws batching away, and a gap in seconds suits one size of model only (docs/log.md).
     """
     if len(ready) == 1:
         return list(ready)
-    worth = {replica.service: _next_step(state, replica) for replica in ready}
-    gap = state.settings.policy.max_gap_rounds * sum(seconds for _, seconds in worth.values())
+    now, limits = state.now, state.settings.policy
+    outlooks = {replica.service: outlook(state, replica) for replica in ready}
+    gap = limits.max_gap_rounds * sum([each.seconds for each in outlooks.values()])
 
     def rank(replica: Replica) -> tuple[float, float]:
-        waits = state.now - _unserved_since(state, replica)
-        value, seconds = worth[replica.service]
-        return (-waits if waits > gap else 0.0, -value / seconds)
+        expected = outlooks[replica.service]
+        waits = now - expected.unserved_since
+        worth = expected.worth(now, limits.ageing)
+        return (-waits if waits > gap else 0.0, -worth / expected.seconds)
 
     return sorted(ready, key=rank)
 
 
-def _unserved_since(state: NodeState, replica: Replica) -> float:
-    """Since when the replica has had work without a step."""
-    # The first of each is the longest here, but for one that was preempted: that was served before.
-    firsts = (replica.running.values(), state.services[replica.service].waiting.values())
-    oldest = min(request.arrived for requests in firsts for request in islice(requests, 1))
-    return max(replica.used, oldest)
-
-
-def _next_step(state: NodeState, replica: Replica) -> tuple[float, float]:
-    """Worth of the step that the replica would run next, and the seconds that it would take."""
-    service, limits = state.services[replica.service], state.settings.policy
-    profile, now, ageing = service.profile, state.now, limits.ageing
-    assert profile is not None
-    token, left = profile.token_seconds(), limits.step_tokens
-    worth, tokens, context, rows = 0.0, 0, 0, 0
-    # The node's innermost loop, over every request of every service (tools/bench_node.py).
-    for request in islice(chain(replica.running.values(), service.waiting.values()), limits.max_rows):
-        drawn, scheduled = request.drawn, request.scheduled
-        if drawn >= request.max_tokens or not left:
-            continue
-        if request.saved is not None and request.saved.devices == replica.devices:
-            scheduled = request.saved.tokens  # comes back without being computed again
-        pending = request.prompt + drawn - scheduled
-        if pending == 1:
-            gained, count = token, 1
-        else:
-            count = min(pending, left)
-            gained = profile.prefill_seconds(pending) * count / pending
-        had = max(request.attained, _HEAD_START * request.budget)
-        worth += gained / request.budget * ((now - request.arrived) / had) ** ageing
-        left -= count
-        tokens += count
-        context += scheduled + count
-        rows += count == pending
-    return worth, profile.costs.predict(tokens, context, rows)
-
-
-def charge(request: Request, service: Service) -> None:
+def charge(request: Request, seconds: float) -> None:
     """A token was generated: charge it. Who has used up its budget falls in rank, by one twice as large.
+
+    seconds: what a token costs (`ServiceProfile.token_seconds`).
 
     With p the execution time that a request really needs and b the first budget: at most
     max(0, ceil(log2(p / b))) doublings, and the last budget is below 2 * max(b, p). Several at once when a
     token costs more than the whole budget, which was set before the costs were learnt.
     """
-    assert service.profile is not None
-    request.attained += service.profile.token_seconds()
+    request.attained += seconds
     while request.attained > request.budget:
         request.budget *= 2
         request.doublings += 1

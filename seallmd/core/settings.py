@@ -20,13 +20,17 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """One `[[service]]` table: a model and how it is to be served.
 
     name: what clients call it. model: a directory, a GGUF file, or a Hugging Face id. dtype: of weights and
-    KV; "auto" is the checkpoint's own on a GPU and float32 on a CPU. context: limit of prompt plus output in
-    tokens; 0 is the model's own limit, lowered to what the largest device can hold. pinned: never evicted to
-    make room. preload: brought in at start. max_waiting: requests that may wait before new ones are refused.
-    tensor_parallel: devices that each replica is split over; 0 = one, or as few as it takes. devices: the
-    groups of devices that it may come in on, each as long as tensor_parallel, in rank order; empty = any.
-    tool_parser: how the model writes tool calls; auto goes by its chat template. idle_seconds: it leaves its
-    device when nobody has asked it for anything for so long; 0 = never, and a pinned one never does.
+    KV; "auto" is the checkpoint's own (bfloat16 where it is none of these). context: limit of prompt plus
+    output in tokens; 0 is the model's own limit, lowered to what the largest device can hold. pinned: never
+    evicted to make room. preload: brought in at start. max_waiting: requests that may wait before new ones
+    are refused. max_wait_seconds: one that would wait longer than this before it is begun, as far as can be
+    told, is refused at once, so that targets of latency hold for those that are not; 0 = however long it
+    takes. tensor_parallel: devices that each replica is split over; 0 = one, or as few as it takes. devices:
+    the groups of devices that it may come in on, each as long as tensor_parallel, in rank order; empty =
+    any. tool_parser: how the model writes tool calls; auto goes by its chat template. pooling: what
+    /v1/embeddings makes of a text's last hidden states, their mean or the last one; none = the service gives
+    no embeddings. idle_seconds: it leaves its device when nobody has asked it for anything for so long; 0 =
+    never, and a pinned one never does.
     """
 
     name: Name
@@ -36,9 +40,11 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     pinned: bool = False
     preload: bool = False
     max_waiting: Annotated[int, Meta(ge=1, le=1 << 20)] = 1024
+    max_wait_seconds: Annotated[float, Meta(ge=0, le=86400)] = 0.0
     tensor_parallel: Annotated[int, Meta(ge=0, le=8)] = 0
     devices: tuple[tuple[int, ...], ...] = ()
     tool_parser: Literal["auto", "none", "hermes", "qwen", "llama3_json", "mistral"] = "auto"
+    pooling: Literal["none", "mean", "last"] = "none"
     idle_seconds: Annotated[float, Meta(ge=0, le=31536000)] = 0.0
 
 
@@ -61,12 +67,13 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     scheduler: which replica of a device steps next (`core.scheduler`). max_gap_rounds: `budget` lets no
     service that has work wait longer for a step than so many rounds of one step each. ageing: in `budget`
     a request counts by its slowdown so far to this power; 0 lets long ones wait. step_tokens: tokens in
-    one step, prefill and decode together. max_rows: requests in one step. pipeline_depth: steps a device
-    may hold, running one included. prefix_reuse: share KV blocks of equal prefixes. replicate: a busy
-    service may come in on an idle device too, when its steps would be faster. replicate_gain,
-    replicate_seconds: by this factor, for so long. min_residency_seconds: how long a service that was
-    brought in stays before another may push it out. patience_seconds: how long a request of an absent
-    service waits before a busy service is asked to make room. max_waiting_tokens: tokens of all requests
+    one step, prefill and decode together. max_rows: requests in one step. batch_slowdown: batch work makes
+    a step that serves others too longer by this factor at most. pipeline_depth: steps a device may hold,
+    running one included. prefix_reuse: share KV blocks of equal prefixes. replicate: a busy service may
+    come in on an idle device too, when its steps would be faster. replicate_gain, replicate_seconds: by
+    this factor, for so long. min_residency_seconds: how long a service that was brought in stays before
+    another may push it out. patience_seconds: how long a request of an absent service waits before a busy
+    service is asked to make room. max_waiting_tokens: tokens of all requests
     that wait, of all services together, before new ones are refused.
     """
 
@@ -75,6 +82,7 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     ageing: Annotated[float, Meta(ge=0, le=10)] = 2.0
     step_tokens: Annotated[int, Meta(ge=1, le=1 << 20)] = 512
     max_rows: Annotated[int, Meta(ge=1, le=4096)] = 64
+    batch_slowdown: Annotated[float, Meta(ge=1, le=100)] = 1.25
     pipeline_depth: Annotated[int, Meta(ge=1, le=4)] = 2
     prefix_reuse: bool = True
     replicate: bool = True
@@ -108,7 +116,8 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     profiles: what earlier runs learnt of services, by name. block_bytes: the unit of every arena. host_bytes:
     what host images may take together before the least recently used are dropped; one may always be built.
     host_kv_bytes: host memory of each device for preempted KV. kv_layout: whether a block holds all layers of
-    its tokens ("merged") or one ("split").
+    its tokens ("merged") or one ("split"). threads: math threads of each CPU device, which those that have
+    nothing to do lend to the others (`core.lending`); 0 = none are lent.
     """
 
     services: tuple[ServiceSettings, ...]
@@ -122,3 +131,4 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     kv_layout: Literal["merged", "split"] = "merged"
     replacement: ReplacementSettings = ReplacementSettings()
     groups: tuple[GroupSettings, ...] = ()
+    threads: int = 0

@@ -129,7 +129,7 @@ class RequestStatus(msgspec.Struct, frozen=True):
 
     state: waiting or running. age_seconds: since it arrived. place: in its service's queue, 1 = next, 0 when
     it runs. device: where it runs, None while it waits. reason: why it waits, in a few words. tier: OpenAI's
-    service_tier. cached_tokens: of the prompt, not computed again.
+    service_tier, or batch. cached_tokens: of the prompt, not computed again.
     """
 
     request: int
@@ -150,7 +150,8 @@ class RequestStatus(msgspec.Struct, frozen=True):
 class Place(msgspec.Struct, frozen=True):
     """A replica of a service. device: of rank 0; devices: of all ranks. state: copying, resident, draining.
 
-    weights_bytes: on each device. idle_seconds: since its last step.
+    weights_bytes: on each device. idle_seconds: since its last step. operations: what of the model fast
+    operations replaced, and how often.
     """
 
     device: int
@@ -159,6 +160,7 @@ class Place(msgspec.Struct, frozen=True):
     running: int
     idle_seconds: float
     devices: tuple[int, ...] = ()
+    operations: tuple[tuple[str, int], ...] = ()
 
 
 class ServiceDetail(msgspec.Struct, frozen=True):

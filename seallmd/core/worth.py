@@ -4,15 +4,21 @@ Owns the judgement alone; `residency` moves services. Everything is in request-s
 regret (`replacement`), and the rule is the same ski rental: what the newcomer's requests have waited grows;
 once it has reached what those who would have to leave for it would lose, they are asked to. So a crowd of
 waiters, or a light resident, makes a swap come early, and nobody swaps back and forth for a few requests.
+Batch work counts for nothing beside other requests. Among itself it makes swaps rare: who came last and when
+is all the same to it, and every swap costs all of it throughput.
 """
 
 from __future__ import annotations
 
+from math import inf
+
 from seallmd.core.request import Request
-from seallmd.core.state import NodeState, Replica, Service, Stage
+from seallmd.core.service import Replica, Service, Stage
+from seallmd.core.state import NodeState
 
 _LOOKS = 4  # in the time of one swap: how often it is looked at whether it is worth it by now
 _LEAST_LOOK_SECONDS = 0.01
+_BATCH_STAY = 20  # where batch work alone is at both ends, a swap has to be worth so many times what is lost
 
 
 def swap_seconds(state: NodeState, service: Service) -> float:
@@ -29,8 +35,16 @@ def waited(service: Service, now: float) -> float:
     """
     if not service.waiting:
         return 0.0
-    first, last = next(iter(service.waiting.values())), next(reversed(service.waiting.values()))
-    return len(service.waiting) * (2 * now - _since(service, first) - _since(service, last)) / 2
+    deferred = _only_deferred(service)
+    first = next(iter(service.waiting.values()))
+    last = next(r for r in reversed(service.waiting.values()) if r.deferred is deferred)
+    count = service.urgent or service.deferred
+    return count * (2 * now - _since(service, first) - _since(service, last)) / 2
+
+
+def _only_deferred(service: Service) -> bool:
+    """Whether a service is wanted for batch work alone."""
+    return service.deferred > 0 and not service.urgent and not service.load_tickets
 
 
 def _since(service: Service, request: Request) -> float:
@@ -46,26 +60,40 @@ def loss(state: NodeState, replica: Replica, newcomer: Service) -> float:
     requests to the others, which take them when the newcomer comes.
     """
     service = state.services[replica.service]
+    urgent = sum(not request.deferred for request in replica.running.values())
+    if not _only_deferred(newcomer):
+        running, waiting, stay = urgent, service.urgent, 1
+    elif urgent or service.urgent:
+        return inf
+    else:
+        running, waiting, stay = len(replica.running), len(service.waiting), _BATCH_STAY
     if any(other is not replica and other.stage is Stage.RESIDENT for other in service.replicas):
-        return len(replica.running) * swap_seconds(state, newcomer)
+        return stay * running * swap_seconds(state, newcomer)
     away = swap_seconds(state, newcomer) + swap_seconds(state, service)
-    there = len(replica.running) + len(service.waiting)
-    return away * (there + away * service.arrivals.value(state.now))
+    return stay * away * (running + waiting + away * service.arrivals.value(state.now))
 
 
 def asks_at(state: NodeState, service: Service, lost: float) -> float:
     """When to ask those to leave who would lose so much: now, or when to look at it again.
 
-    At once for an operator, and whatever they lose once somebody has waited for `patience_seconds`.
+    At once for an operator, and whatever they lose once somebody has waited for `patience_seconds`; the
+    patience of batch work has no end.
     """
     if service.load_tickets or waited(service, state.now) >= lost:
         return state.now
+    look = max(_LEAST_LOOK_SECONDS, swap_seconds(state, service) / _LOOKS)
+    if _only_deferred(service):
+        return state.now + look
     oldest = next(iter(service.waiting.values()))
     patience = state.settings.policy.patience_seconds
-    look = max(_LEAST_LOOK_SECONDS, swap_seconds(state, service) / _LOOKS)
     return max(state.now, min(_since(service, oldest) + patience, state.now + look))
 
 
-def drain_seconds(state: NodeState, service: Service) -> float:
-    """How long those who were asked to leave may still run their requests: as long as the swap takes."""
+def drain_seconds(state: NodeState, service: Service, leaving: Replica) -> float:
+    """How long a replica that was asked to leave may still run its requests: as long as the swap takes.
+
+    Batch work is not waited for by others.
+    """
+    if not _only_deferred(service) and all(request.deferred for request in leaving.running.values()):
+        return 0.0
     return min(swap_seconds(state, service), state.settings.policy.patience_seconds)

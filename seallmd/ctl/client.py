@@ -40,6 +40,16 @@ def requests(path: Path) -> list[Reply]:
     return list(_answer(path, {"op": "requests"})["requests"])
 
 
+def batches(path: Path) -> list[Reply]:
+    """Batches that go on, and the last that are over. Raises Unreachable or ControlError."""
+    return list(_answer(path, {"op": "batches"})["batches"])
+
+
+def cancel_batch(path: Path, batch: str) -> None:
+    """End a batch. Raises Unreachable or ControlError."""
+    _answer(path, {"op": "batches", "cancel": batch})
+
+
 def plan(path: Path) -> Reply | None:
     """The plans in force and best known; None while nothing is planned. Raises as `show`."""
     found: Reply | None = _answer(path, {"op": "plan"})["plan"]

@@ -17,16 +17,17 @@ _seallmctl() {
     done
     case "$previous" in
         --socket|--config) COMPREPLY=($(compgen -f -- "$word")); return ;;
-        --url|--system|--max-tokens|--temperature|--interval|--last|--device) return ;;
+        --cancel|--url|--system|--max-tokens|--temperature|--interval|--last|--device) return ;;
         --requests|--clients|--prompt-tokens|--output-tokens) return ;;
     esac
     local common="--socket --json --help"
-    local verbs="bench cancel chat completion doctor drain events evict list load pin plan reload requests"
-    verbs+=" show status top undrain unpin"
+    local verbs="batches bench cancel chat completion doctor drain events evict list load pin plan reload"
+    verbs+=" requests show status top undrain unpin"
     if [[ -z "$verb" ]]; then
         COMPREPLY=($(compgen -W "$common --version $verbs" -- "$word"))
     elif [[ "$word" == -* ]]; then
         case "$verb" in
+            batches) common+=" --cancel" ;;
             chat) common+=" --url --system --max-tokens --temperature" ;;
             bench) common+=" --url --requests --clients --prompt-tokens --output-tokens" ;;
             doctor) common+=" --config" ;;

@@ -1,4 +1,4 @@
-"""What people see of services and requests one by one: `list`, `show` and `requests`.
+"""What people see of services, requests and batches one by one: `list`, `show`, `requests`, `batches`.
 
 Owns their tables and wording, as `view` does for `status`. Must not know sockets.
 """
@@ -49,6 +49,28 @@ def show_requests(out: Console, requests: list[Record]) -> None:
             f"{request['output_tokens']}/{request['max_tokens']}",
             str(request["place"] or "-"),
             Text(request["reason"] or "-"),
+        )
+    out.print(table)
+
+
+def show_batches(out: Console, batches: list[Record]) -> None:
+    """Batches, and how far they are."""
+    table = plain_table()
+    titles = ("ID", "KEY", "ENDPOINT", "STATUS", "LINES", "DONE", "FAILED", "AGE", "DEADLINE IN")
+    for title in titles:
+        right = title in ("LINES", "DONE", "FAILED", "AGE", "DEADLINE IN")
+        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    for batch in batches:
+        table.add_row(
+            Text(batch["id"]),
+            Text(batch["owner"] or "-"),
+            batch["endpoint"],
+            batch["status"],
+            str(batch["lines"] or "-"),
+            str(batch["completed"]),
+            str(batch["failed"]),
+            human_seconds(batch["age_seconds"]),
+            human_seconds(batch["left_seconds"]) if batch["left_seconds"] else "-",
         )
     out.print(table)
 
@@ -133,6 +155,7 @@ def _place(place: Record) -> list[tuple[str, str]]:
         ("state", place["state"]),
         ("weights", human_bytes(place["weights_bytes"])),
         ("running", str(place["running"])),
+        ("fast operations", ", ".join(f"{n} {kind}" for kind, n in place["operations"]) or "none"),
         ("last step", f"{human_seconds(place['idle_seconds'])} ago"),
     ]
 

@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import ssl
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -55,14 +55,25 @@ def stream(address: str, path: str, body: dict[str, Any]) -> Generator[dict[str,
     with _Call(address, "POST", path, {**body, "stream": True}) as response:
         if response.status != 200:
             raise ControlError(_message(response.read()) or f"HTTP status {response.status}")
-        for line in response:
-            data = line.strip().removeprefix(b"data: ")
-            if data == line.strip() or data == b"[DONE]":
-                continue  # a blank line, a comment, or the end
+        yield from read_chunks(response)
+
+
+def read_chunks(lines: Iterable[bytes]) -> Generator[dict[str, Any], None, None]:
+    """The chunks of a stream of server-sent events. Raises ControlError for an error among them, and for
+    what is no stream of ours."""
+    for line in lines:
+        data = line.strip().removeprefix(b"data: ")
+        if data == line.strip() or data == b"[DONE]":
+            continue  # a blank line, a comment, or the end
+        try:
             chunk = json.loads(data)
-            if "error" in chunk:
-                raise ControlError(chunk["error"]["message"])
-            yield chunk
+        except (ValueError, RecursionError):
+            chunk = None
+        if not isinstance(chunk, dict):
+            raise ControlError("the answer is not one of seallmd's")
+        if "error" in chunk:
+            raise ControlError(_message(data) or "the server failed")
+        yield chunk
 
 
 class _Call:
@@ -126,7 +137,7 @@ def _tls(host: str) -> ssl.SSLContext:
 def _message(body: bytes) -> str:
     try:
         return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 

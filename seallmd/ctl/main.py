@@ -77,6 +77,8 @@ def make_parser() -> argparse.ArgumentParser:
     verb("plan", "where services are, where they would be better, and when they move")
     verb("requests", "what runs and waits, and why")
     verb("cancel", "end a request").add_argument("request", type=int, metavar="ID")
+    batches = verb("batches", "batches of /v1/batches, and how far they are")
+    batches.add_argument("--cancel", metavar="ID", default="", help="end this one; what is answered is kept")
     load = verb("load", "bring a service in and wait until it is resident")
     load.add_argument("service", metavar="NAME")
     evict = verb("evict", "take a service out once its work is done")
@@ -210,6 +212,20 @@ def _requests(path: Path, arguments: argparse.Namespace) -> None:
     details.show_requests(view.console(), requests)
 
 
+def _batches(path: Path, arguments: argparse.Namespace) -> None:
+    if arguments.cancel:
+        client.cancel_batch(path, arguments.cancel)
+        _done(arguments, f"{arguments.cancel} is being cancelled")
+        return
+    batches = client.batches(path)
+    if _as_json(arguments):
+        print(json.dumps(batches))
+        return
+    from seallmd.ctl import details, view
+
+    details.show_batches(view.console(), batches)
+
+
 def _cancel(path: Path, arguments: argparse.Namespace) -> None:
     client.cancel(path, arguments.request)
     _done(arguments, f"request {arguments.request} is cancelled")
@@ -337,6 +353,7 @@ def _completion(_path: Path, arguments: argparse.Namespace) -> None:
 
 
 _VERBS: dict[str, Callable[[Path, argparse.Namespace], int | None]] = {
+    "batches": _batches,
     "bench": _bench,
     "cancel": _cancel,
     "chat": _chat,

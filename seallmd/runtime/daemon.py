@@ -21,18 +21,20 @@ import msgspec
 import uvloop
 
 from seallmd import __version__
+from seallmd.api.batch.operator import BatchOperator
+from seallmd.api.batch.store import Store
 from seallmd.api.control import ControlServer
 from seallmd.api.keys import Key, Keyring, locate_keys, read_keys
 from seallmd.api.metrics import Metrics
-from seallmd.api.server import http_addresses, start_http, tls_context
+from seallmd.api.server import BATCHES, http_addresses, start_http, tls_context
 from seallmd.config import Config, Size, load, reloaded
 from seallmd.core.settings import NodeSettings
 from seallmd.core.status import NodeStatus
 from seallmd.errors import ConfigError, SeallmdError
-from seallmd.paths import default_control_socket
+from seallmd.paths import default_control_socket, default_state_directory
 from seallmd.runtime import devices, profiles
-from seallmd.runtime.children import run_host, run_worker
 from seallmd.runtime.engine import PROFILES, Engine
+from seallmd.runtime.forkserver import ForkServer
 from seallmd.runtime.journal import Journal
 from seallmd.runtime.log import fields, set_up
 from seallmd.runtime.notify import Notifier, take_listeners, take_notifier
@@ -45,8 +47,11 @@ EXTENSION_SECONDS = 30.0  # while requests end, from each telling: enough to end
 LISTENERS = ("http", "control")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The `seallmd` command. Exit codes: 0 stopped as told, 2 configuration or socket cannot be used."""
+def main(forkserver: ForkServer, arguments: list[str] | None = None) -> int:
+    """The `seallmd` command. Exit codes: 0 stopped as told, 2 configuration or socket cannot be used.
+
+    forkserver: may have been started already, so that it imports while we do.
+    """
     options = _parse(arguments)
     faulthandler.enable()  # systemd's watchdog ends us with SIGABRT: then the log has every thread's stack
     try:
@@ -59,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         set_up(config.log, os.environ)
         notifier = take_notifier(os.environ)
         listeners = take_listeners(os.environ, LISTENERS)
-        uvloop.run(Daemon(config, options, notifier, listeners).run())
+        uvloop.run(Daemon(config, options, notifier, listeners, forkserver).run())
     except SeallmdError as error:
         print(f"seallmd: {error}", file=sys.stderr)
         return 2
@@ -100,7 +105,7 @@ def _with_options(config: Config, options: argparse.Namespace) -> Config:
     return replace(config, http=http, control=control, journal=journal)
 
 
-def _build_engine(config: Config) -> Engine:
+def _build_engine(config: Config, forkserver: ForkServer) -> Engine:
     plan = devices.plan(config.devices)
     settings = NodeSettings(
         services=config.service,
@@ -113,16 +118,21 @@ def _build_engine(config: Config) -> Engine:
         host_kv_bytes=plan.host_kv_bytes,
         kv_layout=config.devices.kv_layout,
         groups=config.group,
+        threads=plan.threads,
         profiles=profiles.load(plan.cache / PROFILES, config.service, plan.roofline.name),
     )
     journal = None
     if config.journal.path:
-        journal = Journal(Path(config.journal.path), Size(config.journal.limit).bytes_, settings)
+        try:
+            journal = Journal(Path(config.journal.path), Size(config.journal.limit).bytes_, settings)
+        except OSError as error:
+            raise ConfigError(
+                f"the journal {config.journal.path} cannot be written: {error.strerror}"
+            ) from error
     return Engine(
         settings,
         plan,
-        run_worker,
-        run_host,
+        forkserver,
         journal,
         config.hung_seconds,
         config.restart_seconds,
@@ -148,6 +158,7 @@ class Daemon:
         options: argparse.Namespace,
         notifier: Notifier,
         listeners: dict[str, list[socket.socket]],
+        forkserver: ForkServer,
     ) -> None:
         if len(listeners["control"]) > 1:
             raise ConfigError("more than one control socket was handed over")
@@ -156,7 +167,7 @@ class Daemon:
         self._notifier = notifier
         self._listeners = listeners
         self._keyring = Keyring(_read_keys(config))
-        self._engine = _build_engine(config)
+        self._engine = _build_engine(config, forkserver)
         self._watch = LoopWatch(config.log.stall_seconds)
         self._stop = asyncio.Event()
         self._telling: asyncio.TimerHandle | None = None
@@ -173,12 +184,19 @@ class Daemon:
         try:
             settings = self._config.http
             metrics = Metrics(self._engine.status, tiers=self._config.tier)
-            http = await start_http(self._engine, settings, self._listeners["http"], self._keyring, metrics)
+            batches = self._config.batches
+            store = Store(batches, Path(batches.directory or default_state_directory()))
+            await store.open()
+            http = await start_http(
+                self._engine, settings, self._listeners["http"], self._keyring, metrics, store
+            )
             control.http = http_addresses(http, tls=bool(settings.tls_certificate))
             control.reload = self._reload
             control.latencies = metrics.window.by_service
+            control.batches = BatchOperator(store, http.app[BATCHES])
             try:
                 await self._engine.start()
+                await http.app[BATCHES].start()
                 watch.start()
                 self._notifier.ready()
                 self._tell()
@@ -188,8 +206,10 @@ class Daemon:
                 self._notifier.stopping()
                 self._tell()
             finally:
+                await http.app[BATCHES].close()  # nobody waits for their lines: they are run again
                 await self._engine.stop(self._config.stop_seconds)
                 await http.cleanup()
+                await store.close()
         finally:
             await control.close()
             watch.stop()

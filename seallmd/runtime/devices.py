@@ -27,7 +27,8 @@ class DevicePlan:
     """What to start: one worker per device, one host process; the unit of every arena; the kind of device.
 
     host_kv_bytes: host memory for KV of each device. cache: directory for what may be lost: converted models,
-    profiles of services. rendezvous: directory for tensor-parallel groups.
+    profiles of services. rendezvous: directory for tensor-parallel groups. threads: math threads of a CPU
+    device, if it lends them; else 0.
     """
 
     workers: tuple[WorkerSettings, ...]
@@ -38,6 +39,7 @@ class DevicePlan:
     cache: Path
     rendezvous: Path
     roofline: Roofline
+    threads: int = 0
 
 
 def plan(settings: DeviceSettings) -> DevicePlan:
@@ -62,13 +64,21 @@ def plan(settings: DeviceSettings) -> DevicePlan:
     workers = tuple(msgspec.structs.replace(worker, **common) for worker in workers)
     return DevicePlan(
         workers=workers,
-        host=WorkerSettings("host", "cuda" if gpus else "cpu", block_bytes=block, threads=1, cache=cache),
+        host=WorkerSettings(
+            "host",
+            "cuda" if gpus else "cpu",
+            block_bytes=block,
+            threads=1,
+            cache=cache,
+            image_cache_bytes=Size(settings.image_cache).bytes_,
+        ),
         block_bytes=block,
         host_bytes=Size(settings.host_memory).bytes_ or memory // 2,
         host_kv_bytes=host_kv,
         cache=Path(cache),
         rendezvous=meeting,
         roofline=_roofline(gpus[0]) if gpus else ROOFLINES["cpu"],
+        threads=workers[0].threads if settings.lend_threads and not gpus else 0,
     )
 
 

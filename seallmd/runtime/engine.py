@@ -22,6 +22,7 @@ from seallmd.core.arena_map import arena_maps
 from seallmd.core.node import Node
 from seallmd.core.placement import place
 from seallmd.core.report import request_statuses, service_detail
+from seallmd.core.service import Service
 from seallmd.core.settings import (
     GroupSettings,
     NodeSettings,
@@ -29,14 +30,14 @@ from seallmd.core.settings import (
     ReplacementSettings,
     ServiceSettings,
 )
-from seallmd.core.state import Service
 from seallmd.core.status import ArenaMap, NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 from seallmd.errors import ControlError, RequestError
 from seallmd.runtime import profiles, rendezvous
-from seallmd.runtime.children import Child, Entry
+from seallmd.runtime.children import Child
 from seallmd.runtime.devices import DevicePlan
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
 from seallmd.runtime.feed import EventFeed
+from seallmd.runtime.forkserver import ForkServer
 from seallmd.runtime.journal import FlightRecorder, Journal
 from seallmd.runtime.log import RequestRecord
 from seallmd.runtime.supervised import Supervised
@@ -55,20 +56,21 @@ class Engine:
         self,
         settings: NodeSettings,
         plan: DevicePlan,
-        worker: Entry,
-        host: Entry,
+        forkserver: ForkServer,
         journal: Journal | None = None,
         hung_seconds: float = 120.0,
         restart_seconds: float = 30.0,
         flight_bytes: int = 0,
     ) -> None:
-        """hung_seconds: how long a child may be silent while it owes an answer. restart_seconds: the longest
-        pause before a dead child is started again. flight_bytes: memory for the last minutes' events."""
+        """forkserver: where children come from; it ends with them. hung_seconds: how long a child may be
+        silent while it owes an answer. restart_seconds: the longest pause before a dead child is started
+        again. flight_bytes: memory for the last minutes' events."""
         self.node = Node(settings)
         self.feed = EventFeed()
         self._flight = FlightRecorder(self.node, flight_bytes) if flight_bytes else None
         self._settings = settings
         self._plan = plan
+        self._forkserver = forkserver
         self._journal = journal
         self._created = int(time.time())
         self._epoch = time.monotonic()
@@ -86,7 +88,7 @@ class Engine:
         self._quiet = asyncio.Event()
         self._workers = [
             Supervised(
-                partial(Child, worker, settings, msg.FromWorker),
+                partial(Child, forkserver, "worker", settings, msg.FromWorker),
                 up=partial(self._worker_up, index),
                 lost=partial(self._worker_lost, index),
                 said=partial(self._worker_said, index),
@@ -94,7 +96,7 @@ class Engine:
             for index, settings in enumerate(plan.workers)
         ]
         self._host = Supervised(
-            partial(Child, host, plan.host, msg.FromHost),
+            partial(Child, forkserver, "host", plan.host, msg.FromHost),
             up=lambda _: self._happen(ev.HostUp()),
             lost=lambda reason: self._happen(ev.HostLost(reason)),
             said=lambda message: self._happen(ev.FromHostProcess(message)),  # type: ignore[arg-type]
@@ -107,7 +109,10 @@ class Engine:
         self.set_hung_seconds(self._hung_seconds)
         for child in self._children:
             child.longest_pause = self._restart_seconds
-        rendezvous.make(self._plan.rendezvous)
+        try:
+            rendezvous.make(self._plan.rendezvous)
+        except OSError as error:  # a full disk, say: all else does without it
+            log.error("there is no place where groups of devices could meet: %s", error.strerror)
         for child in self._children:
             await child.start()
         self._look()
@@ -156,6 +161,7 @@ class Engine:
             if timer is not None:
                 timer.cancel()
         await asyncio.gather(*(child.stop() for child in self._children))
+        self._forkserver.close()
         rendezvous.remove(self._plan.rendezvous)
         if self._journal is not None:
             self._journal.close()
@@ -227,6 +233,8 @@ class Engine:
                 self._records[request].emitted(len(tokens), cached, self._now())
             case ev.Scored(request, scores):
                 self._streams[request].score(scores)
+            case ev.Embedded(request, pooled):
+                self._streams[request].pool(pooled)
             case ev.Finish(request):
                 self._streams.pop(request).end(action)
                 record = self._records.pop(request)
@@ -300,7 +308,8 @@ class Engine:
             stream = TokenStream(self._requests)
             self._streams[stream.request] = stream
             self._records[stream.request] = RequestRecord(
-                stream.request, generation.service, len(generation.prompt), self._now()
+                *(stream.request, generation.service, len(generation.prompt)),
+                *(self._now(), generation.tier),
             )
             streams.append(stream)
             self._happen(

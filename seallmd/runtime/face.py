@@ -12,8 +12,8 @@ from typing import Protocol
 
 import msgspec
 
-from seallmd.core.events import Finish, OperatorEvent
-from seallmd.core.messages import ModelShape, Sampling, Scores
+from seallmd.core.events import Finish, OperatorEvent, Tier
+from seallmd.core.messages import ModelShape, Pooled, Sampling, Scores
 from seallmd.core.settings import ServiceSettings
 from seallmd.core.status import ArenaMap, NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 from seallmd.runtime.feed import EventFeed
@@ -42,7 +42,7 @@ class Generation(msgspec.Struct, frozen=True):
     sampling: Sampling
     stop_ids: tuple[int, ...] = ()
     salt: str = ""
-    tier: str = "default"
+    tier: Tier = "default"
 
 
 class StreamWatcher(Protocol):
@@ -60,6 +60,7 @@ class TokenStream:
 
     Bounded by the request's own max_tokens: a reader that is slow gets several tokens at once. scores: what
     came of the log-probabilities that it wants, each before its token; the reader takes them from there.
+    pooled: the same for parts of the vector, which are complete at the end.
     """
 
     def __init__(self, request: int) -> None:
@@ -67,6 +68,7 @@ class TokenStream:
         self.cached = 0
         self.finish: Finish | None = None
         self.scores: list[Scores] = []
+        self.pooled: list[Pooled] = []
         self._tokens: list[int] = []
         self._ready = asyncio.Event()
         self._watcher: StreamWatcher | None = None
@@ -89,6 +91,10 @@ class TokenStream:
     def score(self, scores: Scores) -> None:
         """Add log-probabilities. Called by the engine, before it pushes their tokens."""
         self.scores.append(scores)
+
+    def pool(self, pooled: Pooled) -> None:
+        """Add a part of the vector. Called by the engine."""
+        self.pooled.append(pooled)
 
     def end(self, finish: Finish) -> None:
         """Nothing follows. Called by the engine, once."""

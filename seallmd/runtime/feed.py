@@ -20,8 +20,9 @@ class Happening(msgspec.Struct, frozen=True):
     """One thing that happened.
 
     number: counted from 1 since the daemon started. time: seconds since 1970. kind: "service" (swaps,
-    preemptions, failures and their reasons; also of devices), "request" (its end), "operator" (commands) or
-    "configuration". service: whom it concerns, empty = nobody alone. text: a sentence.
+    preemptions, failures and their reasons; also of devices), "request" (its end), "batch" (its status),
+    "operator" (commands) or "configuration". service: whom it concerns, empty = nobody alone. text: a
+    sentence.
     """
 
     number: int

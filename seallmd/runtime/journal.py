@@ -8,7 +8,6 @@ checksum of the actions that the event led to.
 from __future__ import annotations
 
 import logging
-import os
 import struct
 import time
 import zlib
@@ -21,6 +20,7 @@ from seallmd.core.events import Action, Event
 from seallmd.core.node import Node
 from seallmd.core.settings import NodeSettings
 from seallmd.core.snapshot import freeze, thaw
+from seallmd.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,10 @@ class _Kind(msgspec.Struct):
 
 
 class Journal:
-    """Writes a journal up to `limit_bytes`, then stops: only an unbroken beginning can be replayed."""
+    """Writes a journal up to `limit_bytes`, then stops: only an unbroken beginning can be replayed.
+
+    A disk that is full ends the recording too, and nothing else. Raises OSError where it cannot be begun.
+    """
 
     def __init__(self, path: Path, limit_bytes: int, settings: NodeSettings) -> None:
         self._file = path.open("wb")
@@ -67,15 +70,22 @@ class Journal:
             self._write(self._encoder.encode(Record(now, event, checksum(actions))))
 
     def _write(self, body: bytes) -> None:
-        self._file.write(_LENGTH.pack(len(body)) + body)
-        self._left -= _LENGTH.size + len(body)
-        if self._left <= 0:
-            log.warning("the journal has reached its limit: recording stops")
-            self._file.flush()
+        try:
+            self._file.write(_LENGTH.pack(len(body)) + body)
+            self._left -= _LENGTH.size + len(body)
+            if self._left <= 0:
+                log.warning("the journal has reached its limit: recording stops")
+                self._file.flush()
+        except OSError as error:
+            self._left = 0
+            log.error("the journal cannot be written: %s: recording stops", error.strerror)
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            log.error("the journal's end cannot be written: %s", error.strerror)
 
 
 class FlightRecorder:
@@ -115,16 +125,12 @@ class FlightRecorder:
 
         The oldest of earlier dumps make room for it.
         """
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = directory / f"flight-{time.time_ns()}.journal"
         for old in sorted(directory.glob("flight-*.journal"))[: -(DUMPS_KEPT - 1)]:
             old.unlink(missing_ok=True)
-        partial = path.with_suffix(".partial")
-        with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            # The newer stretch alone would lack the way to the failure, if it has just begun.
-            bodies = [*self._older, *(self._newer[1:] if self._older else self._newer)]
-            file.writelines(_LENGTH.pack(len(body)) + body for body in bodies)
-        partial.rename(path)
+        # The newer stretch alone would lack the way to the failure, if it has just begun.
+        bodies = [*self._older, *(self._newer[1:] if self._older else self._newer)]
+        write_whole(path, (_LENGTH.pack(len(body)) + body for body in bodies), mode=0o600)
         return path
 
 

@@ -119,6 +119,7 @@ class RequestRecord:
     service: str
     prompt: int
     arrived: float
+    tier: str = "default"
     first: float = 0.0
     cached: int = 0
     output: int = 0
@@ -143,6 +144,7 @@ class RequestRecord:
             id=self.request,
             service=self.service,
             outcome=finish.reason,
+            tier=None if self.tier == "default" else self.tier,
             prompt=self.prompt,
             cached=self.cached,
             output=self.output,

@@ -8,7 +8,6 @@ none, since everything in it can be learnt again.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import msgspec
 
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.settings import ServiceSettings
+from seallmd.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,8 @@ def save(
     }
     if not entries:
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(entries)))
-        partial.replace(path)
+        write_whole(path, [msgspec.json.format(msgspec.json.encode(entries))])
     except OSError as error:
         log.warning("what was learnt of services cannot be kept: %s", error)
 

@@ -160,11 +160,24 @@ class Contents:
                 continue
             admit, end = known.admit, row.start + row.count
             if admit.sampling.prompt_logprobs >= 0:
-                first, behind = max(row.start + 1, admit.scored), min(end + 1, admit.prompt)
+                first, behind = max(row.start + 1, admit.told), min(end + 1, admit.prompt)
                 if first < behind:
                     found.append(_scores(row.request, first, behind - first))
             if admit.sampling.logprobs >= 0 and row.sample:
                 found.append(_scores(row.request, end, 1))
+        return tuple(found)
+
+    def pooled(self, step: msg.Step) -> tuple[msg.Pooled, ...]:
+        """The same for pooled prompts."""
+        found = []
+        for row in step.rows:
+            known = self._requests.get(row.request)
+            if known is None or known.admit is None or not known.admit.sampling.pooling:
+                continue
+            admit, behind = known.admit, row.start + row.count
+            first = max(row.start, admit.told) if admit.sampling.pooling == "mean" else admit.prompt - 1
+            if first < behind:
+                found.append(msg.Pooled(row.request, first, behind - first, b""))
         return tuple(found)
 
     def _check_weights(self, service: str) -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
+from seallmd.core.lending import speedup
+from seallmd.sim.contention import Contention
 from seallmd.sim.group import Meetings
 from seallmd.sim.timing import Timing
 
@@ -68,6 +71,9 @@ class Memory(Protocol):
     def scores(self, step: msg.Step) -> tuple[msg.Scores, ...]:
         """The log-probabilities that requests of the step want; it has run."""
 
+    def pooled(self, step: msg.Step) -> tuple[msg.Pooled, ...]:
+        """The parts of vectors that requests of the step want; it has run."""
+
 
 class Blank:
     """Holds and checks nothing. Tokens are GOES_ON until a request is as long as it is to be, then STOP.
@@ -110,12 +116,18 @@ class Blank:
         """STOP for rows whose drawn token is the request's last."""
         lengths = self._lengths
         return tuple(
-            STOP if row.start + row.count + 1 >= lengths.get(row.request, 0) else GOES_ON
-            for row in step.rows
-            if row.sample
+            [
+                STOP if row.start + row.count + 1 >= lengths.get(row.request, 0) else GOES_ON
+                for row in step.rows
+                if row.sample
+            ]
         )
 
     def scores(self, step: msg.Step) -> tuple[msg.Scores, ...]:  # noqa: ARG002 - as `Memory` has it
+        """Nobody asks."""
+        return ()
+
+    def pooled(self, step: msg.Step) -> tuple[msg.Pooled, ...]:  # noqa: ARG002 - as `Memory` has it
         """Nobody asks."""
         return ()
 
@@ -134,8 +146,9 @@ class SimDevice:
     """A worker process and its device. Steps run one after another; copies too, beside the steps.
 
     A step that is given blocks which are still being saved or restored waits for them, as on a GPU.
-    block_bytes: of what one of them copies. poison: requests of which the process dies. busy_seconds: of all
-    steps that ended. on_span: told of each step and each copy of weights that ended.
+    block_bytes: of what one of them copies. poison: requests of which the process dies. lacks_memory: it is
+    for lack of it that steps fail. stands_until: nothing new begins before. busy_seconds: of all steps that
+    ended. on_span: told of each step and each copy of weights that ended. threads: its own.
     """
 
     def __init__(
@@ -146,14 +159,18 @@ class SimDevice:
         timing: Timing,
         memory: Memory,
         meetings: Meetings,
+        contention: Contention,
         on_span: Callable[[Span], None] | None = None,
         block_bytes: int = 0,
+        threads: int = 0,
     ) -> None:
         self._clock = clock
+        self._threads = threads
         self._block_bytes = block_bytes
         self._timing = timing
         self._memory = memory
         self._meetings = meetings
+        self._contention = contention
         self._on_span = on_span
         self.index = index
         self.arena_bytes = arena_bytes
@@ -161,6 +178,8 @@ class SimDevice:
         self.generation = 0
         self.fail_steps = 0
         self.fail_copies = 0
+        self.lacks_memory = False
+        self.stands_until = 0.0
         self.poison: set[int] = set()
         self.busy_seconds = 0.0
         self._reset()
@@ -177,7 +196,7 @@ class SimDevice:
     def start(self) -> None:
         """The process is up, with an empty arena."""
         self._reset()
-        self.alive = True
+        self.alive, self.stands_until = True, 0.0
         self._clock.happen(ev.WorkerUp(self.index, f"sim {self.index}", self.arena_bytes))
 
     def kill(self, restart_after: float) -> None:
@@ -186,6 +205,7 @@ class SimDevice:
             return
         self.alive = False
         self.generation += 1
+        self._contention.stop(self.index)
         for group in self._groups.values():
             self._meetings.break_up(group)
         self._clock.happen(ev.WorkerLost(self.index, "killed"))
@@ -198,8 +218,12 @@ class SimDevice:
             self._work()
 
     def _later(self, seconds: float, do: Callable[[], None]) -> None:
-        generation = self.generation
-        self._clock.after(seconds, lambda: do() if self.generation == generation else None)
+        self._clock.after(seconds, partial(self._unless_dead, self.generation, do))
+
+    def _unless_dead(self, generation: int, do: Callable[[], None]) -> None:
+        """Do what the process of a generation was to do, if it still lives."""
+        if self.generation == generation:
+            do()
 
     def _say(self, message: msg.CopyDone | msg.CopyFailed | msg.StepDone | msg.StepFailed) -> None:
         self._clock.happen(ev.FromDevice(self.index, message))
@@ -252,7 +276,7 @@ class SimDevice:
     def _take_link(self, bytes_: int) -> float:
         """Copy something, behind what is being copied: one link per device. Seconds of the copy itself."""
         seconds = self._timing.copy(self.index, bytes_)
-        self._link_free_at = max(self._clock.now, self._link_free_at) + seconds
+        self._link_free_at = max(self._clock.now, self._link_free_at, self.stands_until) + seconds
         return seconds
 
     def _copy_kv(self, blocks: Sequence[int]) -> None:
@@ -285,18 +309,25 @@ class SimDevice:
         group = self._groups.get(step.service)
         ranks = 1 if group is None else group.ranks
         seconds = self._timing.step(self.index, step.service, tokens, context, rows, ranks)
+        seconds /= speedup(step.threads, self._threads)
         waits = self._copies_left(step) if self._copied_at else 0.0
-
-        def start(seconds: float) -> None:
-            self._later(waits + seconds, lambda: self._end_step(step, group, seconds))
-
+        waits = max(waits, self.stands_until - self._clock.now)
         if group is None:
-            start(seconds)
+            self._run_step(step, None, waits, seconds)
         else:
             generation = self.generation
-            self._meetings.join(
-                group, step.step, seconds, lambda s: start(s) if self.generation == generation else None
-            )
+
+            def start(seconds: float) -> None:
+                self._unless_dead(generation, partial(self._run_step, step, group, waits, seconds))
+
+            self._meetings.join(group, step.step, seconds, start)
+
+    def _run_step(self, step: msg.Step, group: msg.Group | None, waits: float, seconds: float) -> None:
+        if self._contention.contends(self.index):
+            ended = partial(self._end_step, step, group)
+            self._later(waits, partial(self._contention.run, self.index, seconds, ended))
+        else:
+            self._later(waits + seconds, partial(self._end_step, step, group, seconds))
 
     def _copies_left(self, step: msg.Step) -> float:
         """Seconds until the blocks that a step is given have been saved or restored."""
@@ -309,14 +340,16 @@ class SimDevice:
             return
         self._busy = False
         self.busy_seconds += seconds
-        self._span(step.service, "step", self._clock.now - seconds)
-        if self._fails(group):
+        if self._on_span is not None:
+            self._span(step.service, "step", self._clock.now - seconds)
+        if (self.fail_steps or group is not None) and self._fails(group):
             self._memory.failed(step)
-            self._say(msg.StepFailed(step.step, "made to fail"))
+            self._say(msg.StepFailed(step.step, "made to fail", self.lacks_memory))
         else:
-            tokens, scores = self._memory.run(step), self._memory.scores(step)
+            tokens = self._memory.run(step)
+            scores, pooled = self._memory.scores(step), self._memory.pooled(step)
             if group is None or group.rank == 0:
-                self._say(msg.StepDone(step.step, tokens, seconds, scores))
+                self._say(msg.StepDone(step.step, tokens, seconds, scores, (), pooled))
             else:
                 self._say(msg.StepDone(step.step, (), seconds))
         self._work()

@@ -243,8 +243,10 @@ class _Run:
             self._go_to(arrival.seconds, progress)
             served.append(self._arrive(number, arrival))
         deadline = self._now + self._setup.drain_seconds
-        while self._open and self._now < deadline:
-            self._go_to(min(self._next_look, deadline), progress)
+        while self._open and self._next_look < deadline:
+            self._go_to(self._next_look, progress)
+        if self._open:
+            self._go_to(deadline, progress)
         for record in self._open.values():
             record.error = "unfinished"
         return served
@@ -279,14 +281,17 @@ class _Run:
 
     def _observe(self, _event: ev.Event, actions: list[ev.Action]) -> None:
         self._events += 1
+        now = self._now
         for action in actions:
             if isinstance(action, ev.Emit):
-                self._open[action.request].times.extend([self._now] * len(action.tokens))
+                times = self._open[action.request].times
+                for _ in action.tokens:
+                    times.append(now)
             elif isinstance(action, ev.Finish):
                 record = self._open.pop(action.request)
                 del self._lengths[action.request]
                 if action.reason == "stop":
-                    record.finished = self._now
+                    record.finished = now
                 else:
                     record.error = action.error or action.reason
 

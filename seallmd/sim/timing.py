@@ -33,6 +33,9 @@ class Timing(Protocol):
         ranks: devices that share the work.
         """
 
+    def contention(self, device: int) -> float:
+        """By how much steps are slower, as a share, for each other device that runs one too."""
+
     def copy(self, device: int, bytes_: int) -> float:
         """Weights from the host to a device."""
 
@@ -56,6 +59,10 @@ class Costs:
     ) -> float:
         """A fixed part and a part per token."""
         return self.step_fixed + self.step_token * tokens
+
+    def contention(self, _device: int) -> float:
+        """None."""
+        return 0.0
 
     def copy(self, _device: int, bytes_: int) -> float:
         """Proportional to the bytes."""
@@ -96,6 +103,10 @@ class RooflineTiming:
         if work is None:
             work = self._work[service, ranks] = Work.of(self._shapes[service], ranks)
         return self._devices[device].step(work, tokens, context, rows)
+
+    def contention(self, device: int) -> float:
+        """As the device's kind."""
+        return self._devices[device].contention
 
     def copy(self, device: int, bytes_: int) -> float:
         """At the rate of the device's link."""

@@ -12,12 +12,14 @@ import heapq
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from math import inf
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.node import Node
 from seallmd.core.placement import place
 from seallmd.core.settings import NodeSettings
+from seallmd.sim.contention import Contention
 from seallmd.sim.contents import Contents, Corruption, expected_output
 from seallmd.sim.device import Blank, Memory, SimDevice, Span
 from seallmd.sim.group import Meetings
@@ -127,8 +129,13 @@ class World:
             return Contents(unit, runs, vocab) if lengths is None else Blank(lengths)
 
         meetings = Meetings()
+        slowdown = {index: self.timing.contention(index) for index in range(len(arena_bytes))}
+        contention = Contention(self, {index: share for index, share in slowdown.items() if share})
         self.devices = [
-            SimDevice(self, index, size, self.timing, memory(), meetings, on_span, unit)
+            SimDevice(
+                *(self, index, size, self.timing, memory(), meetings, contention),
+                *(on_span, unit, settings.threads),
+            )
             for index, size in enumerate(arena_bytes)
         ]
         self.history: list[tuple[float, ev.Event]] = []
@@ -196,13 +203,19 @@ class World:
         """Go to the next thing that happens. False when nothing is to come."""
         if not self._heap:
             return False
-        self.now, _, do = heapq.heappop(self._heap)
+        at, _, do = heapq.heappop(self._heap)
+        self.now = max(self.now, at)
         do()
         return True
 
+    def stand_still(self, seconds: float) -> None:
+        """Time passes without the daemon, as on a suspended machine: what came meanwhile comes late."""
+        self.now += seconds
+
     def run(self, until: float | None = None) -> None:
         """Go on until nothing is to come, or to a time."""
-        while self._heap and (until is None or self._heap[0][0] <= until):
+        heap, end = self._heap, inf if until is None else until
+        while heap and heap[0][0] <= end:
             self.step()
         if until is not None:
             self.now = max(self.now, until)

@@ -10,7 +10,8 @@ import socket
 import threading
 from typing import Any
 
-from seallmd.core.messages import Message, Unframer, frame
+from seallmd.core.framing import Unframer, frame
+from seallmd.core.messages import Message
 
 _READ_BYTES = 1 << 18
 

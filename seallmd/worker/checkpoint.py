@@ -45,6 +45,11 @@ class Checkpoint:
         """Names of all tensors."""
         return set(self._file_of)
 
+    @property
+    def files(self) -> list[Path]:
+        """What the weights depend on: the files that hold them, and the configuration."""
+        return [self.directory / "config.json", *sorted(set(self._file_of.values()))]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from its file's header."""
         with safe_open(self._file_of[name], framework="pt") as tensors:
@@ -83,7 +88,7 @@ def _weight_files(directory: Path) -> list[Path]:
 def _shards(directory: Path) -> list[Path]:
     try:
         names = set(json.loads((directory / _INDEX).read_bytes())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ModelRefused(f"{_INDEX} cannot be read") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:

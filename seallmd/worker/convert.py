@@ -15,6 +15,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from seallmd.files import partial_of
 from seallmd.worker.process import bind_to_parent, one_line, quiet_libraries
 
 
@@ -30,7 +31,7 @@ def convert(source: Path, target: Path) -> None:
     quiet_libraries()
     if target.exists():
         raise FileExistsError(f"{target.name} exists already")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = partial_of(target)
     partial.mkdir(parents=True)
     try:
         print(f"reading {source.name}", flush=True)

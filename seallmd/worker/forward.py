@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from seallmd.core.messages import RowFailed, Scores
+from seallmd.core.messages import Pooled, RowFailed, Scores
 from seallmd.worker import grammar
 from seallmd.worker.attention import Answerer, answered_by
 from seallmd.worker.device import Arriving, Device
@@ -23,6 +23,7 @@ from seallmd.worker.kv import KvView
 from seallmd.worker.ops.kernels import Kernels
 from seallmd.worker.ops.native import Native
 from seallmd.worker.paged import PagedBatch
+from seallmd.worker.pooling import pool
 from seallmd.worker.requests import Packed
 from seallmd.worker.sampler import row_argmax, sample
 from seallmd.worker.scores import Head, score_drawn, score_prompts
@@ -47,6 +48,7 @@ class Outcome(NamedTuple):
     tokens: Arriving | None = None
     scores: tuple[Scores, ...] = ()
     failed: tuple[RowFailed, ...] = ()
+    pooled: tuple[Pooled, ...] = ()
 
 
 def run(
@@ -55,18 +57,16 @@ def run(
     """Run the packed rows. before: the tokens that `packed.fed` refers to."""
     with torch.inference_mode():
         fed = _Fed(packed, before, device.torch_device)
-        logits = None
-        if runner.graphs is not None and runner.group is None and not packed.scoring:
+        logits, told = None, Outcome()
+        if runner.graphs is not None and runner.group is None and not (packed.scoring or packed.pooling):
             logits = runner.graphs.run(packed, fed.put)
-        if logits is not None:
-            scores: list[Scores] = []
-        else:
-            logits, scores = _eager(device, native, runner, packed, fed)
+        if logits is None:
+            logits, told = _eager(device, native, runner, packed, fed)
         if not packed.sampling:
             if runner.group is not None:
                 runner.group.finish()
-            return Outcome(scores=tuple(scores))
-        return _draw(device, native, runner.group, packed, logits, scores)
+            return told
+        return _draw(device, native, runner.group, packed, logits, told)
 
 
 class _Fed:
@@ -88,8 +88,8 @@ class _Fed:
 
 def _eager(
     device: Device, native: Native | None, runner: Runner, packed: Packed, fed: _Fed
-) -> tuple[torch.Tensor, list[Scores]]:
-    """Logits of the sampling rows, and scores of prompt tokens."""
+) -> tuple[torch.Tensor, Outcome]:
+    """Logits of the sampling rows, and what is told of prompts."""
     where, model, kv = device.torch_device, runner.model, runner.kv
     answerer: Answerer
     if runner.kernels is not None:
@@ -102,7 +102,7 @@ def _eager(
         last = to_device(packed.last, where, torch.long)
         input_ids = to_device([packed.ids], where)
         fed.put(input_ids[0])
-        head = Head(model, input_ids) if packed.scoring else None
+        head = Head(model, input_ids) if packed.scoring or packed.pooling else None
         with nullcontext() if head is None else head.watching():
             logits: torch.Tensor = model(
                 input_ids=input_ids,
@@ -110,10 +110,13 @@ def _eager(
                 use_cache=False,
                 logits_to_keep=last,
             ).logits[0]
-        scores = [] if head is None else score_prompts(head, packed.scoring)
+        told = Outcome()
+        if head is not None:
+            scores = score_prompts(head, packed.scoring)
+            told = Outcome(scores=tuple(scores), pooled=pool(head.hidden, packed.pooling))
     if packed.sampling and logits.shape[0] != len(packed.last):  # a family that computes all logits
         logits = logits[last]
-    return logits, scores
+    return logits, told
 
 
 def _draw(
@@ -122,8 +125,9 @@ def _draw(
     group: ProcessGroup | None,
     packed: Packed,
     logits: torch.Tensor,
-    scores: list[Scores],
+    told: Outcome,
 ) -> Outcome:
+    scores = told.scores
     failed: tuple[RowFailed, ...] = ()
     if group is None or group.rank == 0:
         argmax = row_argmax if native is None else native.argmax
@@ -131,9 +135,9 @@ def _draw(
         matchers = [request.matcher for request in packed.sampling]
         masks, failed = grammar.masks_of(draws, matchers, ids)
         tokens = sample(logits, draws, masks, argmax)
-        scores = scores + score_drawn(logits, tokens, draws, ids)
+        scores += tuple(score_drawn(logits, tokens, draws, ids))
     else:
         tokens = torch.empty(len(packed.last), dtype=torch.long, device=device.torch_device)
     if group is not None:
         group.agree(tokens)
-    return Outcome(device.fetch(tokens), tuple(scores), failed)
+    return Outcome(device.fetch(tokens), scores, failed, told.pooled)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -35,12 +36,14 @@ from seallmd.core.messages import (
     WorkerSettings,
 )
 from seallmd.errors import ModelRefused
+from seallmd.files import remove_partials
 from seallmd.worker.channel import Channel, Closed
 from seallmd.worker.image import Image
+from seallmd.worker.image_cache import ImageCache
 from seallmd.worker.plausible import check_files
 from seallmd.worker.probe import Probed as Model
 from seallmd.worker.probe import probe
-from seallmd.worker.process import begin, one_line
+from seallmd.worker.process import begin, one_line, tell
 from seallmd.worker.resolve import fetch, local_directory, with_tokenizer
 
 _PROGRESS_SECONDS = 0.2
@@ -69,6 +72,7 @@ class Host:
         self._post = post
         self._models: dict[str, Model] = {}
         self._images: dict[str, Image] = {}
+        self._cache = _image_cache(settings)
         self._wanted: dict[str, Probe] = {}
         self._fetches: queue.SimpleQueue[Probe] = queue.SimpleQueue()
         # It lives as long as the process: the kernel ends a conversion with the thread that started it.
@@ -118,7 +122,8 @@ class Host:
             if held is not None and (held.model is not model or held.ranks != wanted.ranks):
                 self._drop_image(service)
                 held = None
-            image = held or Image(service, model, wanted.ranks, partial(self._progress(service), "read"))
+            progress = partial(self._progress(service), "read")
+            image = held or Image(service, model, wanted.ranks, progress, self._cache)
         except Exception as error:  # noqa: BLE001 - as above
             self._send(ImageFailed(service, one_line(error)))
             return
@@ -165,6 +170,16 @@ class Host:
         return progress
 
 
+def _image_cache(settings: WorkerSettings) -> ImageCache | None:
+    """None where it is off, and for GPUs: the kernel page-locks anonymous files, but not those of a disk."""
+    if not settings.cache or not settings.image_cache_bytes or settings.device != "cpu":
+        return None
+    directory = Path(settings.cache) / "images"
+    return ImageCache(
+        directory, settings.image_cache_bytes, lambda line: print(f"seallmd: {line}", file=sys.stderr)
+    )
+
+
 def _same(model: Model, wanted: BuildImage) -> bool:
     if not wanted.directory:  # whatever was probed last
         return True
@@ -175,6 +190,8 @@ def _same(model: Model, wanted: BuildImage) -> bool:
 def run(settings_json: bytes, sock: socket.socket) -> None:
     """Serve until Shutdown or the end of the socket. Entry of a spawned process, called like `main.run`."""
     settings = begin(settings_json)
+    for name in remove_partials(Path(settings.cache)) if settings.cache else ():
+        tell(f"host: removed {name}, which was never finished")
     channel = Channel(sock, ToHost)
     host = Host(settings, channel.send, channel.post)
     try:

@@ -1,37 +1,47 @@
 """The host image: all weights of a service, flattened in shared memory, one part for each rank.
 
-Owns its making. Workers map it through this process's descriptor table, so it lives as long as this process
-or a mapping does. Must not know who asks for it.
+Owns its making, and what it is made from, by which the cache on disk knows it. Workers map it through this
+process's descriptor table, so it lives as long as this process or a mapping does. Must not know who asks.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator
+from threading import Thread
 from typing import NamedTuple
 
 import torch
+import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from seallmd.errors import ModelRefused
 from seallmd.worker.attention import NAME
+from seallmd.worker.image_cache import ImageCache
 from seallmd.worker.layout import Layout, layout_of_rank
 from seallmd.worker.parallel import Cut, Indivisible, divide
 from seallmd.worker.probe import Probed, check_loaded
 from seallmd.worker.process import require_memory
 
+_VERSION = 1  # to be raised when the same files come to give other bytes
+
 
 class Image:
-    """An anonymous file with the weights of `probed`. Raises ModelRefused or MemoryError.
+    """A file with the weights of `probed`: one of the cache, or an anonymous one, which the cache then keeps.
 
-    ranks: tensor-parallel ranks; the r-th of as many equal parts is rank r's, in the layout of its tree.
-    progress: called with (bytes done, bytes in all).
+    Raises ModelRefused or MemoryError. ranks: tensor-parallel ranks; the r-th of as many equal parts is rank
+    r's, in the layout of its tree. progress: called with (bytes done, bytes in all).
     """
 
     def __init__(
-        self, service: str, probed: Probed, ranks: int, progress: Callable[[int, int], None]
+        self,
+        service: str,
+        probed: Probed,
+        ranks: int,
+        progress: Callable[[int, int], None],
+        cache: ImageCache | None = None,
     ) -> None:
         self.model, self.ranks = probed, ranks
         try:
@@ -39,12 +49,25 @@ class Image:
         except Indivisible as error:
             raise ModelRefused(f"it cannot be split over {ranks} devices: {error}") from error
         self.bytes_ = sum(part.layout.bytes_ for part in parts)
+        self.keeping: Thread | None = None  # what writes it to the cache
+        if cache is None:
+            self._build(service, parts, progress)
+            return
+        made_from = _made_from(probed, parts)
+        found = cache.find(made_from, self.bytes_, progress)
+        if found is not None:
+            self._fd = found
+        else:
+            self._build(service, parts, progress)
+            self.keeping = cache.keep(made_from, self._fd, self.bytes_)
+
+    def _build(self, service: str, parts: list[_Part], progress: Callable[[int, int], None]) -> None:
         require_memory(self.bytes_, "the host image")
         self._fd = os.memfd_create(f"seallmd-{service}", os.MFD_CLOEXEC)
         try:
             os.posix_fallocate(self._fd, 0, self.bytes_)  # an error now rather than SIGBUS while writing
             memory = torch.from_file(self.path, shared=True, size=self.bytes_, dtype=torch.uint8)
-            _fill(memory, probed, parts, progress)
+            _fill(memory, self.model, parts, progress)
         except BaseException:
             self.close()
             raise
@@ -78,6 +101,19 @@ def _parts(probed: Probed, ranks: int) -> list[_Part]:
     layout = layout_of_rank(probed.skeleton, ranks)
     divisions = [divide(probed.skeleton, rank, ranks) for rank in range(ranks)]
     return [_Part(d.rank * layout.bytes_, layout, d.cuts) for d in divisions]
+
+
+def _made_from(probed: Probed, parts: list[_Part]) -> object:
+    """All that an image's bytes depend on: files, the layout, and the library that renames and merges."""
+    files = [(str(file.resolve()), file.stat()) for file in probed.checkpoint.files]
+    return {
+        "version": _VERSION,
+        "files": [(path, s.st_size, s.st_mtime_ns, s.st_ino) for path, s in files],
+        "transformers": transformers.__version__,
+        "places": [
+            (part.at, [(*place[:4], str(place.dtype)) for place in part.layout.places]) for part in parts
+        ],
+    }
 
 
 def _fill(

@@ -72,6 +72,11 @@ class KvView:
             if layout == "split":
                 at = 0
 
+    @property
+    def layers(self) -> int:
+        """How many attention layers it holds."""
+        return len(self._keys)
+
     def views(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of a layer where they lie, [block, token, head, dim] each."""
         return self._keys[layer], self._values[layer]

@@ -84,6 +84,7 @@ def probe(directory: Path, dtype: str, context: int) -> Probed:
         context=limit,
         eos=eos_ids(directory),
         shards=_shards(rehearsed, skeleton, _layers(calls)),
+        hidden=rehearsed.get_output_embeddings().weight.shape[1],
     )
     return Probed(checkpoint, config, resolved, skeleton, layout, shape)
 

@@ -5,6 +5,7 @@ Owns the bond to the parent (a child never outlives it) and the view on free mem
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -56,6 +57,12 @@ def begin(settings_json: bytes) -> WorkerSettings:
     return settings
 
 
+def tell(line: str) -> None:
+    """A line on the daemon's stderr; a disk that is full there is no reason to end."""
+    with contextlib.suppress(OSError):
+        print(f"seallmd: {line}", file=sys.stderr, flush=True)
+
+
 def quiet_libraries() -> None:
     """Keep progress bars and advice of the model libraries off the daemon's stderr."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -89,7 +96,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def log_line(name: str) -> Callable[[str], None]:
     """Writes lines to the log in the name of a process."""
-    return lambda line: print(f"seallmd: {name}: {line}", file=sys.stderr, flush=True)
+    return lambda line: tell(f"{name}: {line}")
 
 
 def one_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from seallmd.core.messages import Admit, Row, Sampling
 from seallmd.worker.grammar import Matcher
 from seallmd.worker.kv import Page
 from seallmd.worker.paged import Span
+from seallmd.worker.pooling import PoolPart
 from seallmd.worker.sampler import Draw
 from seallmd.worker.scores import PromptPart
 
@@ -26,7 +27,7 @@ class Request:
 
     drawn: which of the tokens drawn by the last step is the pending one.
 
-    scored: as in `messages.Admit`. matcher: follows the output in its grammar, where it has one.
+    told: as in `messages.Admit`. matcher: follows the output in its grammar, where it has one.
     """
 
     id: int
@@ -34,7 +35,7 @@ class Request:
     tokens: list[int]
     prompt: int
     sampling: Sampling
-    scored: int = 1
+    told: int = 1
     matcher: Matcher | None = None
     run: int | None = None
     drawn: int = 0
@@ -45,9 +46,10 @@ class Request:
 class Packed:
     """The rows of one step, packed. last: packed index of each sampling row's last token.
 
-    rows: those that are run, the same in number as `spans`. scoring: prompt tokens that need scores. fed:
-    packed rows whose ids are pending, each with its number among the tokens drawn by the step before. places:
-    among its request's tokens, of each token drawn by this step (see `Requests.advance`).
+    rows: those that are run, the same in number as `spans`. scoring: prompt tokens that need scores. pooling:
+    tokens whose hidden states are pooled. fed: packed rows whose ids are pending, each with its number among
+    the tokens drawn by the step before. places: among its request's tokens, of each token drawn by this step
+    (see `Requests.advance`).
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -60,6 +62,7 @@ class Packed:
     scoring: list[PromptPart] = field(default_factory=list)
     fed: list[tuple[int, int]] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
+    pooling: list[PoolPart] = field(default_factory=list)
 
     def draws(self) -> list[Draw]:
         """The sampler's view of the sampling rows."""
@@ -88,7 +91,7 @@ class Requests:
                 raise RuntimeError(f"request {admit.request} has token ids outside the vocabulary")
             self._failed.discard(admit.request)
             self._known[admit.request] = Request(
-                admit.request, service, list(admit.tokens), admit.prompt, admit.sampling, admit.scored
+                admit.request, service, list(admit.tokens), admit.prompt, admit.sampling, admit.told
             )
 
     def forget(self, requests: Iterable[int]) -> None:
@@ -171,12 +174,19 @@ class Requests:
         packed.fresh += request.table[first_fresh:]
         packed.rows.append(row)
         if request.sampling.prompt_logprobs >= 0:
-            first, behind = max(row.start + 1, request.scored), min(end + 1, request.prompt)
+            first, behind = max(row.start + 1, request.told), min(end + 1, request.prompt)
             if first < behind:
                 at = len(packed.ids) + first - 1 - row.start  # a token is predicted by the one before it
                 tokens = request.tokens[first:behind]
                 part = PromptPart(row.request, first, tokens, at, request.sampling.prompt_logprobs)
                 packed.scoring.append(part)
+        if request.sampling.pooling:
+            first = max(row.start, request.told)
+            if request.sampling.pooling == "last":
+                first = max(first, request.prompt - 1)
+            if first < end:
+                at = len(packed.ids) + first - row.start
+                packed.pooling.append(PoolPart(row.request, first, end - first, at))
         packed.spans.append(Span(len(packed.ids), row.count, end, request.table))
         if request.tokens[end - 1] == PENDING:
             packed.fed.append((len(packed.ids) + row.count - 1, request.drawn))

@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import AutoTokenizer
 
 from seallmd.errors import ModelRefused
+from seallmd.files import partial_of
 from seallmd.worker.gguf_check import check_gguf
 from seallmd.worker.process import one_line
 
@@ -171,7 +171,7 @@ def _complete(directory: Path, target: Path) -> None:
         raise ModelRefused(f"it has no tokenizer.json, and none can be made: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise ModelRefused("it has no tokenizer.json, and none can be made from its slow tokenizer")
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    partial = partial_of(target)
     partial.mkdir()
     try:
         tokenizer.save_pretrained(partial)

@@ -90,10 +90,11 @@ class _Table:
 
 
 class Head:
-    """Logits of any rows of a forward pass that is over, by the model's own code behind its last layer.
+    """What the decoder put out in a forward pass that is over, and logits of any of its rows.
 
-    What stands there (norm, output layer, soft cap, scale) differs from family to family. So the model is
-    called again with the decoder's output of before in place of the decoder.
+    These are by the model's own code behind the decoder: what stands there (output layer, soft cap, scale)
+    differs from family to family. So the model is called again with the decoder's output of before in place
+    of the decoder.
     """
 
     def __init__(self, model: PreTrainedModel, input_ids: torch.Tensor) -> None:
@@ -112,6 +113,12 @@ class Head:
             yield
         finally:
             handle.remove()
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """[packed tokens, hidden size] behind the final norm."""
+        found: torch.Tensor = self._output.last_hidden_state[0]
+        return found
 
     def rows_within(self, bytes_: int) -> int:
         """Rows whose logits in float32 take no more than so many bytes; at least one."""

@@ -100,6 +100,13 @@ class _Model:
     seats: tuple[Seat, ...] = ()
     group: ProcessGroup | None = None
 
+    def operations(self) -> tuple[tuple[str, int], ...]:
+        """What was replaced in it, as in `messages.CopyDone`."""
+        if self.fast is not None:
+            return self.fast.replaced()
+        layers = 0 if self.kernels is None or self.kv is None else self.kv.layers
+        return gpu_model.replaced(self.model, layers)
+
     def join(self, group: ProcessGroup) -> None:
         """From here on the layers talk to the other ranks."""
         self.group = group
@@ -158,6 +165,7 @@ class Worker:
         self._rendezvous = Path(settings.rendezvous)
         self._block_bytes = settings.block_bytes
         self._kv_layout = settings.kv_layout
+        self._threads = settings.threads
         self._send = send
         self._requests = Requests()
         self._grammars = grammar.Grammars()
@@ -228,6 +236,8 @@ class Worker:
 
     def _step(self, step: Step) -> None:
         started = time.perf_counter()
+        if self._native is not None:
+            self._native.set_threads(step.threads or self._threads)
         if not self._may_follow(step):
             self.land()
         try:
@@ -259,14 +269,14 @@ class Worker:
         )
 
     def _tell(self, flight: _Flight) -> None:
-        tokens, scores, failed = flight.outcome
+        tokens, scores, failed, pooled = flight.outcome
         drawn = [] if tokens is None else tokens.take()
         answer = self._requests.settle(flight.step.rows, flight.packed, drawn)
         begun = max(flight.started, self._landed)  # it waited on the device for the one before
         self._landed = time.perf_counter()
         seconds = self._landed - begun
         if flight.leads:
-            self._send(StepDone(flight.step.step, answer, seconds, scores, failed))
+            self._send(StepDone(flight.step.step, answer, seconds, scores, failed, pooled))
         else:
             self._send(StepDone(flight.step.step, (), seconds))
 
@@ -372,7 +382,8 @@ class Worker:
             self._send(CopyFailed(service, one_line(error), arrival.wanted.copy))
         else:
             seconds = time.perf_counter() - arrival.started
-            self._send(CopyDone(service, seconds, arrival.wanted.copy))
+            operations = self._resident[service].operations()
+            self._send(CopyDone(service, seconds, arrival.wanted.copy, operations))
         return True
 
     def _bound(self, arrival: _Arrival) -> _Model:

@@ -11,12 +11,13 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from seallmd.core.events import Finish, OperatorEvent
-from seallmd.core.messages import LayerShape, ModelShape, Scores
+from seallmd.core.messages import LayerShape, ModelShape, Pooled, Scores
 from seallmd.core.settings import ServiceSettings
 from seallmd.core.status import (
     ArenaMap,
@@ -70,10 +71,12 @@ def view(
     vocab: int = 320,
     context: int = 200,
     reason: str = "",
-    **settings: bool,
+    **settings: Any,
 ) -> ServiceView:
     """A service; without a directory it is not examined yet."""
-    shape = ModelShape("Fake", "float32", 4, (LayerShape(1, 8, 8),), (64,), vocab, context, eos=(1,))
+    shape = ModelShape(
+        "Fake", "float32", 4, (LayerShape(1, 8, 8),), (64,), vocab, context, eos=(1,), hidden=4
+    )
     return ServiceView(
         settings=ServiceSettings(name=name, model="fake", **settings),
         created=1_700_000_000,
@@ -96,6 +99,11 @@ def scores(position: int, tokens: tuple[int, ...], top: int) -> Scores:
         values += [logprob_of(token), *(-0.25 * (i + 1) for i in range(top))]
     packed = struct.pack(f"<{len(ids)}i", *ids), struct.pack(f"<{len(values)}f", *values)
     return Scores(0, position, top, *packed, struct.pack(f"<{len(tokens)}i", *[7] * len(tokens)))
+
+
+def hidden(token: int) -> list[float]:
+    """The made-up hidden state of a token."""
+    return [1.0, float(token), -float(token), 0.5]
 
 
 class FakeEngine:
@@ -239,6 +247,9 @@ class FakeEngine:
         return stream
 
     async def _speak(self, generation: Generation, stream: TokenStream) -> None:
+        if generation.sampling.pooling:
+            await self._pool(generation, stream)
+            return
         finish = Finish(stream.request, "length")
         for count, token in enumerate(self._tokens(generation)):
             await self._go.wait()
@@ -257,6 +268,22 @@ class FakeEngine:
                 break
         self._over(stream.request)
         stream.end(finish)
+
+    async def _pool(self, generation: Generation, stream: TokenStream) -> None:
+        """In two parts, where it is a mean."""
+        prompt, middle = generation.prompt, len(generation.prompt) // 2
+        cuts = [0, middle] if generation.sampling.pooling == "mean" and middle else [0]
+        if generation.sampling.pooling == "last":
+            cuts = [len(prompt) - 1]
+        for first, behind in zip(cuts, [*cuts[1:], len(prompt)], strict=True):
+            await self._go.wait()
+            await asyncio.sleep(0)
+            if stream.request not in self.live:
+                return
+            sums = [sum(column) for column in zip(*map(hidden, prompt[first:behind]), strict=True)]
+            stream.pool(Pooled(stream.request, first, behind - first, struct.pack("<4f", *sums)))
+        self._over(stream.request)
+        stream.end(self.failing or Finish(stream.request, "stop"))
 
     def _score(self, generation: Generation, stream: TokenStream, count: int, token: int) -> None:
         """Log-probabilities as a worker tells them; a prompt's come in two parts, before its first token."""

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from seallmd.core.events import Finish
-from tests.api.engine_double import SPOKEN, FakeEngine, view
+from tests.api.engine_double import SPOKEN, TEMPLATE, FakeEngine, view
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -151,6 +151,7 @@ async def test_unload_after_the_answer(url: str, engine: FakeEngine, model: Path
         ("generate", {"prompt": "x", "options": {"mirostat": 1}}, 400, "mirostat"),
         ("generate", {"prompt": "x", "options": {"temperature": 3}}, 400, "temperature"),
         ("generate", {"prompt": "x", "keep_alive": "soon"}, 400, "keep_alive"),
+        ("generate", {"prompt": "x", "keep_alive": "1" * 4000 + "!"}, 400, "keep_alive"),
         ("generate", {"prompt": "hello " * 300}, 400, "context length"),
         ("nothing", {}, 404, "no such path"),
     ],
@@ -201,9 +202,26 @@ async def test_curl_without_a_type(
     assert len(engine.submitted) == (status == 200)
 
 
+@pytest.mark.parametrize("field", ["model", "name"])
+async def test_show(url: str, engine: FakeEngine, field: str) -> None:
+    """What clients look up before they ask: sizes, what it can do, its template. Nothing is woken."""
+    status, shown = await call(url + "/api/show", {field: "m:latest"})
+    assert status == 200
+    assert shown["capabilities"] == ["completion"]
+    assert shown["model_info"]["Fake.context_length"] == 200
+    assert shown["model_info"]["Fake.embedding_length"] == 4
+    assert shown["template"] == TEMPLATE
+    assert (engine.loaded, engine.submitted) == ([], [])
+    assert (await call(url + "/api/show", {}))[0] == 400
+    assert (await call(url + "/api/show", {"model": "nobody"}))[0] == 404
+
+
 @pytest.mark.parametrize(
     ("keep_alive", "seconds"),
-    [("10m", 600.0), ("1h30m", 5400.0), (3600, 3600.0), (-1, 0.0), ("-1s", 0.0), ("250ms", 0.25)],
+    [
+        *(("10m", 600.0), ("1h30m", 5400.0), (3600, 3600.0), (-1, 0.0), ("-1s", 0.0), ("250ms", 0.25)),
+        *((1e300, 3.2e9), ("9" * 400 + "h", 3.2e9)),  # a time that no calendar has
+    ],
 )
 async def test_keep_alive(url: str, engine: FakeEngine, keep_alive: object, seconds: float) -> None:
     """How long the model stays is the client's to say; negative is for good, none says nothing."""

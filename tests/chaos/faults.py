@@ -1,7 +1,7 @@
-"""The faults that a storm is made of: each does its harm at once, through what the outside has in its hands.
+"""The faults that come at any moment: each does its harm at once, through what the outside has in its hands.
 
-Owns the faults and their frequencies. Must not judge: `storm` does, after each of them. A fault that leaves
-something changed (a damaged file, a limit) returns how that is mended.
+Owns those faults; the ones that wait for a moment are in `phases`. Must not judge: `storm` does, after each.
+A fault that leaves something changed (a damaged file, a limit) returns how that is mended.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _NO_LIMIT = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
 
 async def kill_worker(storm: Storm) -> None:
     """A device's process is gone, whatever it was doing."""
-    _signal(storm.pick("seallmd-cpu"), signal.SIGKILL)
+    send_signal(storm.pick("seallmd-cpu"), signal.SIGKILL)
 
 
 async def hang_worker(storm: Storm) -> None:
     """It stops and never goes on: the daemon has to notice by itself, once it owes something."""
-    _signal(storm.pick("seallmd-cpu"), signal.SIGSTOP)
+    send_signal(storm.pick("seallmd-cpu"), signal.SIGSTOP)
 
 
 async def slow_worker(storm: Storm) -> None:
@@ -45,7 +45,28 @@ async def slow_worker(storm: Storm) -> None:
 
 async def kill_loader(storm: Storm) -> None:
     """The host process is gone, with its images."""
-    _signal(storm.pick("seallmd-host"), signal.SIGKILL)
+    send_signal(storm.pick("seallmd-host"), signal.SIGKILL)
+
+
+async def slow_copies(storm: Storm) -> None:
+    """A worker gets a tenth of its time: copies, in pieces between steps, take ten times as long."""
+    pid = storm.pick("seallmd-cpu")
+    for _ in range(25):
+        await _pause(pid, 0.018)
+        await asyncio.sleep(0.002)
+
+
+async def failing_copies(storm: Storm) -> Mend | None:
+    """A worker can open no file more, so that it cannot map what it is to copy."""
+    pid = storm.pick("seallmd-cpu")
+    if pid is None:
+        return None
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    taken = {int(entry) for entry in os.listdir(f"/proc/{pid}/fd")}
+    lowest = next(number for number in range(len(taken) + 1) if number not in taken)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest, before[1]))
+    await storm.command({"op": "load", "service": storm.random.choice(storm.services)}, 2)
+    return lambda: _limit_again(pid, resource.RLIMIT_NOFILE, before)
 
 
 async def slow_loader(storm: Storm) -> None:
@@ -59,17 +80,13 @@ async def jump_clock(storm: Storm) -> None:
 
 
 async def full_memory(storm: Storm) -> Mend | None:
-    """A worker gets no more memory than it has."""
-    pid = storm.pick("seallmd-cpu")
+    """A worker, or the loader, gets no more memory than it has."""
+    pid = storm.pick(storm.random.choice(("seallmd-cpu", "seallmd-cpu", "seallmd-host")))
     if pid is None:
         return None
     limit = _data_bytes(pid) + storm.random.choice((0, 1 << 20))
     resource.prlimit(pid, resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
-
-    def mend() -> None:
-        _limit_again(pid)
-
-    return mend
+    return lambda: _limit_again(pid, resource.RLIMIT_DATA, _NO_LIMIT)
 
 
 async def corrupt_file(storm: Storm) -> Mend:
@@ -83,7 +100,7 @@ async def corrupt_file(storm: Storm) -> Mend:
         "noise": storm.random.randbytes(4096),
     }[storm.random.choice(("cut", "empty", "lies", "noise"))]
     _replace(file, damaged)
-    _signal(storm.pick("seallmd-host"), signal.SIGKILL)
+    send_signal(storm.pick("seallmd-host"), signal.SIGKILL)
     await asyncio.sleep(storm.random.uniform(0.0, 2.0))
 
     def mend() -> None:
@@ -140,6 +157,11 @@ async def load(storm: Storm) -> None:
     await storm.command({"op": "load", "service": storm.random.choice(storm.services)}, 20)
 
 
+async def leave_command(storm: Storm) -> None:
+    """An operator hangs up in the middle of a command, which goes on."""
+    await storm.command({"op": "load", "service": storm.random.choice(storm.services)}, 0.0)
+
+
 async def babble(storm: Storm) -> None:
     """Nonsense on the control socket and on HTTP."""
     for address in (str(storm.daemon.control), ("127.0.0.1", storm.daemon.port)):
@@ -160,34 +182,7 @@ async def reload(storm: Storm) -> Mend:
     return lambda: file.write_text(whole) and None
 
 
-async def kill_daemon(storm: Storm) -> None:
-    """The daemon is gone at once; another is started where it was."""
-    await storm.start_again()
-
-
-# How often each comes up.
-FAULTS: dict[Fault, int] = {
-    kill_worker: 14,
-    hang_worker: 5,
-    slow_worker: 8,
-    kill_loader: 6,
-    slow_loader: 3,
-    jump_clock: 4,
-    full_memory: 6,
-    corrupt_file: 6,
-    cut_connection: 14,
-    half_close: 8,
-    half_request: 6,
-    slow_readers: 6,
-    evict: 6,
-    load: 4,
-    babble: 4,
-    reload: 2,
-    kill_daemon: 1,
-}
-
-
-def _signal(pid: int | None, number: signal.Signals) -> None:
+def send_signal(pid: int | None, number: signal.Signals) -> None:
     """To a process that may have ended meanwhile; there is none while it is starting."""
     if pid is not None:
         with contextlib.suppress(ProcessLookupError):
@@ -195,9 +190,9 @@ def _signal(pid: int | None, number: signal.Signals) -> None:
 
 
 async def _pause(pid: int | None, seconds: float) -> None:
-    _signal(pid, signal.SIGSTOP)
+    send_signal(pid, signal.SIGSTOP)
     await asyncio.sleep(seconds)
-    _signal(pid, signal.SIGCONT)
+    send_signal(pid, signal.SIGCONT)
 
 
 def _data_bytes(pid: int) -> int:
@@ -207,9 +202,9 @@ def _data_bytes(pid: int) -> int:
     return 0
 
 
-def _limit_again(pid: int) -> None:
+def _limit_again(pid: int, what: int, limits: tuple[int, int]) -> None:
     with contextlib.suppress(ProcessLookupError):
-        resource.prlimit(pid, resource.RLIMIT_DATA, _NO_LIMIT)
+        resource.prlimit(pid, what, limits)
 
 
 def _replace(file: os.PathLike[str], contents: bytes) -> None:

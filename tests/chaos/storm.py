@@ -2,29 +2,35 @@
 
     python -m tests.chaos.storm --faults 300 --seed 1 [--json FILE]
 
-The models are tiny and random, so that hundreds of faults fit into minutes. After each fault the traffic is
-let run dry, and then: nothing waits, no block is held, no process and no descriptor is left over, every
-answer was right to the token or one of the promised errors. At the end the journal is replayed with every
-invariant checked after every event. The seed gives the same faults in the same order with the same pauses;
-what they hit depends on the machine too.
+The models are tiny and random, so that hundreds of faults fit into minutes. Faults come in rounds, in each of
+which every kind comes up. After each fault the traffic is let run dry, and then: nothing waits, no block is
+held, every invariant holds, no process, descriptor, shared memory or half-written file is left over, every
+answer was right to the token or one of the promised errors. Whenever a daemon ends, its journal is replayed
+with every invariant checked after every event. The seed gives the same faults in the same order with the same
+pauses; what they hit depends on the machine too.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from tests.chaos.faults import FAULTS, Mend, http_request
+from tests.chaos import faults, phases
+from tests.chaos.faults import Fault, Mend, http_request
 from tests.chaos.traffic import Ask, Traffic, asks_of
 from tests.e2e.daemon import Daemon
 from tests.worker.helpers import save_tiny
@@ -34,6 +40,49 @@ FAMILIES = {"a": "llama", "b": "qwen3", "c": "gemma2", "d": "llama tied"}
 CLIENTS = 6
 RECOVERY_SECONDS = 60.0  # on a busy machine a process takes many seconds to start
 HUNG_SECONDS = 3.0
+SPARE_DESCRIPTORS = CLIENTS + 4  # that a process may have open more than when it was first seen at rest
+
+# What a round has, and how often.
+FAULTS: dict[Fault, int] = {
+    faults.kill_worker: 2,
+    faults.hang_worker: 1,
+    faults.slow_worker: 1,
+    faults.slow_copies: 1,
+    faults.failing_copies: 1,
+    faults.kill_loader: 1,
+    faults.slow_loader: 1,
+    faults.jump_clock: 1,
+    faults.full_memory: 1,
+    faults.corrupt_file: 1,
+    faults.cut_connection: 2,
+    faults.half_close: 1,
+    faults.half_request: 1,
+    faults.slow_readers: 1,
+    faults.evict: 1,
+    faults.load: 1,
+    faults.leave_command: 1,
+    faults.babble: 1,
+    faults.reload: 1,
+    phases.kill_in_start: 1,
+    phases.kill_in_load: 1,
+    phases.kill_in_prefill: 1,
+    phases.kill_in_decode: 1,
+    phases.kill_in_copy: 1,
+    phases.kill_in_evict: 1,
+    phases.kill_in_shutdown: 1,
+    phases.kill_daemon: 1,
+    phases.kill_daemon_in_start: 1,
+}
+ROUND = sum(FAULTS.values())
+
+
+def deck(seed: int) -> Iterator[Fault]:
+    """Faults without end: every round has all of them, in an order of its own."""
+    draw = random.Random(seed)
+    cards = [fault for fault, times in FAULTS.items() for _ in range(times)]
+    while True:
+        draw.shuffle(cards)
+        yield from cards
 
 
 class Broken(AssertionError):
@@ -48,28 +97,45 @@ class Storm:
         self.seed = seed
         self.hung_seconds = HUNG_SECONDS
         self.models = directory / "models"
+        self.cache = directory / "cache"
         self.services = list(FAMILIES)
         for name, family in FAMILIES.items():
             save_tiny(self.models / name, family)
+        self._share_operations()
         self.directory = directory
         self.runs = 0
+        self.tell: Callable[[str], object] = lambda _: None
         self.counts: Counter[str] = Counter()
+        self.phases: Counter[str] = Counter()
         self.recovery: list[float] = []
+        self._descriptors: dict[int, int] = {}  # by process: how many were open when it was first at rest
+        self._names: set[str] = set()
         self.daemon = self._start()
-        self.descriptors = 0
 
-    def _start(self) -> Daemon:
-        directory = self.directory / f"run{self.runs}"
-        directory.mkdir()
+    def _share_operations(self) -> None:
+        """Have the compiled operations in the usual cache, so that they are compiled once and not here."""
+        usual = Path("~/.cache/seallmd/ops").expanduser()
+        usual.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.cache.mkdir()
+        (self.cache / "ops").symlink_to(usual)
+
+    def open_daemon(self) -> Daemon:
+        """Start a daemon where the last one was, beside what that one left; what it said is kept."""
+        for name in ("log", "run.journal"):
+            if (old := self.directory / name).exists():
+                old.rename(self.directory / f"{name}.{self.runs}")
         self.runs += 1
         config = f"hung_seconds = {HUNG_SECONDS}\nrestart_seconds = 0.5\nstop_seconds = 20\n"
         config += '[devices]\nkind = "cpu"\ncpu_workers = 2\nthreads = 1\nmemory = "640 KiB"\n'
-        config += 'block = "8 KiB"\nhost_kv = "64 KiB"\n'
-        config += '[journal]\nlimit = "1 GiB"\n'
+        config += f'block = "8 KiB"\nhost_kv = "64 KiB"\nhost_memory = "640 KiB"\ncache = "{self.cache}"\n'
+        config += '[journal]\nlimit = "1 GiB"\nflight = "2 MiB"\n'
         config += "[policy]\nstep_tokens = 32\npatience_seconds = 0.3\nmin_residency_seconds = 0.2\n"
         for name in self.services:
             config += f'[[service]]\nname = "{name}"\nmodel = "{self.models / name}"\ndtype = "float32"\n'
-        daemon = Daemon(directory, config)
+        return Daemon(self.directory, config)
+
+    def _start(self) -> Daemon:
+        daemon = self.open_daemon()
         daemon.wait_healthy()
         return daemon
 
@@ -79,6 +145,10 @@ class Storm:
         """The pid of a child whose name begins so."""
         found = sorted(child.pid for child in self._children() if _name(child).startswith(name))
         return self.random.choice(found) if found else None
+
+    def pids(self) -> set[int]:
+        """Of all processes below the daemon."""
+        return {child.pid for child in self._children()}
 
     def _children(self) -> list[psutil.Process]:
         try:
@@ -112,58 +182,67 @@ class Storm:
         """The node's report."""
         return dict((await self.command({"op": "status"}, 30))["status"])
 
-    async def start_again(self) -> None:
-        """Kill the daemon; nothing may outlive it, and the next one starts beside what it left."""
+    async def replace_daemon(self, end: Callable[[Daemon], Awaitable[None]]) -> None:
+        """Have the daemon end; nothing may outlive it, and the next one starts beside what it left."""
         self.traffic.down = True
-        family, old = self._children(), self.daemon
-        old.process.kill()
-        old.process.wait()
-        _, alive = await asyncio.to_thread(psutil.wait_procs, family, 10)
-        if alive:
-            raise Broken(f"the daemon's death left {alive}")
-        self._replay(old)
+        old = self.daemon
+        await end(old)
+        await self._until(self._nothing_runs)
+        self._replay(self.directory / "run.journal")
         old.kill()
-        old.control.unlink(missing_ok=True)
         self.daemon = await asyncio.to_thread(self._start)
         self.traffic.url = self.daemon.url
         await self.traffic.quiet()
         self.traffic.down = False
-        self.descriptors = 0
+
+    async def _nothing_runs(self) -> str:
+        """What still runs of a daemon that is gone: its processes' working directory tells."""
+        left = []
+        for process in psutil.process_iter():
+            try:
+                if process.cwd() == str(self.directory):
+                    left.append(process)
+            except psutil.Error:
+                continue
+        return f"the daemon's end left {left}" if left else ""
 
     # --------------------------------------------------------------------------------- the run
 
-    async def run(self, faults: int, seconds: float = float("inf")) -> None:
+    async def run(self, count: int, seconds: float = float("inf")) -> None:
         """So many faults, or as many as fit. Raises Broken at the first promise that does not hold."""
-        before, until = _leavings(), time.monotonic() + seconds
+        self._names, until = _shared_memory(), time.monotonic() + seconds
         async with Traffic(self.daemon.url, asks_of(self.services, self.random), self.seed) as self.traffic:
             await self.traffic.learn()
             self.traffic.start(CLIENTS)
-            for number in range(1, faults + 1):
-                await self._one(number)
+            for number, fault in zip(range(1, count + 1), deck(self.seed), strict=False):
+                await self._one(number, fault)
                 if time.monotonic() > until:
                     break
             await self._all_answer()
             await self.traffic.quiet()
         if self.daemon.stop() != 0:
             raise Broken("the daemon did not stop well")
-        self._replay(self.daemon)
-        if left := _leavings() - before:
-            raise Broken(f"left behind: {sorted(left)}")
+        await self._until(self._nothing_runs)
+        self._replay(self.daemon.journal)
+        await self._until(self._nothing_left)
 
-    async def _one(self, number: int) -> None:
-        fault = self.random.choices(list(FAULTS), list(FAULTS.values()))[0]
+    async def _one(self, number: int, fault: Fault) -> None:
+        # Of its own, so that what a fault draws does not depend on how long the last one took.
+        self.random = random.Random(f"{self.seed} {number}")
         await asyncio.sleep(self.random.uniform(0.0, 0.4))
         self.counts[fault.__name__] += 1
-        mend: Mend | None = await fault(self)
-        await asyncio.sleep(self.random.uniform(0.0, 0.3))
-        if mend is not None:
-            mend()
-        began = time.monotonic()
         try:
+            mend: Mend | None = await fault(self)
+            await asyncio.sleep(self.random.uniform(0.0, 0.3))
+            if mend is not None:
+                mend()
+            began = time.monotonic()
             await self._recover()
-        except (Broken, TimeoutError) as error:
-            raise Broken(f"fault {number} ({fault.__name__}, seed {self.seed}): {error}") from error
+        except (AssertionError, TimeoutError) as error:
+            text = str(error) or type(error).__name__
+            raise Broken(f"fault {number} ({fault.__name__}, seed {self.seed}): {text}") from error
         self.recovery.append(time.monotonic() - began)
+        self.tell(f"{number} {fault.__name__}: at rest after {self.recovery[-1]:.1f} s")
         self.traffic.open.set()
 
     async def _recover(self) -> None:
@@ -175,6 +254,8 @@ class Storm:
             raise Broken("; ".join(self.traffic.wrong[:3]))
         await self._until(self._is_at_rest)
         await self._until(self._is_whole)
+        await self._invariants_hold()
+        await self._until(self._nothing_left)
 
     async def _until(self, condition: Any) -> None:
         end = time.monotonic() + RECOVERY_SECONDS
@@ -186,9 +267,15 @@ class Storm:
     async def _is_at_rest(self) -> str:
         """What is still held though nobody asks for anything."""
         status = await self.status()
-        held = [d["kv_bytes"] for d in status["devices"] if d["kv_bytes"]]
+        held = [(d["kv_bytes"], d["host_kv_bytes"]) for d in status["devices"]]
+        lost = [
+            d["capacity_bytes"] - d["weights_bytes"] - d["kv_bytes"] - d["free_bytes"]
+            for d in status["devices"]
+        ]
         busy = [s["name"] for s in status["services"] if s["running"] or s["waiting"]]
-        return f"blocks are held: {held}, work is left: {busy}" if held or busy else ""
+        if any(map(any, held)) or any(lost) or busy:
+            return f"blocks are held: {held}, or lost: {lost}, work is left: {busy}"
+        return ""
 
     async def _is_whole(self) -> str:
         """What is missing, or too much: processes and descriptors."""
@@ -199,9 +286,39 @@ class Storm:
             return "a device is down"
         if names["seallmd-cpu"] != 2 or names["seallmd-host"] != 1:
             return f"processes: {dict(names)}"
-        count = psutil.Process(self.daemon.process.pid).num_fds()
-        self.descriptors = self.descriptors or count + CLIENTS + 4
-        return "" if count <= self.descriptors else f"{count} descriptors are open, {self.descriptors} were"
+        return self._descriptors_left()
+
+    def _descriptors_left(self) -> str:
+        """Which process has more descriptors open than when it was first seen at rest."""
+        for process in (psutil.Process(self.daemon.process.pid), *self._children()):
+            count = process.num_fds()
+            first = self._descriptors.setdefault(process.pid, count)
+            if count > first + SPARE_DESCRIPTORS:
+                return f"{process.name()} has {count} descriptors open, and had {first}"
+        return ""
+
+    async def _invariants_hold(self) -> None:
+        """SIGUSR1 has the daemon look at all of its books."""
+        words = "status of invariants: "
+        seen = self.daemon.log.read_text(errors="replace").count(words)
+        self.daemon.process.send_signal(signal.SIGUSR1)
+
+        async def is_told() -> str:
+            return "" if self.daemon.log.read_text(errors="replace").count(words) > seen else "no report"
+
+        await self._until(is_told)
+        said = self.daemon.log.read_text(errors="replace").rpartition(words)[2].splitlines()[0]
+        if said != "all hold":
+            raise Broken(said)
+
+    async def _nothing_left(self) -> str:
+        """What lies about though nobody needs it: names in shared memory, half-written and stale files."""
+        left = sorted(_shared_memory() - self._names)
+        if left and (others := _mapped_by_others(self.pids())):
+            left = [name for name in left if f"/dev/shm/{name}" not in others]
+        left += [path.name for path in self.cache.rglob("*.partial")]
+        left += [path.name for path in (self.cache / "rendezvous").iterdir() if not _runs(path.name)]
+        return f"left behind: {left}" if left else ""
 
     async def _all_answer(self) -> None:
         """In the end every model answers, whatever was done to it."""
@@ -218,9 +335,10 @@ class Storm:
             if tokens != self.traffic.right[index]:
                 raise Broken(f"{ask.service} answers otherwise than before")
 
-    def _replay(self, daemon: Daemon) -> None:
-        if replay.main([str(daemon.journal), "--check"]) != 0:
-            raise Broken(f"{daemon.journal} does not replay")
+    def _replay(self, journal: Path) -> None:
+        """A daemon that was killed while it started has none."""
+        if journal.exists() and journal.stat().st_size and replay.main([str(journal), "--check"]) != 0:
+            raise Broken(f"{journal} does not replay")
 
     def figures(self) -> dict[str, object]:
         """What there is to tell."""
@@ -229,6 +347,7 @@ class Storm:
             "seed": self.seed,
             "faults": sum(self.counts.values()),
             "by_fault": dict(self.counts.most_common()),
+            "killed_in_phase": dict(self.phases.most_common()),
             "answers": dict(self.traffic.outcomes.most_common()),
             "recovery_seconds": {
                 "median": round(recovery[len(recovery) // 2], 2),
@@ -245,9 +364,23 @@ def _name(process: psutil.Process) -> str:
         return ""
 
 
-def _leavings() -> set[str]:
-    """Names that a daemon could leave in shared memory."""
+def _runs(pid: str) -> bool:
+    return Path("/proc", pid).exists()
+
+
+def _shared_memory() -> set[str]:
+    """Names that a daemon could leave there."""
     return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def _mapped_by_others(pids: set[int]) -> str:
+    """What processes that have nothing to do with the daemon have mapped: some of it may be shared memory."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and int(process.name) not in pids:
+            with contextlib.suppress(OSError):
+                found.append((process / "maps").read_text())
+    return "\n".join(found)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -260,6 +393,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     directory = Path(tempfile.mkdtemp(prefix="seallmd-storm-"))
     storm = Storm(directory, options.seed)
+    storm.tell = partial(print, file=sys.stderr, flush=True)
     try:
         asyncio.run(storm.run(options.faults, options.seconds))
     except Broken as error:

@@ -14,6 +14,7 @@ from seallmd.core.settings import (
     ReplacementSettings,
     ServiceSettings,
 )
+from seallmd.core.tiers import Tier
 from seallmd.sim.world import Costs, World, expected_output
 
 BLOCK = 256
@@ -53,6 +54,7 @@ class Recorder:
     notes: list[str] = field(default_factory=list)
     cached: dict[int, int] = field(default_factory=dict)
     scored: dict[int, int] = field(default_factory=dict)
+    pooled: dict[int, int] = field(default_factory=dict)
     check_every_event: bool = True
 
     def observe(self, _event: ev.Event, actions: list[ev.Action]) -> None:
@@ -68,6 +70,13 @@ class Recorder:
                     assert request not in self.finished, "scores after the end"
                     assert scores.position == self.scored.get(request, 1), "scores lost or repeated"
                     self.scored[request] = scores.position + scores.tokens
+                case ev.Embedded(request, pooled):
+                    # The same; but of the last token alone, where no more is wanted.
+                    assert request not in self.finished, "a vector after the end"
+                    event = self.prompts[request]
+                    first = 0 if event.sampling.pooling == "mean" else len(event.prompt) - 1
+                    assert pooled.position == self.pooled.get(request, first), "parts lost or repeated"
+                    self.pooled[request] = pooled.position + pooled.tokens
                 case ev.Finish(request):
                     assert request not in self.finished, f"request {request} ended twice"
                     self.finished[request] = action
@@ -90,16 +99,23 @@ class Recorder:
         salt: str = "",
         leader: int = 0,
         scores: bool = False,
+        tier: Tier = "default",
+        pooling: Literal["", "mean", "last"] = "",
     ) -> None:
         top = 0 if scores else -1
-        greedy = Sampling(temperature=0.0, logprobs=top, prompt_logprobs=top)
-        event = ev.Arrived(request, service, prompt, max_tokens, greedy, stop_ids, salt, leader)
+        greedy = Sampling(temperature=0.0, logprobs=top, prompt_logprobs=top, pooling=pooling)
+        event = ev.Arrived(request, service, prompt, max_tokens, greedy, stop_ids, salt, leader, tier)
         self.prompts[request] = event
         self.world.happen(event)
 
     def assert_output(self, request: int) -> None:
         """The request ended well, with exactly the tokens that the model draws after its prompt."""
         event, finish = self.prompts[request], self.finished[request]
+        if event.sampling.pooling:
+            assert finish.reason == "stop", finish
+            assert self.pooled[request] == len(event.prompt), "the vector is not complete"
+            assert request not in self.outputs
+            return
         expected = expected_output(event.service, event.prompt, event.max_tokens, VOCAB)
         got = self.outputs[request]
         if event.sampling.logprobs >= 0:
@@ -129,6 +145,7 @@ def world(
     costs: Costs | None = None,
     sharing: tuple[GroupSettings, ...] = (),
     idle_seconds: dict[str, float] | None = None,
+    max_wait_seconds: dict[str, float] | None = None,
     absent: tuple[str, ...] = (),
     policy: str = "budget",
     **limits: object,
@@ -146,6 +163,7 @@ def world(
                 tensor_parallel=(tensor_parallel or {}).get(name, 0),
                 devices=(groups or {}).get(name, ()),
                 idle_seconds=(idle_seconds or {}).get(name, 0.0),
+                max_wait_seconds=(max_wait_seconds or {}).get(name, 0.0),
             )
             for name in services
             if name not in absent

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from seallmd.core import events as ev
 from seallmd.core.adbs import ADAPT_SECONDS, BUSY, KEPT, Adbs, adapted
 from seallmd.core.messages import Sampling
-from seallmd.core.state import Device, NodeState, Replica
+from seallmd.core.service import Replica
+from seallmd.core.state import Device, NodeState
 from tests.core.helpers import BLOCK, Recorder, shape, world
 
 SERVICES = ("a", "b", "c")

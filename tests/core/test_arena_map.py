@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from seallmd.core.arena_map import arena_maps
-from seallmd.core.state import Device, Stage
+from seallmd.core.service import Stage
+from seallmd.core.state import Device
 from seallmd.core.status import ArenaMap, Cell
 from tests.core.helpers import Recorder, shape, world
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seallmd.core import events as ev
-from seallmd.core.cost import ROOFLINES, StepCosts
+from seallmd.core.cost import StepCosts
 from seallmd.core.messages import Sampling, Step
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.scheduler import charge
 from seallmd.core.settings import NodeSettings, PolicySettings, ServiceSettings
-from seallmd.core.state import Request, Service
+from seallmd.core.state import Request
 from seallmd.sim.world import Costs, World
 from tests.core.helpers import BLOCK, shape
 
@@ -44,17 +44,13 @@ def test_doublings_and_last_budget(tokens: int, budget: float, token_seconds: fl
     With p the execution time needed and b the first budget: at most max(0, ceil(log2(p / b))) doublings, a
     last budget below 2 max(b, p), and never one that is used up.
     """
-    service = Service(ServiceSettings(name="a", model="a"), shape=shape())
-    costs = StepCosts.guess(ROOFLINES["cpu"], shape())
-    service.profile = ServiceProfile(costs, rows=1.0)
     request = Request(
         id=1, service="a", order=1, arrived=0.0, tokens=[1], prompt=1, max_tokens=tokens,
         sampling=Sampling(), stop_ids=frozenset(), root=None, leader=0, budget=budget,
     )  # fmt: skip
     for token in range(tokens):
         seconds = token_seconds * (slower if token > tokens // 2 else 1.0)
-        costs.decode = (seconds, 0.0, 0.0)
-        charge(request, service)
+        charge(request, seconds)
         assert request.attained <= request.budget
     needed = request.attained
     assert request.budget == budget * 2**request.doublings
@@ -65,18 +61,17 @@ def test_doublings_and_last_budget(tokens: int, budget: float, token_seconds: fl
 
 def test_a_right_guess_is_never_doubled() -> None:
     """Protects the request that takes as long as its budget said: its rank stays."""
-    service = Service(ServiceSettings(name="a", model="a"), shape=shape(), profile=known_profile())
-    assert service.profile is not None
+    profile = known_profile()
     request = Request(
         id=1, service="a", order=1, arrived=0.0, tokens=[1], prompt=1, max_tokens=20,
         sampling=Sampling(), stop_ids=frozenset(), root=None, leader=0,
     )  # fmt: skip
-    request.budget = service.profile.request_seconds(prompt=1)
+    request.budget = profile.request_seconds(prompt=1)
     for _ in range(20):
-        charge(request, service)
+        charge(request, profile.token_seconds())
     assert request.doublings == 0
-    charge(request, service)  # its prompt's share is left over
-    charge(request, service)
+    charge(request, profile.token_seconds())  # its prompt's share is left over
+    charge(request, profile.token_seconds())
     assert request.doublings == 1
 
 

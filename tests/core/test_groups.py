@@ -132,6 +132,27 @@ def test_prefixes_of_a_broken_group_are_not_trusted() -> None:
     recorder.assert_output(4)
 
 
+def test_saved_kv_of_a_group_that_left_is_not_trusted_after_a_failure() -> None:
+    """A step is on its way, KV is saved behind it, the group leaves, and then rank 1 fails the step."""
+    recorder = world({"a": shape(ranks=(2,))}, (40, 40), tensor_parallel={"a": 2}, host_kv=20)
+    there, node = recorder.world, recorder.world.node
+    recorder.arrive(1, "a", tuple(range(12)), 30)
+    while len(recorder.outputs.get(1, ())) < 5:
+        assert there.step()
+    (replica,) = node.state.services["a"].replicas
+    assert node.state.devices[1].inflight
+    there.devices[1].fail_steps = 1
+    node.state.actions = []
+    node._room.drain(replica, admit_below=0, seconds=0.0)
+    node.state.services["a"].evict_tickets.append(0)
+    there.happen(ev.Tick())
+    assert replica not in node.state.services["a"].replicas
+    assert node.state.requests[1].saved is not None
+    there.run()
+    assert there.devices[1].fail_steps == 0
+    recorder.assert_output(1)
+
+
 def waiting_for_a_pair() -> Recorder:
     """A request that two devices can hold together and one alone cannot, admitted and not yet begun."""
     recorder = world({"a": shape(ranks=(2,), context=600)}, (70, 70), replicate=False)

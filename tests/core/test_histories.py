@@ -24,6 +24,7 @@ from seallmd.core.messages import ModelShape
 from seallmd.core.placement import place
 from seallmd.core.plan import Demand, Machine, Plan
 from seallmd.core.settings import GroupSettings, ReplacementSettings
+from seallmd.core.tiers import Tier
 from seallmd.core.transition import Bring, Change, Drop
 from tests.core.helpers import Recorder, shape, world
 
@@ -92,7 +93,13 @@ class History:
         service = draw.choice(self.services)
         length = draw.randint(1, 40)
         prompt = tuple(range(length)) if draw.random() < 0.5 else tuple(draw.choices(range(50), k=length))
+        if draw.random() < 0.15:
+            self.count += 1
+            pooling = draw.choice(("mean", "mean", "last"))
+            self.recorder.arrive(self.count, service, prompt, 0, pooling=pooling)
+            return
         leader = 0
+        tier: Tier = draw.choice(("default", "default", "priority", "flex", "batch"))
         for _ in range(draw.choice((1, 1, 1, 3))):
             self.count += 1
             self.recorder.arrive(
@@ -104,6 +111,7 @@ class History:
                 salt=draw.choice(("", "", "other")),
                 leader=leader,
                 scores=self.count % 4 == 0,
+                tier=tier,
             )
             leader = leader or self.count
 
@@ -143,7 +151,7 @@ class History:
                 self.world.happen(ev.NodeDrainWanted(self._ticket(), on and self.random.random() < 0.3))
 
     def keep(self) -> None:
-        seconds = self.random.choice((0.0, 0.05, 1.0))
+        seconds = self.random.choice((0.0, 1e-300, 0.05, 1.0))
         self.world.happen(ev.KeepWanted(self.random.choice([*self.services, "nobody"]), seconds))
 
     def reconfigure(self) -> None:
@@ -176,6 +184,24 @@ class History:
 
     def fail_step(self) -> None:
         self.random.choice(self.world.devices).fail_steps += 1
+
+    def lack_memory(self) -> None:
+        """From here on it is for lack of memory that a device's steps fail, or it is not any more."""
+        device = self.random.choice(self.world.devices)
+        device.lacks_memory = not device.lacks_memory
+        device.fail_steps += 1
+
+    def stop_worker(self) -> None:
+        """Its steps and copies stand still; if for long, it is killed for it."""
+        device, seconds = self.random.choice(self.world.devices), self.random.choice((0.1, 1.0, 5.0))
+        device.stands_until = self.world.now + seconds
+        if seconds > 3 and device.alive:
+            generation = device.generation
+            self.world.after(3.0, lambda: device.kill(0.5) if device.generation == generation else None)
+
+    def jump_clock(self) -> None:
+        """The daemon stood still, and all that came meanwhile comes now."""
+        self.world.stand_still(self.random.choice((0.5, 60.0, 86400.0)))
 
     def fail_copy(self) -> None:
         self.random.choice(self.world.devices).fail_copies += 1
@@ -252,6 +278,9 @@ REPLAYABLE = [action for action in ACTIONS if action != "move"]
 
 
 OPERATIONS = ["pin", "drain", "keep", "reconfigure"]
+
+# What `torture` does beside; the histories here have their figures without it.
+HARDSHIPS = ["lack_memory", "stop_worker", "jump_clock"]
 
 # What a new configuration may say of a service: other rules, or another model under its name.
 CHANGES: tuple[dict[str, object], ...] = (

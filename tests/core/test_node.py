@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 
 from seallmd.core import events as ev
@@ -9,7 +11,7 @@ from seallmd.core import messages
 from seallmd.core.arena import Arena
 from seallmd.core.ranks import Ranks
 from seallmd.core.request import IllegalTransition, Request
-from seallmd.core.state import Replica
+from seallmd.core.service import Replica
 from tests.core.helpers import Recorder, shape, world
 
 MODELS = {"a": shape(), "b": shape(), "c": shape()}
@@ -116,6 +118,41 @@ def test_preempted_in_the_middle_of_a_scored_prompt(step_tokens: int) -> None:
     while not any("preempted" in note for note in recorder.notes):
         run(recorder, 0.01)
     assert 1 < recorder.scored[2] < 36, "it was to be in the middle of its prompt"
+    recorder.world.run()
+    recorder.assert_output(1)
+    recorder.assert_output(2)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_a_pooled_prompt_is_run_and_nothing_drawn(pooling: Literal["mean", "last"]) -> None:
+    """In chunks; a mean needs every token run, the last token's state only that one. No token is reserved."""
+    recorder = world({"a": shape(context=20)}, step_tokens=8)
+    prompt = tuple(range(20))  # as long as the context
+    recorder.arrive(1, "a", prompt, 0, pooling=pooling)
+    recorder.world.run()
+    recorder.assert_output(1)
+    assert recorder.world.node.status(0).devices[0].kv_bytes == 0
+    before = recorder.world.node.status(0).services[0].cached_tokens
+    recorder.arrive(2, "a", prompt, 0, pooling=pooling)
+    recorder.arrive(3, "a", prompt[:18], 2)
+    recorder.world.run()
+    recorder.assert_output(2)
+    recorder.assert_output(3)
+    after = recorder.world.node.status(0).services[0].cached_tokens
+    assert recorder.cached[3] == 16, "what was run for a vector serves others"
+    assert after - before == 16 + (16 if pooling == "last" else 0)
+
+
+def test_preempted_in_the_middle_of_a_pooled_prompt() -> None:
+    """Each token's state is told once, although some are run twice."""
+    recorder = world({"a": shape()}, arenas=(4 + 18,), step_tokens=3)
+    recorder.arrive(1, "a", tuple(range(36)), 24)
+    while 1 not in recorder.outputs:
+        run(recorder, 0.01)
+    recorder.arrive(2, "a", tuple(range(10, 46)), 0, pooling="mean")
+    while not any("preempted" in note for note in recorder.notes):
+        run(recorder, 0.01)
+    assert 0 < recorder.pooled[2] < 36, "it was to be in the middle of its prompt"
     recorder.world.run()
     recorder.assert_output(1)
     recorder.assert_output(2)

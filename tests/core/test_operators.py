@@ -197,3 +197,17 @@ def test_a_client_may_say_how_long_a_service_stays() -> None:
     recorder.world.happen(ev.KeepWanted("a", 3.0))
     recorder.world.run()
     assert of(recorder, "a").state == "absent"
+
+
+def test_a_limit_that_is_no_time_at_all() -> None:
+    """Clients choose it. Whoever is wanted stays until nobody wants it; the node decides that once, not for
+    ever."""
+    recorder = world(SMALL)
+    recorder.world.happen(ev.KeepWanted("a", 5e-300))
+    recorder.world.happen(ev.LoadWanted(1, "a"))
+    recorder.arrive(1, "a", (1, 2, 3), 5)
+    recorder.world.run()
+    recorder.assert_output(1)
+    assert recorder.answers == {1: ""}
+    assert "evicted from device 0: idle for 5e-300 s" in recorder.notes
+    assert not recorder.world.node.state.services["a"].replicas

@@ -11,9 +11,9 @@ from seallmd.core import events as ev
 from seallmd.core.cost import ROOFLINES, StepCosts
 from seallmd.core.messages import Probed
 from seallmd.core.node import Node
+from seallmd.core.outlook import look
 from seallmd.core.profile import Lengths, ServiceProfile
 from seallmd.core.request import SavedKv
-from seallmd.core.scheduler import _next_step
 from tests.core.helpers import shape, world
 
 CPU = ROOFLINES["cpu"]
@@ -139,17 +139,34 @@ def test_what_comes_back_from_host_memory_is_one_token_of_work() -> None:
     state.services["a"].waiting[request.order] = request
     request.scheduled, scheduled = 0, request.scheduled
     request.drawn, drawn = len(request.tokens) - request.prompt, request.drawn
-    whole, whole_seconds = _next_step(state, replica)
+    whole = look(state, replica)
     request.saved = SavedKv(replica.devices, ([],), kept)
-    one, one_seconds = _next_step(state, replica)
+    one = look(state, replica)
     request.saved = SavedKv((7,), ([],), kept)
-    assert _next_step(state, replica) == (whole, whole_seconds)  # beside another device it is of no use
-    assert one < whole
-    assert one_seconds < whole_seconds
+    assert look(state, replica) == whole  # beside another device it is of no use
+    assert one.worth(state.now, 2.0) < whole.worth(state.now, 2.0)
+    assert one.seconds < whole.seconds
     profile = state.services["a"].profile
     assert profile is not None
-    assert one_seconds == profile.costs.predict(1, kept + 1)
+    assert one.seconds == profile.costs.predict(1, kept + 1)
     request.saved, request.scheduled, request.drawn = None, scheduled, drawn
     del state.services["a"].waiting[request.order]
     replica.running.update(again)
     recorder.world.run()
+
+
+def test_an_outlook_that_is_out_of_date_is_found() -> None:
+    """Protects cheap decisions from becoming wrong ones: what is kept is compared with what is there."""
+    names = "abcd"
+    recorder = world({name: shape() for name in names}, (200,), preload=tuple(names), policy="budget")
+    for request, name in enumerate(names, 1):
+        recorder.arrive(request, name, tuple(range(10)), 40)
+    recorder.world.run(until=recorder.world.now + 0.1)
+    node, services = recorder.world.node, recorder.world.node.state.services
+    node.check()
+    kept = next(request for request in node.state.requests.values() if services[request.service].outlooks)
+    kept.attained += 1.0
+    with pytest.raises(AssertionError, match="nobody was told"):
+        node.check()
+    services[kept.service].changed()
+    node.check()

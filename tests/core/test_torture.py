@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +14,25 @@ from seallmd.core.ranks import Ranks
 from tests.core import torture
 from tests.core.torture import Action, Case
 
+ROOT = Path(__file__).parents[2]
 
-def test_histories_of_many_shapes() -> None:
-    """A few of the histories of which `python -m tests.core.torture` runs hundreds."""
-    events = sum(torture.play(torture.make(seed, actions=200)) for seed in range(6))
-    assert events > 1000
+
+@pytest.mark.timeout(1800)
+def test_a_million_events(tmp_path: Path) -> None:
+    """Histories of many shapes, in as many processes as there are cores; what fails is shrunk to a file."""
+    command = (
+        sys.executable,
+        "-m",
+        "tests.core.torture",
+        "--events",
+        "1000000",
+        "--out",
+        tmp_path / "f.json",
+    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = tmp_path / "f.json"
+    assert done.returncode == 0, done.stderr + (found.read_text() if found.exists() else "")
+    assert int(done.stdout.split()[0]) >= 1_000_000
 
 
 def test_a_history_is_the_same_again() -> None:

@@ -1,6 +1,6 @@
 """A million events for the node in virtual time, with every kind of fault; a failure is shrunk to its cause.
 
-    python -m tests.core.torture --events 1000000 --seed 0 [--processes 2]
+    python -m tests.core.torture --events 1000000 --seed 0
     python -m tests.core.torture --play FILE          # a history that was found before
 
 Owns the making of long random histories of many shapes, their running, and the search for a shorter history
@@ -13,17 +13,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.core.test_histories import ACTIONS, PARALLEL, SERVICES, History
+from tests.core.test_histories import ACTIONS, HARDSHIPS, OPERATIONS, PARALLEL, SERVICES, History
 
 ACTIONS_PER_HISTORY = 1500
+CHECKED_THROUGHOUT = (
+    8  # every so manieth history is checked after every event, which takes three times as long
+)
 SHRINK_SECONDS = 300.0
 
 Action = tuple[str, int]  # what is done, and the seed of its draws
@@ -54,7 +60,7 @@ def make(seed: int, actions: int = ACTIONS_PER_HISTORY) -> Case:
     draw = random.Random(seed)
     parallel = draw.random() < 0.3
     options: dict[str, object] = {
-        "policy": draw.choice(("budget", "budget", "round-robin", "fcfs", "adbs")),
+        "policy": draw.choice(("budget", "budget", "round-robin", "fcfs", "adbs", "dedicated")),
         "pipeline_depth": draw.randint(1, 3),
         "step_tokens": draw.choice((1, 8, 16, 48)),
         "host_kv": draw.choice((0, 8, 30)),
@@ -62,15 +68,14 @@ def make(seed: int, actions: int = ACTIONS_PER_HISTORY) -> Case:
         "prefix_reuse": draw.random() < 0.8,
         "replicate_seconds": draw.choice((0.05, 1.0)),
     }
-    return Case(
-        parallel, options, tuple((draw.choice(ACTIONS), draw.getrandbits(32)) for _ in range(actions))
-    )
+    kinds = ACTIONS + HARDSHIPS + OPERATIONS * (draw.random() < 0.4)
+    return Case(parallel, options, tuple((draw.choice(kinds), draw.getrandbits(32)) for _ in range(actions)))
 
 
 def play(case: Case, *, check_every_event: bool = False) -> int:
     """Run a history to its end; returns how many events it had. Raises what is wrong.
 
-    The node is checked after every action, or after every event, which takes three times as long.
+    The node is checked after every action, or after every event.
     """
     options = dict(case.options)
     if case.parallel:
@@ -127,7 +132,7 @@ def shrink(
 def _run(seed: int) -> tuple[int, int, str]:
     """(seed, events, what went wrong)"""
     try:
-        return seed, play(make(seed)), ""
+        return seed, play(make(seed), check_every_event=seed % CHECKED_THROUGHOUT == 0), ""
     except Exception as error:  # noqa: BLE001 - as above
         return seed, 0, f"{type(error).__name__}: {error}"
 
@@ -137,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Random histories for the node, in virtual time.")
     parser.add_argument("--events", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0, help="of the first history; the next ones follow")
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--play", type=Path, help="run this one history, checking after every event")
     parser.add_argument("--out", type=Path, default=Path("failing-history.json"))
     options = parser.parse_args(arguments)
@@ -147,17 +152,19 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 0
     began, events, histories = time.monotonic(), 0, 0
-    with ProcessPoolExecutor(options.processes) as pool:
+    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         while events < options.events:
             first = options.seed + histories
-            for seed, count, wrong in pool.map(_run, range(first, first + 2 * options.processes)):
+            for seed, count, wrong in pool.map(_run, range(first, first + 8 * options.processes)):
                 histories, events = histories + 1, events + count
                 if wrong:
                     print(f"history {seed}: {wrong}", file=sys.stderr)
                     _write_shrunk(make(seed), options.out)
                     return 1
     seconds = time.monotonic() - began
-    print(f"{events} events in {histories} histories, nothing wrong, {seconds:.0f} s")
+    taken = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = taken.ru_utime + taken.ru_stime
+    print(f"{events} events in {histories} histories, nothing wrong, {seconds:.0f} s ({cpu:.0f} s of CPU)")
     return 0
 
 

@@ -157,7 +157,9 @@ class FakeNode:
             if known
             else None,
             kv_bytes_per_token=SHAPE.kv_bytes_per_token if known else 0,
-            places=(Place(0, "resident", 1024 * MIB, 3, 75.0),) if known else (),
+            places=(Place(0, "resident", 1024 * MIB, 3, 75.0, (0,), (("norms", 61), ("linear layers", 211))),)
+            if known
+            else (),
         )
 
     def plan(self) -> PlanStatus | None:

@@ -49,6 +49,7 @@ async def test_show(control: Path) -> None:
         "128 KiB",
         "on device 0",
         "1:15 min ago",
+        "61 norms, 211 linear layers",
         "12%, after 77 steps",
         "5.00 ms",
         "1.0 GiB",

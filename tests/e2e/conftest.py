@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.e2e.daemon import GEMMA, MODELS, SMOL, Daemon, service
 
 NEW_TOKENS = 16
+POOLINGS = {SMOL: "mean", GEMMA: "last"}
 WORDS = [
     *("The", "history", "of", "the", "river", "begins", "in", "mountains", "where", "rain", "collects"),
     *("into", "small", "streams", "and", "then", "flows", "past", "old", "towns", "whose", "people"),
@@ -57,11 +58,11 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """Two CPU devices, both models and a third service, room for all but one; one device per service."""
     config = '[devices]\nkind = "cpu"\ncpu_workers = 2\nmemory = "1536 MiB"\n'
     config += "[policy]\nstep_tokens = 256\nreplicate = false\n[replacement]\nenabled = false\n"
-    config += service(SMOL, SMOL, dtype="float32", preload=True)
-    config += service(GEMMA, GEMMA, dtype="float32")
+    config += service(SMOL, SMOL, dtype="float32", preload=True, pooling=POOLINGS[SMOL])
+    config += service(GEMMA, GEMMA, dtype="float32", pooling=POOLINGS[GEMMA])
     config += service("smol-b", SMOL, dtype="float32", context=1024)
     config += service("broken", "no-such-model")
-    yield from _run(Daemon(tmp_path_factory.mktemp("daemon"), config))
+    yield from running(Daemon(tmp_path_factory.mktemp("daemon"), config))
 
 
 @pytest.fixture
@@ -71,11 +72,12 @@ def small_daemon(tmp_path: Path, model: str, host_kv: str) -> Iterator[Daemon]:
     config = f'[devices]\nkind = "cpu"\ncpu_workers = 1\nmemory = "{memory}"\n'
     config += f'host_kv = "{host_kv}"\n'
     config += "[policy]\nstep_tokens = 256\n"
-    config += service(model, model, dtype="float32", preload=True)
-    yield from _run(Daemon(tmp_path, config))
+    config += service(model, model, dtype="float32", preload=True, pooling=POOLINGS[model])
+    yield from running(Daemon(tmp_path, config))
 
 
-def _run(daemon: Daemon) -> Iterator[Daemon]:
+def running(daemon: Daemon) -> Iterator[Daemon]:
+    """Until the test is over; it has to end well."""
     try:
         daemon.wait_healthy()
         yield daemon

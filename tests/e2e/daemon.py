@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,16 @@ def service(name: str, model: str, **more: object) -> str:
 
 
 class Daemon:
-    """One `seallmd` process. `log` holds what it wrote."""
+    """One `seallmd` process. `log` holds what it wrote; it and the journal may be elsewhere than usual."""
 
-    def __init__(self, directory: Path, config: str) -> None:
+    def __init__(
+        self, directory: Path, config: str, *, log: Path | None = None, journal: Path | None = None
+    ) -> None:
         self.directory = directory
         self.port = free_port()
         self.control = directory / "control.sock"
-        self.log = directory / "log"
-        self.journal = directory / "run.journal"
+        self.log = log or directory / "log"
+        self.journal = journal or directory / "run.journal"
         (directory / "seallmd.toml").write_text(config)
         self._file = self.log.open("wb")
         self.process = subprocess.Popen(
@@ -53,6 +57,7 @@ class Daemon:
             stdout=self._file,
             stderr=self._file,
             cwd=directory,
+            env={**os.environ, "XDG_STATE_HOME": str(directory / "state")},
         )
 
     @property
@@ -97,6 +102,17 @@ class Daemon:
             timeout=300,
             check=False,
         )
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """What has happened and happens from now on, without end."""
+        command = [sys.executable, "-m", "seallmd.ctl.main", "--socket", str(self.control), "events"]
+        options = ["--follow", "--last", "1000", "--json"]
+        with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            try:
+                yield from map(json.loads, process.stdout)
+            finally:
+                process.terminate()
 
     def status(self) -> dict[str, Any]:
         """`seallmctl status --json`."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -213,6 +215,49 @@ def test_sockets_are_taken_over(tmp_path: Path) -> None:
                 listener.close()
 
 
+@pytest.mark.skipif(
+    shutil.which("systemd-socket-activate") is None,
+    reason="systemd is not installed, nor could `make test` install it",
+)
+def test_systemd_hands_over_its_sockets(tmp_path: Path, manager: Manager) -> None:
+    """By systemd's own tool, which listens and starts the daemon when somebody calls: nobody is refused."""
+    paths = [tmp_path / "http.sock", tmp_path / "control.sock"]
+    (tmp_path / "seallmd.toml").write_text(IDLE)
+    given = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "PYTHONPATH")
+    command = ["systemd-socket-activate", *(f"--listen={path}" for path in paths), "--fdname=http:control"]
+    command += [f"--setenv={name}={os.environ[name]}" for name in given if name in os.environ]
+    log = tmp_path / "log"
+    with (
+        log.open("wb") as file,
+        httpx.Client(transport=httpx.HTTPTransport(uds=str(paths[0])), timeout=60) as client,
+    ):
+        process = subprocess.Popen(
+            [*command, sys.executable, "-m", "seallmd", "--config", "seallmd.toml"],
+            cwd=tmp_path,
+            stdout=file,
+            stderr=file,
+        )
+        try:
+            end = time.monotonic() + 60
+            while not paths[1].exists() and time.monotonic() < end:
+                time.sleep(0.02)
+            assert not manager.told, "it was started before anybody called"
+            models = client.get("http://seallmd/v1/models").json()
+            assert [model["id"] for model in models["data"]] == ["broken"], log.read_text()
+            with socket.socket(socket.AF_UNIX) as control:
+                control.connect(str(paths[1]))
+                control.sendall(b'{"op": "status"}\n')
+                assert b'"kind":"status"' in control.makefile("rb").readline()
+            assert manager.has("READY=1")
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == 0, log.read_text()
+            assert manager.has("STOPPING=1")
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
 def _spawn(
     directory: Path, environment: dict[str, str], descriptors: list[int], log: int
 ) -> subprocess.Popen[bytes]:
@@ -238,7 +283,8 @@ def test_kill_9_of_the_daemon_leaves_nothing_behind(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, IDLE)
     try:
         daemon.wait_healthy()
-        daemon.until(lambda: set(_named(daemon)) == {"seallmd-cpu0", "seallmd-host"}, "both children's start")
+        names = {"seallmd-cpu0", "seallmd-host", "seallmd-forks"}
+        daemon.until(lambda: set(_named(daemon)) == names, "the start of all children")
         family = daemon.children()
         scores = {name: _oom_score(child.pid) for name, child in _named(daemon).items()}
         assert set(scores.values()) == {500}, f"out of memory, the daemon would go first: {scores}"

@@ -12,6 +12,8 @@ import pytest
 from tests.e2e.conftest import NEW_TOKENS, prompts
 from tests.e2e.daemon import GEMMA, SMOL, Daemon
 
+pytestmark = pytest.mark.timeout(1800)  # transformers takes its time, on a busy machine above all
+
 Reference = dict[str, list[list[int]]]
 both = pytest.mark.parametrize("model", [SMOL, GEMMA])
 

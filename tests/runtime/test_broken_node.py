@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,7 @@ from seallmd.core.messages import WorkerSettings
 from seallmd.core.settings import NodeSettings, ServiceSettings
 from seallmd.runtime.devices import DevicePlan
 from seallmd.runtime.engine import Engine
-
-
-def nothing(settings: bytes, sock: socket.socket) -> None:
-    """A child's entry that is never called here."""
+from seallmd.runtime.forkserver import ForkServer
 
 
 async def test_a_broken_invariant_ends_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -27,7 +23,7 @@ async def test_a_broken_invariant_ends_the_process(monkeypatch: pytest.MonkeyPat
     settings = NodeSettings(
         services=(ServiceSettings(name="a", model="a"),), devices=1, block_bytes=4096, host_bytes=1 << 20
     )
-    engine = Engine(settings, plan, nothing, nothing)
+    engine = Engine(settings, plan, ForkServer())
     codes: list[int] = []
 
     def broken(_event: ev.Event, _now: float) -> list[ev.Action]:

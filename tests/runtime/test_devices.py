@@ -33,3 +33,10 @@ def test_memory_of_graphs_is_no_part_of_the_arena(tmp_path: Path, monkeypatch: p
     )
     (plain, _) = plan(DeviceSettings(**common, graphs="0 B", kernels="torch")).workers
     assert (plain.reserve_bytes, plain.graph_bytes, plain.kernels) == (1 << 30, 0, False)
+
+
+def test_the_host_process_is_told_its_cache_of_images(tmp_path: Path) -> None:
+    """Without it every restart builds every image again."""
+    made = plan(DeviceSettings(kind="cpu", cache=str(tmp_path), memory="64 MiB", image_cache="3 MiB"))
+    assert made.host.image_cache_bytes == 3 << 20
+    assert plan(DeviceSettings(kind="cpu", memory="64 MiB", image_cache="0 B")).host.image_cache_bytes == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 import subprocess
@@ -16,7 +17,8 @@ UNITS = ("seallmd.service", "seallmd.socket", "seallmd-control.socket")
 HIGHEST_EXPOSURE = 25  # of 100, in tenths of what `systemd-analyze security` prints
 
 needs_systemd = pytest.mark.skipif(
-    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed"
+    shutil.which("systemd-analyze") is None,
+    reason="systemd is not installed, nor could `make test` install it",
 )
 
 
@@ -71,6 +73,27 @@ def test_the_installed_configuration_is_right() -> None:
     found = config.load(ROOT / "systemd/seallmd.toml")
     assert f"ListenStream={found.control.socket}" in (ROOT / "systemd/seallmd-control.socket").read_text()
     assert f"SocketGroup={found.control.group}" in (ROOT / "systemd/seallmd-control.socket").read_text()
+
+
+@needs_systemd
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files to another user")
+def test_the_user_and_its_directories(tmp_path: Path) -> None:
+    """What `make install` has systemd make, made in a root of the test's own: whose it is, and for whom."""
+    make("install-files", tmp_path, "/usr/local")
+    for tool, *more in (("systemd-sysusers",), ("systemd-tmpfiles", "--create")):
+        done = run(tool, *more, f"--root={tmp_path}", "seallmd.conf")
+        assert done.returncode == 0, done.stderr
+    name, _, uid, gid, _, home, shell = (tmp_path / "etc/passwd").read_text().strip().split(":")
+    assert (name, home, shell) == ("seallmd", "/var/lib/seallmd", "/usr/sbin/nologin")
+    for directory, mode in (
+        ("run/seallmd", 0o755),
+        ("var/lib/seallmd", 0o750),
+        ("var/lib/seallmd/models", 0o750),
+    ):
+        found = (tmp_path / directory).stat()
+        assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid) == (mode, int(uid), int(gid)), (
+            directory
+        )
 
 
 @needs_systemd

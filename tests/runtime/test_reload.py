@@ -35,6 +35,7 @@ def test_every_live_setting_is_taken_over() -> None:
             ageing=1.0,
             step_tokens=64,
             max_rows=8,
+            batch_slowdown=2.0,
             prefix_reuse=False,
             replicate=False,
             replicate_gain=2.0,

@@ -32,7 +32,7 @@ def test_growth_is_found() -> None:
 
 
 def test_a_short_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Three tiny models, of which two fit: everything of the long one but its length."""
+    """Two minutes, three tiny models of which two fit: everything of the long one but its length."""
     config = '[http]\nport = 0\n[devices]\nkind = "cpu"\ncpu_workers = 1\nthreads = 1\n'
     config += 'memory = "512 KiB"\nblock = "8 KiB"\n'
     config += "[policy]\npatience_seconds = 0.3\nmin_residency_seconds = 0.2\n"
@@ -41,7 +41,7 @@ def test_a_short_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         config += f'[[service]]\nname = "{name}"\nmodel = "{tmp_path / name}"\n'
     file = tmp_path / "seallmd.toml"
     file.write_text(config)
-    assert soak.main(["--config", str(file), "--minutes", "0.2"]) == 0, capsys.readouterr().err
+    assert soak.main(["--config", str(file), "--minutes", "2"]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     figures = json.loads(out[out.index("{") :])
     assert figures["unexplained"] == 0

@@ -255,7 +255,7 @@ class Talk:
         self.admitted = True
         blocks = self.rig.blocks(self.service, len(self.table), self.run + count)
         self.table += blocks
-        sample = self.run + count == len(self.tokens)
+        sample = self.run + count == len(self.tokens) and not GREEDY.pooling
         row = msg.Row(self.request, self.run, count, sample, blocks)
         self.run += count
         return admit, row

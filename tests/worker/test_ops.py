@@ -252,6 +252,12 @@ def test_layers_in_one_call(family: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
     expected = len(rig.shapes["s"].layers) if family in whole else partly.get(family, 0)
     assert len(fast.layers) == expected
     assert (fast.stack is not None) == (family in whole)
+    replaced = dict(fast.replaced())  # as `seallmctl show` has it
+    assert replaced.get("decoder layers", 0) == expected
+    assert replaced.get("stack of all layers", 0) == (family in whole)
+    assert replaced["linear layers"] == sum(
+        type(m) is nn.Linear for m in rig.worker._resident["s"].model.modules()
+    )
 
 
 @pytest.mark.usefixtures("native")

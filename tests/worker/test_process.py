@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +13,12 @@ import pytest
 import torch.multiprocessing as mp
 
 from seallmd.core import messages as msg
+from seallmd.core.framing import Unframer, frame
 from seallmd.worker import host, main
 from seallmd.worker.channel import Channel, Closed
+from seallmd.worker.image import Image
+from seallmd.worker.image_cache import ImageCache
+from seallmd.worker.probe import probe
 from seallmd.worker.resolve import fetch
 from tests.worker.helpers import GREEDY, plain, plain_logits, save_tiny
 
@@ -30,14 +35,14 @@ class Peer:
         )
         self.process.start()
         theirs.close()
-        self._messages = self._receive(msg.Unframer(speaks))
+        self._messages = self._receive(Unframer(speaks))
 
-    def _receive(self, unframer: msg.Unframer) -> Iterator[Any]:
+    def _receive(self, unframer: Unframer) -> Iterator[Any]:
         while data := self.sock.recv(1 << 16):
             yield from unframer.feed(data)
 
     def say(self, message: msg.Message) -> None:
-        self.sock.sendall(msg.frame(message))
+        self.sock.sendall(frame(message))
 
     def hear(self) -> Any:
         """The next message that is not progress."""
@@ -51,8 +56,9 @@ class Peer:
 @pytest.fixture
 def peers(tmp_path: Path) -> Iterator[tuple[Peer, Peer]]:
     settings = {"device": "cpu", "block_bytes": BLOCK_BYTES, "cache": str(tmp_path / "cache")}
+    keeper = msg.WorkerSettings("host", **settings, image_cache_bytes=64 << 20)
     pair = (
-        Peer(host.run, msg.WorkerSettings("host", **settings), msg.FromHost),
+        Peer(host.run, keeper, msg.FromHost),
         Peer(main.run, msg.WorkerSettings("w0", arena_bytes=(8 << 20) + 5, **settings), msg.FromWorker),
     )
     yield pair
@@ -61,9 +67,12 @@ def peers(tmp_path: Path) -> Iterator[tuple[Peer, Peer]]:
         peer.sock.close()
 
 
-def test_a_model_end_to_end(peers: tuple[Peer, Peer], tmp_path: Path) -> None:
-    """Hello, probe, image, copy, steps; then Shutdown ends one process, a closed socket the other."""
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_model_end_to_end(peers: tuple[Peer, Peer], tmp_path: Path, cached: bool) -> None:
+    """Hello, probe, image (built, or an earlier process's from the disk), copy, steps; then Shutdown ends one
+    process, a closed socket the other."""
     directory = save_tiny(tmp_path / "m", "qwen3")
+    images = _kept_image(directory, tmp_path / "cache" / "images") if cached else set()
     keeper, worker = peers
     hello = worker.hear()
     assert hello.pid == worker.process.pid
@@ -79,6 +88,7 @@ def test_a_model_end_to_end(peers: tuple[Peer, Peer], tmp_path: Path) -> None:
     probed = heard["s"]
     keeper.say(msg.BuildImage("s"))
     ready = keeper.hear()
+    assert ({os.stat(ready.path).st_ino} == images) == cached
     extents, image_at, block = [], 0, 3
     for size in probed.shape.segments:
         extents.append(msg.Extent(image_at, size, block * BLOCK_BYTES))
@@ -102,13 +112,23 @@ def test_a_model_end_to_end(peers: tuple[Peer, Peer], tmp_path: Path) -> None:
     assert (worker.ended(), keeper.ended()) == (0, 0)
 
 
+def _kept_image(model: Path, directory: Path) -> set[int]:
+    """Keep the model's image as a host process does; returns the inodes of the cached files."""
+    cache = ImageCache(directory, 64 << 20, pytest.fail)
+    image = Image("s", probe(model, "auto", 0), 1, lambda *_: None, cache)
+    assert image.keeping is not None
+    image.keeping.join()
+    image.close()
+    return {file.stat().st_ino for file in directory.glob("*.image")}
+
+
 @pytest.mark.parametrize(("data", "defect"), [(b"", False), (b"\x03\x00\x00\x00abc", True)])
 def test_channel_tells_an_end_from_a_defect(data: bytes, defect: bool) -> None:
     """The daemon closing its end is a quiet end; bytes that cannot be decoded are a defect."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         channel = Channel(theirs, msg.ToWorker)
-        ours.sendall(msg.frame(msg.Forget((1,))) + data)
+        ours.sendall(frame(msg.Forget((1,))) + data)
         ours.shutdown(socket.SHUT_WR)
         channel._reader.join(10)
         with pytest.raises(Closed) as end:

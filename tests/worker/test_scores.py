@@ -89,7 +89,7 @@ def test_what_is_scored_is_not_scored_again(tmp_path: Path, monkeypatch: pytest.
         "s", [msg.Admit(1, tuple(PROMPT), 12, wanted)], [msg.Row(1, 0, 5, False, rig.blocks("s", 0, 5))]
     )
     rig.worker.handle(msg.Forget((1,)))
-    admit = msg.Admit(1, tuple(PROMPT), 12, wanted, scored=6)
+    admit = msg.Admit(1, tuple(PROMPT), 12, wanted, told=6)
     second = rig.step("s", [admit], [msg.Row(1, 0, 12, True, rig.blocks("s", 0, 12))])
     positions = check(plain(tmp_path / "m"), PROMPT, [*first.scores, *second.scores], 0)
     assert positions == list(range(1, 12))

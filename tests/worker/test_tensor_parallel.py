@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -128,6 +129,21 @@ def test_scores(two: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         found += first.scores
     assert check(plain(directory), [*tokens, first.tokens[0]], found[:-1], 2) == list(range(1, 12))
     assert check(plain(directory), [*tokens, first.tokens[0]], found[-1:], 1) == [12]
+
+
+def test_pooling(two: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states are whole on every rank; rank 0 alone tells them."""
+    monkeypatch.setattr(helpers, "GREEDY", msg.Sampling(pooling="mean"))
+    directory = save_tiny(tmp_path / "m")
+    two.load("s", directory)
+    talks, tokens = two.talks(1, "s", prompt(12)), prompt(12)
+    first, second = two.answers([(talks, 12)])
+    assert second.pooled == ()
+    (part,) = first.pooled
+    with torch.inference_mode():
+        model = plain(directory)
+        states = model(input_ids=torch.tensor([tokens]), output_hidden_states=True).hidden_states[-1][0]
+    assert np.frombuffer(part.sum, "<f4") == pytest.approx(states.sum(0).numpy(), abs=2e-4)
 
 
 def test_swapped_out_and_in(two: Ranks, tmp_path: Path) -> None:

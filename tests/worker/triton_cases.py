@@ -253,7 +253,10 @@ def test_models(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     model = plain(save_tiny(tmp_path / "m", family, num_hidden_layers=2, layer_types=None))
     rig = recorder.rig = Rig(monkeypatch, tmp_path / "cache", recorder=recorder)
     rig.load("s", tmp_path / "m")
-    assert (watched.calls["gated"] > 0) == (family != "gpt_oss")
+    shown = dict(rig.worker._resident["s"].operations())  # what `seallmctl show` says
+    assert shown["attention (Triton)"] == 2
+    assert shown["norms (Triton)"] == {"llama": 5, "gemma2": 9, "gpt_oss": 5}[family]
+    assert shown.get("gates (Triton)", 0) == (0 if family == "gpt_oss" else 2)
     rig.spoil(rig.free)  # nothing is cleared: kernels never read what was not written
     watched.calls = dict.fromkeys(watched.calls, 0)
     first, second = (Talk(rig, n, "s", [(5 * i + n) % 90 + 3 for i in range(14)]) for n in (1, 2))
@@ -277,6 +280,7 @@ def test_a_model_whose_attention_disagrees(
     rig = Rig(monkeypatch, tmp_path / "cache")
     rig.load("s", tmp_path / "m")
     assert "attention of llama in plain torch, the Triton operation failed" in capsys.readouterr().err
+    assert "attention (Triton)" not in dict(rig.worker._resident["s"].operations())
     watched.calls["attention"] = 0
     talk = Talk(rig, 1, "s", [3, 4, 5])
     run_step(rig, model, [(talk, 3)])

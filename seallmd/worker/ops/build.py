@@ -14,6 +14,8 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from seallmd.files import partial_of
+
 _SOURCES = Path(__file__).parent / "cpp"
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-pthread", "-fPIC", "-shared")
 _COMPILERS = ("g++", "c++", "clang++")
@@ -51,7 +53,7 @@ def make_library(cache: Path, say: Callable[[str], None], compilers: Sequence[st
 
 
 def _compile(compiler: str, library: Path) -> None:
-    partial = library.with_suffix(f".{os.getpid()}.partial")
+    partial = partial_of(library)
     command = [compiler, *_FLAGS, str(_SOURCES / "ops.cpp"), "-o", str(partial)]
     try:
         done = subprocess.run(

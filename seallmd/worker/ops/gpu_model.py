@@ -9,6 +9,7 @@ On a GPU it is unmeasured.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -86,6 +87,13 @@ def recognise_gated(module: nn.Module, gated: Callable[..., torch.Tensor]) -> Ke
     except (RuntimeError, TypeError, KeyError):  # it takes other inputs, or an unusual dtype
         return None
     return unit if agrees else None
+
+
+def replaced(model: PreTrainedModel, layers: int) -> tuple[tuple[str, int], ...]:
+    """(kind of module, how many of it run on the operations). layers: those whose attention does."""
+    found = Counter(type(module.__dict__.get("forward")) for module in model.modules())
+    counts = (("attention", layers), ("norms", found[KernelNorm]), ("gates", found[KernelGated]))
+    return tuple((f"{name} (Triton)", count) for name, count in counts if count)
 
 
 class _Comparing:

@@ -7,6 +7,7 @@ Must not know messages, copies or requests.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -16,10 +17,18 @@ from seallmd.core.messages import LayerShape
 from seallmd.worker.attention import run_recorded
 from seallmd.worker.kv import KvView
 from seallmd.worker.ops.layers import FastLayer, find_layers
-from seallmd.worker.ops.modules import install, widen_embeddings
+from seallmd.worker.ops.modules import FastLinear, FastNorm, WideEmbedding, install, widen_embeddings
 from seallmd.worker.ops.native import Native
 from seallmd.worker.ops.stack import FastStack, find_stack
 from seallmd.worker.skeleton import build_skeleton
+
+_KINDS: dict[type, str] = {
+    FastStack: "stack of all layers",
+    FastLayer: "decoder layers",
+    FastNorm: "norms",
+    FastLinear: "linear layers",
+    WideEmbedding: "embeddings",
+}
 
 
 class FastModel:
@@ -47,6 +56,12 @@ class FastModel:
             layer.bind(kv)
         if self.stack is not None:
             self.stack.bind()
+
+    def replaced(self) -> tuple[tuple[str, int], ...]:
+        """(kind of module, how many of it were replaced); empty before `install`."""
+        forwards = (module.__dict__.get("forward") for module in self._model.modules())
+        found = Counter(type(forward) for forward in forwards)
+        return tuple((name, found[kind]) for kind, name in _KINDS.items() if found[kind])
 
     def unbind(self) -> None:
         """Before the weights go."""

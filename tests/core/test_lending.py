@@ -1,0 +1,79 @@
+"""Threads that idle CPU devices lend: to whom, and that neither tokens nor what is learnt change by it."""
+
+from __future__ import annotations
+
+from seallmd.core import events as ev
+from seallmd.core import messages as msg
+from seallmd.core.settings import NodeSettings, ServiceSettings
+from seallmd.sim.timing import Costs
+from seallmd.sim.world import World
+from tests.core.helpers import BLOCK, Recorder, shape
+
+
+def machine(devices: int, threads: int) -> tuple[Recorder, list[int]]:
+    """A world of services "0", "1", ... with a device each, and the threads of all steps so far."""
+    names = [str(number) for number in range(devices)]
+    settings = NodeSettings(
+        services=tuple(ServiceSettings(name=name, model=name, devices=((int(name),),)) for name in names),
+        devices=devices,
+        block_bytes=BLOCK,
+        host_bytes=1 << 30,
+        threads=threads,
+    )
+    recorder, seen = Recorder(), list[int]()
+
+    def observe(event: ev.Event, actions: list[ev.Action]) -> None:
+        seen.extend(
+            a.message.threads
+            for a in actions
+            if isinstance(a, ev.ToDevice) and isinstance(a.message, msg.Step)
+        )
+        recorder.observe(event, actions)
+
+    recorder.world = World(
+        settings, dict.fromkeys(names, shape()), (40 * BLOCK,) * devices, Costs(), observe=observe
+    )
+    recorder.world.start()
+    recorder.world.run(until=10.0)
+    return recorder, seen
+
+
+def test_alone() -> None:
+    """Who is alone has all cores; every step, once its own copy is done."""
+    recorder, seen = machine(2, 3)
+    recorder.arrive(1, "0", (1, 2), 20)
+    recorder.world.run()
+    recorder.assert_output(1)
+    assert set(seen) == {6}
+
+
+def test_everybody() -> None:
+    """While all compute, nobody lends; at the end one is alone."""
+    recorder, seen = machine(2, 3)
+    for request in range(2):
+        recorder.arrive(request + 1, str(request), (1, 2), 30)
+    recorder.world.run()
+    for request in range(2):
+        recorder.assert_output(request + 1)
+    assert set(seen[2:-4]) == {0}
+
+
+def test_some() -> None:
+    """Two of four: each gets the threads of one more; three of four: nothing that is left over is whole."""
+    recorder, seen = machine(4, 2)
+    for request in range(3):
+        recorder.arrive(request + 1, str(request), (1, 2), 30 - 10 * (request == 2))
+    recorder.world.run()
+    assert set(seen) >= {0, 4}
+
+
+def test_what_is_learnt() -> None:
+    """A service that was always alone is known as one that never was lent anything."""
+    learnt = []
+    for threads in (0, 4):
+        recorder, _ = machine(2, threads)
+        for request in range(1, 30):
+            recorder.arrive(request, "0", (request, 2), 20)
+            recorder.world.run()
+        learnt.append(recorder.world.node.profiles()["0"].costs.predict(1, 10))
+    assert abs(learnt[0] - learnt[1]) < 0.02 * learnt[0]
