@@ -12,6 +12,7 @@ from seallmd.core import messages as msg
 from seallmd.worker import forward, main
 from seallmd.worker.device import Arriving
 from tests.worker.helpers import GREEDY, Rig, save_tiny
+from tests.worker.test_grammar import byte_tokenizer
 from tests.worker.test_graphs import Rerun
 
 PROMPT = [5, 9, 30, 44, 7]
@@ -39,7 +40,8 @@ def make_rig(
     rig = Rig(monkeypatch, folder / "cache", **fields)
     if isinstance(fields.get("recorder"), Rerun):
         fields["recorder"].rig = rig
-    rig.load("s", save_tiny(folder / "m"))
+    byte_tokenizer(save_tiny(folder / "m"))
+    rig.load("s", folder / "m")
     log: list[str] = []
     if late:
         rig.device.late = True
@@ -90,7 +92,7 @@ def test_draws_what_it_draws_one_by_one(
 ) -> None:
     """Tokens are fed forward on the device, in any order of rows, greedy and drawn by seed."""
     samplings = [
-        GREEDY,
+        msg.Sampling(temperature=0.0, logprobs=2),
         msg.Sampling(temperature=1.0, seed=3),
         msg.Sampling(temperature=0.8, top_p=0.9, seed=4),
     ]
@@ -103,9 +105,9 @@ def test_draws_what_it_draws_one_by_one(
             pairs = Pairs(rig, samplings)
             for rows in PLANS:
                 pairs.send(rows)
-            answers.append([(done.step, done.tokens) for done in pairs.answers()])
+            answers.append([(done.step, done.tokens, done.scores) for done in pairs.answers()])
     assert answers[0] == answers[1]
-    assert [step for step, _ in answers[1]] == list(range(1, len(PLANS) + 1))
+    assert [step for step, *_ in answers[1]] == list(range(1, len(PLANS) + 1))
     assert log == ["run", *["run", "read"] * (len(PLANS) - 1), "read"]
 
 
@@ -116,12 +118,14 @@ def test_draws_what_it_draws_one_by_one(
         msg.Sampling(temperature=0.0, frequency_penalty=1.5),
         msg.Sampling(temperature=0.0, presence_penalty=1.5),
         msg.Sampling(temperature=0.0, bad_words=((5,), (9, 30))),
+        msg.Sampling(temperature=1.0, grammar=msg.Grammar("start: /([a-f]{2}-){9}/", (2,))),
     ],
 )
 def test_what_needs_the_text_waits_for_it(
     sampling: msg.Sampling, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A penalty counts the token drawn just now too: the step is sent once that is known."""
+    """A penalty counts the token drawn just now too, and a grammar follows it: the step is sent once it is
+    known."""
     answers = []
     for late in (False, True):
         folder = tmp_path / str(late)
