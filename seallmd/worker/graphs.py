@@ -78,8 +78,7 @@ class Recorder(Protocol):
 class GraphPool:
     """What the graphs of all models of a worker share: buffers, bounds and the recorder.
 
-    limit_bytes: no graph is captured beyond that. page-locked host memory is used where `device` is a GPU.
-    say: told what falls back.
+    limit_bytes: no graph is captured beyond that. say: told what falls back.
     """
 
     def __init__(
@@ -89,9 +88,8 @@ class GraphPool:
         self.device = device
         self.numbers = torch.zeros(_MOST_NUMBERS, dtype=torch.int32, device=device)
         self._logits = torch.empty(0, dtype=torch.uint8, device=device)
-        self._used: OrderedDict[Hashable, Callable[[], None]] = (
-            OrderedDict()
-        )  # how to drop each, oldest first
+        # How to drop each graph, the one unused for longest first.
+        self._used: OrderedDict[Hashable, Callable[[], None]] = OrderedDict()
         self._full = False
 
     def capture(
@@ -201,11 +199,8 @@ class DecodeGraphs:
         # A new one each time: the last may still be on its way to the device.
         host = torch.empty(rows * (2 + width), dtype=torch.int32, pin_memory=self._pool.device.type == "cuda")
         numbers = host.numpy()
-        ids, contexts, table = (
-            numbers[:rows],
-            numbers[rows : 2 * rows],
-            numbers[2 * rows :].reshape(rows, width),
-        )
+        ids, contexts, blocks = numbers[:rows], numbers[rows : 2 * rows], numbers[2 * rows :]
+        table = blocks.reshape(rows, width)
         real = len(packed.spans)
         ids[:real], ids[real:] = packed.ids, 0
         contexts[:real], contexts[real:] = [span.context for span in packed.spans], 1
