@@ -53,8 +53,9 @@ class Batcher:
 
     def only_deferred(self, replica: Replica) -> bool:
         """Whether all that the replica could run is batch work."""
-        if any(request.runnable and not request.deferred for request in replica.running.values()):
-            return False
+        for request in replica.running.values():
+            if request.runnable and not request.deferred:
+                return False
         waiting = self._state.services[replica.service].waiting
         first = next(self._admissible(replica, waiting.values()), None)
         return first is None or first.deferred
