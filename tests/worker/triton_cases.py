@@ -21,6 +21,7 @@ from seallmd.worker.tables import tables_of
 from tests.worker.helpers import Rig, Talk, plain, run_step, save_tiny
 from tests.worker.test_graphs import Rerun
 from tests.worker.test_ops import CPU, Scene, noise
+from tools import bench_gpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow")  # numpy's, which computes for the interpreter
 
@@ -286,3 +287,10 @@ def test_a_model_whose_attention_disagrees(
     run_step(rig, model, [(talk, 3)])
     run_step(rig, model, [(talk, 1)])
     assert watched.calls["attention"] == 0
+
+
+def test_the_bench_measures_them() -> None:
+    """What tools/bench_gpu.py prints beside plain torch, which no other test runs."""
+    whole = kernels.Kernels(triton_attention, triton_rows.norm, triton_rows.gated, processors=64)
+    for case in (kernels.CASES[0], kernels.CASES[3]):
+        assert bench_gpu.attention_error(case, CPU, torch.float32, whole) < 1e-4
