@@ -43,7 +43,8 @@ async def kill_in_load(storm: Storm) -> None:
     """The loader is gone while it reads a model's weights."""
 
     async def is_reading(storm: Storm, _pid: int) -> bool:
-        return any(service["state"] == "reading" for service in (await storm.status())["services"])
+        services = (await storm.status())["services"]
+        return any(service["state"] == "reading" for service in services) or await _swap(storm, services)
 
     await _kill(storm, "load", "seallmd-host", is_reading)
 
@@ -70,7 +71,8 @@ async def kill_in_copy(storm: Storm) -> None:
     """A worker is gone while weights are copied to it."""
 
     async def is_copying(storm: Storm, pid: int) -> bool:
-        return any(service["state"] == "copying" for service in await _services(storm, pid))
+        services = await _services(storm, pid)
+        return any(service["state"] == "copying" for service in services) or await _swap(storm, services)
 
     await _kill(storm, "copy", "seallmd-cpu", is_copying)
 
@@ -162,6 +164,16 @@ async def _held_at(storm: Storm, child: str, moment: Moment) -> int | None:
         send_signal(pid, signal.SIGCONT)
         await asyncio.sleep(0.1)
     return None
+
+
+async def _swap(storm: Storm, services: list[dict[str, object]]) -> bool:
+    """Have one of these leave, and another come, which would not happen while a process is stopped. False."""
+    if there := [service["name"] for service in services if service["state"] == "resident"]:
+        await storm.command({"op": "evict", "service": storm.random.choice(there), "now": True}, 0.05)
+    away = [s["name"] for s in (await storm.status())["services"] if s["state"] == "absent"]
+    if away:
+        await storm.command({"op": "load", "service": storm.random.choice(away)}, 0.05)
+    return False
 
 
 async def _running(storm: Storm, pid: int) -> list[dict[str, object]]:
