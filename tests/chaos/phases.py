@@ -19,7 +19,7 @@ from tests.e2e.daemon import Daemon
 if TYPE_CHECKING:
     from tests.chaos.storm import Storm
 
-TRIES, HOLD_SECONDS = 8, 0.6  # how often a process is stopped, and for how long, until the moment is there
+TRIES, HOLD_SECONDS = 12, 0.8  # how often a process is stopped, and for how long, until the moment is there
 WITHIN_SECONDS = 0.004  # from the beginning of the work to the end of the process, at most
 START_SECONDS = 2.5  # of a process, roughly
 
@@ -167,12 +167,12 @@ async def _held_at(storm: Storm, child: str, moment: Moment) -> int | None:
 
 
 async def _swap(storm: Storm, services: list[dict[str, object]]) -> bool:
-    """Have one of these leave, and another come, which would not happen while a process is stopped. False."""
+    """Have one of these leave, and all that are away come: else nothing would while one is stopped. False."""
     if there := [service["name"] for service in services if service["state"] == "resident"]:
         await storm.command({"op": "evict", "service": storm.random.choice(there), "now": True}, 0.05)
     away = [s["name"] for s in (await storm.status())["services"] if s["state"] == "absent"]
-    if away:
-        await storm.command({"op": "load", "service": storm.random.choice(away)}, 0.05)
+    for name in away:
+        await storm.command({"op": "load", "service": name}, 0.02)
     return False
 
 
