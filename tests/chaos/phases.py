@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TRIES, HOLD_SECONDS = 12, 0.8  # how often a process is stopped, and for how long, until the moment is there
 WITHIN_SECONDS = 0.004  # from the beginning of the work to the end of the process, at most
-START_SECONDS = 2.5  # of a process, roughly
+START_SECONDS = 5.0  # of a daemon, roughly
 
 Moment = Callable[["Storm", int], Awaitable[bool]]
 
@@ -30,11 +30,13 @@ async def kill_in_start(storm: Storm) -> None:
     """A device's process is gone, and so is its successor before it can say a word."""
     before = storm.pids()
     send_signal(storm.pick("seallmd-cpu"), signal.SIGKILL)
-    for _ in range(200):
-        await asyncio.sleep(0.02)
+    for _ in range(800):
+        await asyncio.sleep(0.005)
         if new := sorted(storm.pids() - before):
-            await asyncio.sleep(storm.random.uniform(0.0, START_SECONDS))
+            send_signal(new[0], signal.SIGSTOP)
             storm.phases["start"] += any(d["state"] != "up" for d in (await storm.status())["devices"])
+            send_signal(new[0], signal.SIGCONT)
+            await asyncio.sleep(storm.random.uniform(0.0, WITHIN_SECONDS))
             send_signal(new[0], signal.SIGKILL)
             return
 
@@ -131,7 +133,7 @@ async def kill_daemon_in_start(storm: Storm) -> None:
         daemon.process.kill()
         daemon.process.wait()
         starting = storm.open_daemon()
-        await asyncio.sleep(storm.random.uniform(0.0, 2 * START_SECONDS))
+        await asyncio.sleep(storm.random.uniform(0.0, START_SECONDS))
         storm.phases["start"] += 1
         starting.kill()
 
