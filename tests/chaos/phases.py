@@ -19,9 +19,9 @@ from tests.e2e.daemon import Daemon
 if TYPE_CHECKING:
     from tests.chaos.storm import Storm
 
-TRIES, HOLD_SECONDS = 8, 0.6  # how often a process is stopped, and for how long, until the moment is there
+TRIES, HOLD_SECONDS = 12, 0.8  # how often a process is stopped, and for how long, until the moment is there
 WITHIN_SECONDS = 0.004  # from the beginning of the work to the end of the process, at most
-START_SECONDS = 2.5  # of a process, roughly
+START_SECONDS = 5.0  # of a daemon, roughly
 
 Moment = Callable[["Storm", int], Awaitable[bool]]
 
@@ -30,11 +30,13 @@ async def kill_in_start(storm: Storm) -> None:
     """A device's process is gone, and so is its successor before it can say a word."""
     before = storm.pids()
     send_signal(storm.pick("seallmd-cpu"), signal.SIGKILL)
-    for _ in range(200):
-        await asyncio.sleep(0.02)
+    for _ in range(800):
+        await asyncio.sleep(0.005)
         if new := sorted(storm.pids() - before):
-            await asyncio.sleep(storm.random.uniform(0.0, START_SECONDS))
+            send_signal(new[0], signal.SIGSTOP)
             storm.phases["start"] += any(d["state"] != "up" for d in (await storm.status())["devices"])
+            send_signal(new[0], signal.SIGCONT)
+            await asyncio.sleep(storm.random.uniform(0.0, WITHIN_SECONDS))
             send_signal(new[0], signal.SIGKILL)
             return
 
@@ -43,7 +45,8 @@ async def kill_in_load(storm: Storm) -> None:
     """The loader is gone while it reads a model's weights."""
 
     async def is_reading(storm: Storm, _pid: int) -> bool:
-        return any(service["state"] == "reading" for service in (await storm.status())["services"])
+        services = (await storm.status())["services"]
+        return any(service["state"] == "reading" for service in services) or await _swap(storm, services)
 
     await _kill(storm, "load", "seallmd-host", is_reading)
 
@@ -70,7 +73,8 @@ async def kill_in_copy(storm: Storm) -> None:
     """A worker is gone while weights are copied to it."""
 
     async def is_copying(storm: Storm, pid: int) -> bool:
-        return any(service["state"] == "copying" for service in await _services(storm, pid))
+        services = await _services(storm, pid)
+        return any(service["state"] == "copying" for service in services) or await _swap(storm, services)
 
     await _kill(storm, "copy", "seallmd-cpu", is_copying)
 
@@ -129,7 +133,7 @@ async def kill_daemon_in_start(storm: Storm) -> None:
         daemon.process.kill()
         daemon.process.wait()
         starting = storm.open_daemon()
-        await asyncio.sleep(storm.random.uniform(0.0, 2 * START_SECONDS))
+        await asyncio.sleep(storm.random.uniform(0.0, START_SECONDS))
         storm.phases["start"] += 1
         starting.kill()
 
@@ -162,6 +166,16 @@ async def _held_at(storm: Storm, child: str, moment: Moment) -> int | None:
         send_signal(pid, signal.SIGCONT)
         await asyncio.sleep(0.1)
     return None
+
+
+async def _swap(storm: Storm, services: list[dict[str, object]]) -> bool:
+    """Have one of these leave, and all that are away come: else nothing would while one is stopped. False."""
+    if there := [service["name"] for service in services if service["state"] == "resident"]:
+        await storm.command({"op": "evict", "service": storm.random.choice(there), "now": True}, 0.05)
+    away = [s["name"] for s in (await storm.status())["services"] if s["state"] == "absent"]
+    for name in away:
+        await storm.command({"op": "load", "service": name}, 0.02)
+    return False
 
 
 async def _running(storm: Storm, pid: int) -> list[dict[str, object]]:

@@ -127,7 +127,7 @@ class Storm:
         self.runs += 1
         config = f"hung_seconds = {HUNG_SECONDS}\nrestart_seconds = 0.5\nstop_seconds = 20\n"
         config += '[devices]\nkind = "cpu"\ncpu_workers = 2\nthreads = 1\nmemory = "640 KiB"\n'
-        config += f'block = "8 KiB"\nhost_kv = "64 KiB"\nhost_memory = "640 KiB"\ncache = "{self.cache}"\n'
+        config += f'block = "8 KiB"\nhost_kv = "64 KiB"\nhost_memory = "160 KiB"\ncache = "{self.cache}"\n'
         config += '[journal]\nlimit = "1 GiB"\nflight = "2 MiB"\n'
         config += "[policy]\nstep_tokens = 32\npatience_seconds = 0.3\nmin_residency_seconds = 0.2\n"
         for name in self.services:

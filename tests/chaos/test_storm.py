@@ -21,6 +21,7 @@ def test_a_short_storm(tmp_path: Path) -> None:
     finally:
         storm.daemon.kill()
     assert set(storm.counts) == {fault.__name__ for fault in FAULTS}
+    assert set(+storm.phases) == {"start", "load", "prefill", "decode", "copy", "evict", "shutdown"}
     assert storm.traffic.outcomes["right"] > 50
 
 
