@@ -251,7 +251,9 @@ class Talk:
 
     def row(self, count: int) -> tuple[list[msg.Admit], msg.Row]:
         """The next `count` tokens, sampling where they are the last."""
-        admit = [] if self.admitted else [msg.Admit(self.request, tuple(self.tokens), self.prompt, GREEDY)]
+        told = 0 if GREEDY.pooling else 1
+        admits = msg.Admit(self.request, tuple(self.tokens), self.prompt, GREEDY, told)
+        admit = [] if self.admitted else [admits]
         self.admitted = True
         blocks = self.rig.blocks(self.service, len(self.table), self.run + count)
         self.table += blocks
