@@ -217,8 +217,9 @@ def _content(operation: Operation) -> dict[str, Any]:
 
 
 def _event(schema: dict[str, Any]) -> dict[str, Any]:
-    """One server-sent event, as OpenAPI 3.2 describes them: `data` is a document in a string."""
-    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+    """One server-sent event, as OpenAPI 3.2 describes them: `data` is a document in a string, or the end."""
+    document = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+    data = {"anyOf": [document, {"const": "[DONE]"}]}
     return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 

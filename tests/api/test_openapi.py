@@ -44,7 +44,8 @@ def test_fields_come_from_the_types() -> None:
 def test_events_are_documents_in_strings() -> None:
     """What is described is the event, whose data is the chunk."""
     answers = document()["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
-    data = answers["text/event-stream"]["schema"]["properties"]["data"]
+    data, end = answers["text/event-stream"]["schema"]["properties"]["data"]["anyOf"]
+    assert end == {"const": "[DONE]"}
     assert (data["type"], data["contentMediaType"]) == ("string", "application/json")
     assert data["contentSchema"] == {"$ref": "#/components/schemas/ChatChunk"}
 
