@@ -208,9 +208,19 @@ def _content(operation: Operation) -> dict[str, Any]:
         return {operation.media: {"schema": {"type": "string"}}}
     content = {"application/json": {"schema": _schema(operation.answer)}}
     if operation.events is not None:
-        media = "application/x-ndjson" if operation.lines else "text/event-stream"
-        content[media] = {"schema": _schema(operation.events)}
+        schema = _schema(operation.events)
+        if operation.lines:
+            content["application/x-ndjson"] = {"schema": schema}
+        else:
+            content["text/event-stream"] = {"schema": _event(schema)}
     return content
+
+
+def _event(schema: dict[str, Any]) -> dict[str, Any]:
+    """One server-sent event, as OpenAPI 3.2 describes them: `data` is a document in a string, or the end."""
+    document = {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}
+    data = {"anyOf": [document, {"const": "[DONE]"}]}
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def _schema(kind: Any) -> dict[str, Any]:

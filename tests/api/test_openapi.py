@@ -41,6 +41,15 @@ def test_fields_come_from_the_types() -> None:
     assert (temperature["minimum"], temperature["maximum"]) == (0, 2)
 
 
+def test_events_are_documents_in_strings() -> None:
+    """What is described is the event, whose data is the chunk."""
+    answers = document()["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
+    data, end = answers["text/event-stream"]["schema"]["properties"]["data"]["anyOf"]
+    assert end == {"const": "[DONE]"}
+    assert (data["type"], data["contentMediaType"]) == ("string", "application/json")
+    assert data["contentSchema"] == {"$ref": "#/components/schemas/ChatChunk"}
+
+
 async def test_keys_are_told(engine: FakeEngine) -> None:
     """What needs one, and what does not."""
     key = Key(name="alice", key="sk-alice-0123456789")

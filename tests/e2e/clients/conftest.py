@@ -30,12 +30,13 @@ def program(environment: str, name: str) -> Path:
     return found
 
 
-def run(command: list[str | Path], **environment: str) -> str:
-    """What a program writes to stdout; fails with all that it wrote when it fails."""
+def run(command: list[str | Path], cwd: Path = SCRIPTS, **environment: str) -> str:
+    """What a program writes to stdout, run where it may write; fails with all that it wrote when it fails."""
     # Of the shell's own settings none is to reach a client: a key, a proxy, a path to our packages.
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
     done = subprocess.run(
         list(map(str, command)),
+        cwd=cwd,
         env={**kept, "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,

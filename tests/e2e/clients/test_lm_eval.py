@@ -70,13 +70,14 @@ def evaluate(daemon: Daemon, directory: Path, model: str) -> dict[str, list[dict
         whole = {**TASK, **task, "dataset_kwargs": {"data_files": {"test": str(data)}}}
         (directory / f"{task['task']}.yaml").write_text(json.dumps(whole))  # JSON is YAML
     server = f"model={model},base_url={daemon.url}/v1/completions,num_concurrent=4,max_retries=1"
-    tokens = f"tokenizer={MODELS / model},tokenizer_backend=huggingface,max_length=2048"
+    tokens = f"tokenizer={MODELS / model},tokenizer_backend=huggingface,add_bos_token=true,max_length=2048"
     run(
         [
             *(program("others", "lm_eval"), "--model", "local-completions"),
             *("--model_args", f"{server},{tokens}", "--include_path", directory),
             *("--tasks", "facts,story", "--log_samples", "--output_path", directory / "out"),
         ],
+        cwd=directory,
         HF_HOME=str(directory / "hf"),
     )
     return {
@@ -108,4 +109,4 @@ def written(model: object, tokenizer: object, question: str) -> str:
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False
     )
     text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)  # type: ignore[attr-defined]
-    return str(text).split("\n\n")[0]
+    return str(text).split("\n\n")[0].rstrip("\N{REPLACEMENT CHARACTER}")  # half a character is none here

@@ -44,10 +44,12 @@ def test_answers_are_as_described(target: Daemon, tmp_path: Path, phase: str) ->
             *("--max-examples", "10", "--seed", "1", "--suppress-health-check", "all"),
             *("--generation-database", "none", "--request-timeout", "60", "--no-color"),
         ],
+        cwd=tmp_path,
         PYTHONPATH=str(SCRIPTS),
         SCHEMATHESIS_HOOKS="schemathesis_hooks",
         MODELS=NAME,
         TMPDIR=str(tmp_path),
     )
     assert [device["state"] for device in target.status()["devices"]] == ["up"]
-    assert target.client().completions.create(model=NAME, prompt="x", max_tokens=2).usage.completion_tokens
+    with target.client() as client:
+        assert client.completions.create(model=NAME, prompt="x", max_tokens=2).usage.completion_tokens
