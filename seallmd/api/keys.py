@@ -40,7 +40,8 @@ class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     name: in logs and metrics; never the key itself. key: the secret itself. sha256: or, instead of it, its
     digest in hexadecimal. tier: of its requests. models: patterns of the services that it may use, such as
     "llama-*"; empty = every one. requests_per_minute, tokens_per_minute: limits, tokens of prompt and output
-    together; 0 = none. admin: it may operate the daemon from the page.
+    together; 0 = none. max_requests: so many at a time; 0 = any number. admin: it may operate the daemon from
+    the page.
     """
 
     name: KeyName
@@ -50,6 +51,7 @@ class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     models: tuple[str, ...] = ()
     requests_per_minute: Annotated[int, Meta(ge=0, le=1 << 31)] = 0
     tokens_per_minute: Annotated[int, Meta(ge=0, le=1 << 40)] = 0
+    max_requests: Annotated[int, Meta(ge=0, le=1 << 20)] = 0
     admin: bool = False
 
     def allows(self, model: str) -> bool:

@@ -1,6 +1,6 @@
-"""Limits of requests and tokens per minute, for each API key.
+"""Limits of each API key: requests and tokens per minute, and requests at a time.
 
-Owns the buckets. Must not know HTTP headers, nor what a request is. A bucket holds one minute's worth and
+Owns the counts. Must not know HTTP headers, nor what a request is. A bucket holds one minute's worth and
 fills evenly, so that a burst is served and the mean is kept. Tokens are charged as if the output were as long
 as it may be; what was not used is given back when the request ends.
 """
@@ -8,6 +8,7 @@ as it may be; what was not used is given back when the request ends.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from seallmd.api.keys import Key
@@ -47,10 +48,15 @@ class Rates:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._buckets: dict[tuple[str, str], Bucket] = {}
+        self._running: Counter[str] = Counter()  # requests that are not over, by key
 
     def charge(self, key: Key | None, requests: int, tokens: int) -> None:
-        """Take from the key's limits, or from none of them. Raises RequestError (429)."""
+        """Take from the key's limits, or from none of them; each request that began so is to be ended by
+        `give_back`. Raises RequestError (429)."""
         now = self._clock()
+        if key is not None and key.max_requests and self._running[key.name] >= key.max_requests:
+            limit = f"the limit of this key is {key.max_requests} requests at a time"
+            raise RequestError(limit, status=429, code="rate_limit_exceeded", retry_after=1.0)
         wanted = [(what, self._bucket(key, what, now), amount) for what, amount in _amounts(requests, tokens)]
         limited = [(what, bucket, amount) for what, bucket, amount in wanted if bucket is not None]
         for what, bucket, amount in limited:
@@ -58,9 +64,13 @@ class Rates:
                 raise _refusal(what, bucket, amount, seconds)
         for _, bucket, amount in limited:
             bucket.take(amount)
+        if key is not None:
+            self._running[key.name] += 1
 
     def give_back(self, key: Key | None, tokens: int) -> None:
-        """Tokens that were charged and not used."""
+        """A request is over; tokens: that were charged and not used."""
+        if key is not None:
+            self._running[key.name] -= 1
         bucket = self._bucket(key, "tokens", self._clock())
         if bucket is not None:
             bucket.take(-tokens)

@@ -68,6 +68,9 @@ class Door:
         state = self._state
         if service.urgent >= service.settings.max_waiting:
             return f"{service.urgent} requests wait for model {service.name!r} already"
+        most = service.settings.max_waiting_tokens
+        if most and service.waiting_tokens and service.waiting_tokens + prompt > most:
+            return f"{service.waiting_tokens} tokens wait for model {service.name!r} already"
         tokens = sum(each.waiting_tokens for each in state.services.values())
         if tokens and tokens + prompt > state.settings.policy.max_waiting_tokens:
             return f"{tokens} tokens wait for models already"

@@ -23,7 +23,8 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     KV; "auto" is the checkpoint's own (bfloat16 where it is none of these). context: limit of prompt plus
     output in tokens; 0 is the model's own limit, lowered to what the largest device can hold. pinned: never
     evicted to make room. preload: brought in at start. max_waiting: requests that may wait before new ones
-    are refused. max_wait_seconds: one that would wait longer than this before it is begun, as far as can be
+    are refused. max_waiting_tokens: tokens of their prompts; 0 = as many as `[policy]` allows for all
+    services. max_wait_seconds: one that would wait longer than this before it is begun, as far as can be
     told, is refused at once, so that targets of latency hold for those that are not; 0 = however long it
     takes. tensor_parallel: devices that each replica is split over; 0 = one, or as few as it takes. devices:
     the groups of devices that it may come in on, each as long as tensor_parallel, in rank order; empty =
@@ -40,6 +41,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     pinned: bool = False
     preload: bool = False
     max_waiting: Annotated[int, Meta(ge=1, le=1 << 20)] = 1024
+    max_waiting_tokens: Annotated[int, Meta(ge=0, le=1 << 40)] = 0
     max_wait_seconds: Annotated[float, Meta(ge=0, le=86400)] = 0.0
     tensor_parallel: Annotated[int, Meta(ge=0, le=8)] = 0
     devices: tuple[tuple[int, ...], ...] = ()
@@ -65,16 +67,16 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """The `[policy]` table.
 
     scheduler: which replica of a device steps next (`core.scheduler`). max_gap_rounds: `budget` lets no
-    service that has work wait longer for a step than so many rounds of one step each. ageing: in `budget`
-    a request counts by its slowdown so far to this power; 0 lets long ones wait. step_tokens: tokens in
-    one step, prefill and decode together. max_rows: requests in one step. batch_slowdown: batch work makes
-    a step that serves others too longer by this factor at most. pipeline_depth: steps a device may hold,
-    running one included. prefix_reuse: share KV blocks of equal prefixes. replicate: a busy service may
-    come in on an idle device too, when its steps would be faster. replicate_gain, replicate_seconds: by
-    this factor, for so long. min_residency_seconds: how long a service that was brought in stays before
-    another may push it out. patience_seconds: how long a request of an absent service waits before a busy
-    service is asked to make room. max_waiting_tokens: tokens of all requests
-    that wait, of all services together, before new ones are refused.
+    service that has work wait longer for a step than so many rounds of one step each. ageing: in `budget` a
+    request counts by its slowdown so far to this power; 0 lets long ones wait. step_tokens: tokens in one
+    step, prefill and decode together. max_rows: requests in one step. batch_slowdown: batch work makes a
+    step that serves others too longer by this factor at most. pipeline_depth: steps a device may hold,
+    running one included. prefix_reuse: share KV blocks of equal prefixes. replicate: a busy service may come
+    in on an idle device too, when its steps would be faster. replicate_gain, replicate_seconds: by this
+    factor, for so long. min_residency_seconds: how long a service that was brought in stays before another
+    may push it out. patience_seconds: how long a request of an absent service waits before a busy service is
+    asked to make room. max_waiting_tokens: tokens of all requests that wait, of all services together,
+    before new ones are refused.
     """
 
     scheduler: Literal["budget", "round-robin", "fcfs", "adbs", "dedicated"] = "budget"

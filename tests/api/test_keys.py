@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -200,6 +201,25 @@ async def test_models_that_a_key_may_not_use_are_not_there(guarded: str) -> None
         body = {"model": "m", "keep_alive": 0}
         async with session.post(f"{guarded}/api/generate", json=body) as response:
             assert response.status == 404
+
+
+async def test_requests_at_a_time(engine: FakeEngine) -> None:
+    """One more than the key may have is refused; a client that leaves makes room for the next."""
+    dave = Key(name="dave", key="sk-dave-01234567890", max_requests=1)
+    runner = await start_http(engine, HttpSettings(port=0), keyring=Keyring([dave]))
+    try:
+        async with client(f"http://127.0.0.1:{runner.addresses[0][1]}", dave.key) as caller:
+            engine.pause()
+            first = asyncio.create_task(caller.completions.create(model="m", prompt="x", max_tokens=3))
+            await engine.arrived.wait()
+            with pytest.raises(openai.RateLimitError):
+                await caller.completions.create(model="m", prompt="x", max_tokens=3)
+            first.cancel()
+            await engine.idle.wait()
+            engine.resume()
+            await caller.completions.create(model="m", prompt="x", max_tokens=3)
+    finally:
+        await runner.cleanup()
 
 
 async def test_limits_are_told_in_headers_and_refusals(guarded: str) -> None:

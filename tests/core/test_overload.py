@@ -28,6 +28,17 @@ def test_waiting_tokens_are_bounded_over_all_services() -> None:
     recorder.assert_output(100)
 
 
+def test_waiting_tokens_of_a_service_are_bounded() -> None:
+    """What waits for one service keeps nobody from another."""
+    recorder = world({"a": shape(), "b": shape()}, arenas=(40,), service_tokens={"a": 100})
+    for request in range(1, 21):
+        recorder.arrive(request, "ab"[request % 2], (1,) * 40, 4)
+    assert {recorder.prompts[r].service for r in recorder.finished} == {"a"}
+    assert recorder.world.node.state.services["a"].waiting_tokens <= 100
+    recorder.world.run()
+    recorder.assert_output(1)
+
+
 def test_a_prompt_above_the_limit_is_served_alone() -> None:
     """A limit below one context must not make long prompts impossible."""
     recorder = world({"a": shape()}, max_waiting_tokens=10)
