@@ -30,8 +30,8 @@ from seallmd.worker import ops
 from seallmd.worker.attention import answered_by
 from seallmd.worker.device import CpuDevice
 from seallmd.worker.host import Host
-from seallmd.worker.kv import KvView
-from seallmd.worker.paged import PagedBatch, Span
+from seallmd.worker.kv import KvView, Span
+from seallmd.worker.paged import PagedBatch
 from seallmd.worker.process import quiet_libraries
 from seallmd.worker.skeleton import DTYPES
 from seallmd.worker.worker import Worker

@@ -32,6 +32,18 @@ class Page(NamedTuple):
         return -(-tokens // self.tokens)
 
 
+class Span(NamedTuple):
+    """A request's part of a packed step. first: its first packed row. context: tokens up to its last.
+
+    table: its blocks, page after page.
+    """
+
+    first: int
+    tokens: int
+    context: int
+    table: Sequence[int]
+
+
 def page_of(layers: Sequence[LayerShape], itemsize: int, block_bytes: int, layout: str) -> Page:
     """The page of a service. layout: "merged" or "split". Raises ValueError if a block is too small."""
     sizes = [itemsize * s.kv_heads * (s.k_dim + s.v_dim) for s in layers]  # bytes of one token

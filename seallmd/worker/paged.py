@@ -19,25 +19,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from seallmd.worker.attention import Call
-from seallmd.worker.kv import KvView, Page
+from seallmd.worker.kv import KvView, Page, Span
 from seallmd.worker.ops.native import Attention, Native, Step, cache_struct
 
 # Single-token rows are padded to the longest of their group; a row whose padding would exceed both figures
 # starts a group of its own. Each group costs a few kernel launches per layer.
 _PADDING_FACTOR = 2
 _PADDING_TOKENS = 256
-
-
-class Span(NamedTuple):
-    """A request's part of the packed step. first: its first packed row. context: tokens up to its last.
-
-    table: its blocks, page after page (see `kv`).
-    """
-
-    first: int
-    tokens: int
-    context: int
-    table: Sequence[int]
 
 
 class _Group(NamedTuple):

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 
 from seallmd.core.messages import Admit, Row, Sampling
 from seallmd.worker.grammar import Matcher
-from seallmd.worker.kv import Page
-from seallmd.worker.paged import Span
+from seallmd.worker.kv import Page, Span
 from seallmd.worker.pooling import PoolPart
 from seallmd.worker.sampler import Draw
 from seallmd.worker.scores import PromptPart

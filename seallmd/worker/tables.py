@@ -7,25 +7,12 @@ graph serves every step of a shape. Must not know kernels, requests or where blo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
-from seallmd.worker.kv import Page
+from seallmd.worker.kv import Page, Span
 from seallmd.worker.transfer import to_device
-
-
-class SpanLike(Protocol):
-    """As `paged.Span`."""
-
-    @property
-    def first(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def context(self) -> int: ...
-    @property
-    def table(self) -> Sequence[int]: ...
 
 
 class Tiles(NamedTuple):
@@ -57,7 +44,7 @@ class Tables:
         counts: torch.Tensor,
         span_of: torch.Tensor,
         positions: torch.Tensor,
-        spans: Sequence[SpanLike],
+        spans: Sequence[Span],
     ) -> None:
         self.blocks, self.contexts, self.firsts, self.counts = blocks, contexts, firsts, counts
         self.span_of, self.positions = span_of, positions
@@ -89,7 +76,7 @@ class Tables:
         return Tiles(pairs[0], pairs[1], size, longest)
 
 
-def tables_of(spans: Sequence[SpanLike], page: Page, device: torch.device) -> Tables:
+def tables_of(spans: Sequence[Span], page: Page, device: torch.device) -> Tables:
     """The tables of a step. One copy to the device."""
     width = max(page.holding(span.context) * page.blocks for span in spans)
     blocks: list[int] = []

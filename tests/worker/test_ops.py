@@ -13,10 +13,10 @@ from torch import nn
 from seallmd.core import messages as msg
 from seallmd.core.messages import LayerShape
 from seallmd.worker.attention import Call
-from seallmd.worker.kv import KvView
+from seallmd.worker.kv import KvView, Span
 from seallmd.worker.ops import modules, reference
 from seallmd.worker.ops.native import Native, linear_struct, norm_struct
-from seallmd.worker.paged import PagedBatch, Span
+from seallmd.worker.paged import PagedBatch
 from tests.worker.helpers import FAMILIES, GREEDY, Rig, save_tiny
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

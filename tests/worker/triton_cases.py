@@ -14,9 +14,9 @@ import torch
 from seallmd.core.messages import LayerShape
 from seallmd.worker import ops
 from seallmd.worker.attention import Call
-from seallmd.worker.kv import KvView
+from seallmd.worker.kv import KvView, Span
 from seallmd.worker.ops import kernels, reference, triton_attention, triton_rows
-from seallmd.worker.paged import PagedBatch, Span
+from seallmd.worker.paged import PagedBatch
 from seallmd.worker.tables import tables_of
 from tests.worker.helpers import Rig, Talk, plain, run_step, save_tiny
 from tests.worker.test_graphs import Rerun

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from seallmd.core.messages import LayerShape
 from seallmd.worker.attention import Call, answered_by
+from seallmd.worker.kv import Span
 from seallmd.worker.ops.kernels import TOLERANCES, Kernels, difference
 from seallmd.worker.ops.layers import probe_kv
 from seallmd.worker.ops.modules import recognise_activation, recognise_norm
-from seallmd.worker.paged import PagedBatch, Span
+from seallmd.worker.paged import PagedBatch
 from seallmd.worker.process import one_line
 from seallmd.worker.table_batch import TableBatch
 from seallmd.worker.tables import tables_of

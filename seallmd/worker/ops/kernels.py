@@ -23,9 +23,9 @@ import torch
 
 from seallmd.core.messages import LayerShape
 from seallmd.worker.attention import Call
-from seallmd.worker.kv import KvView
+from seallmd.worker.kv import KvView, Span
 from seallmd.worker.ops import reference
-from seallmd.worker.paged import PagedBatch, Span
+from seallmd.worker.paged import PagedBatch
 from seallmd.worker.process import one_line
 from seallmd.worker.tables import Tables, tables_of
 

@@ -15,10 +15,10 @@ from torch import nn
 
 from seallmd.core.messages import LayerShape
 from seallmd.worker.attention import Answerer, Call, answered_by, answering
-from seallmd.worker.kv import KvView
+from seallmd.worker.kv import KvView, Span
 from seallmd.worker.ops import native as c
 from seallmd.worker.ops.modules import FastNorm, recognise_activation
-from seallmd.worker.paged import PagedBatch, Span
+from seallmd.worker.paged import PagedBatch
 
 _PROBE_TOKENS = 7
 _PROBE_BLOCK_TOKENS = 4  # so that the probe crosses from one block to the next

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from seallmd.worker.kv import KvView
+from seallmd.worker.kv import KvView, Span
 from seallmd.worker.ops import reference
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -119,23 +119,10 @@ Rotation = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each [..., tokens, 
 _CHECKED = (Linear, Norm, Cache, Attention, _Span, _Step, Layer)
 
 
-class SpanLike(Protocol):
-    """As `paged.Span`."""
-
-    @property
-    def first(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def context(self) -> int: ...
-    @property
-    def table(self) -> Sequence[int]: ...
-
-
 class Step:
     """Where the packed tokens of one step belong; shared by all layers."""
 
-    def __init__(self, spans: Sequence[SpanLike]) -> None:
+    def __init__(self, spans: Sequence[Span]) -> None:
         ours, tables, tokens = (_Span * len(spans))(), [], 0
         for at, span in enumerate(spans):
             ours[at] = (span.first, span.tokens, span.context, len(tables))
