@@ -199,8 +199,11 @@ def test_kill_9_of_a_worker(daemon: Daemon) -> None:
 
 
 def test_a_busy_service_spreads_over_idle_devices(tmp_path: Path) -> None:
-    """Two replicas answer, the texts are the same as from one, and evict takes both."""
-    config = '[devices]\nkind = "cpu"\ncpu_workers = 2\nmemory = "700 MiB"\n'
+    """Two replicas answer, the texts are the same as from one, and evict takes both.
+
+    Not where the other device lends its threads: then one replica is as fast.
+    """
+    config = '[devices]\nkind = "cpu"\ncpu_workers = 2\nmemory = "700 MiB"\nlend_threads = false\n'
     config += "[policy]\nreplicate_seconds = 0.2\n" + service(SMOL, SMOL, preload=True)
     daemon = Daemon(tmp_path, config)
     try:
