@@ -67,7 +67,8 @@ class ServiceRow {
 
   show({ status, figures }, verbs, samples, span) {
     const model = status.model.split("/").pop(); // where it lies is nobody's business here
-    say(this.model, `${model} · ${status.dtype}${status.pinned ? " · pinned" : ""}${status.drained ? " · drained" : ""}`);
+    const held = [status.pinned && "pinned", status.drained && "drained"].filter(Boolean);
+    say(this.model, [model, status.dtype, ...held].join(" · "));
     const loading = LOADING.includes(status.state);
     this.state.className = `state ${loading ? "loading" : status.state}`;
     say(this.state, STATES[status.state] ?? status.state);

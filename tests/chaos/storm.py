@@ -38,6 +38,8 @@ from tools import replay
 
 FAMILIES = {"a": "llama", "b": "qwen3", "c": "gemma2", "d": "llama tied"}
 CLIENTS = 6
+PHASES = ("start", "load", "prefill", "decode", "copy", "evict", "shutdown")  # in which a process may die
+_TRIES_AGAIN = 6
 RECOVERY_SECONDS = 60.0  # on a busy machine a process takes many seconds to start
 HUNG_SECONDS = 3.0
 SPARE_DESCRIPTORS = CLIENTS + 4  # that a process may have open more than when it was first seen at rest
@@ -218,6 +220,8 @@ class Storm:
                 await self._one(number, fault)
                 if time.monotonic() > until:
                     break
+            if count >= ROUND:
+                await self._meet_every_phase(count)
             await self._all_answer()
             await self.traffic.quiet()
         if self.daemon.stop() != 0:
@@ -225,6 +229,15 @@ class Storm:
         await self._until(self._nothing_runs)
         self._replay(self.daemon.journal)
         await self._until(self._nothing_left)
+
+    async def _meet_every_phase(self, number: int) -> None:
+        """Deaths whose moment did not come are tried again, a few times."""
+        deaths = {fault.__name__.removeprefix("kill_in_"): fault for fault in FAULTS}
+        for again in range(number + 1, number + 1 + _TRIES_AGAIN):
+            missed = [phase for phase in PHASES if not self.phases[phase]]
+            if not missed:
+                return
+            await self._one(again, deaths[missed[0]])
 
     async def _one(self, number: int, fault: Fault) -> None:
         # Of its own, so that what a fault draws does not depend on how long the last one took.

@@ -22,8 +22,9 @@ from seallmd.api.control import Command
 from seallmd.api.guard import names_this_machine
 from seallmd.api.keys import Key, Keyring, read_keys
 from seallmd.api.ollama_schema import read_generate, read_ollama_chat
+from seallmd.api.prompts import split_prompts
 from seallmd.api.responses_schema import read_responses
-from seallmd.api.schema import read_chat, read_completion, split_prompts
+from seallmd.api.schema import read_chat, read_completion
 from seallmd.api.tool_formats import FORMATS
 from seallmd.api.tool_reader import Argued, Called, Said, ToolReader
 from seallmd.core import framing
@@ -97,7 +98,7 @@ def _bodies(data: bytes) -> None:
     for spec in taken:
         prompt = getattr(spec, "prompt", "")
         if prompt and not isinstance(prompt, str):
-            split_prompts(prompt)
+            split_prompts(prompt, "prompt", 64)
     if not taken:
         raise refused[0]
 

@@ -6,6 +6,7 @@ import pytest
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
+from seallmd.sim.contention import Contention
 from seallmd.sim.contents import Contents, Corruption, expected_output
 from seallmd.sim.device import Blank, SimDevice
 from seallmd.sim.group import Meetings
@@ -95,7 +96,9 @@ def test_steps_wait_for_the_blocks_that_they_are_given(given: tuple[int, ...], e
     """A step waits for what it is given to be saved (2 s) or restored (1 s more), and for nothing else."""
     clock = Clock()
     costs = Costs(step_fixed=1.0, step_token=0.0, copy_byte=1 / BLOCK_BYTES)
-    device = SimDevice(clock, 0, 1 << 20, costs, Blank({}), Meetings(), block_bytes=BLOCK_BYTES)
+    device = SimDevice(
+        *(clock, 0, 1 << 20, costs, Blank({}), Meetings(), Contention(clock, {})), block_bytes=BLOCK_BYTES
+    )
     device.start()
     device.receive(msg.SaveBlocks((3, 4), (0, 1)))
     device.receive(msg.RestoreBlocks((1,), (2,)))
