@@ -47,8 +47,9 @@ class Door:
             error = f"model {service.name!r} could not be loaded: {service.trouble}"
             return failed(error, "model_unavailable", 503, service.retry_at - state.now)
         if event.tier != "batch" and (crowd := self._crowd(service, len(event.prompt))):
-            retry = max(queue_seconds(state, service), retry_seconds(state, service))
-            return failed(crowd, "overloaded", 503, retry)
+            return failed(crowd, "overloaded", 503, queue_seconds(state, service))
+        if event.tier != "batch" and (wait := self._too_long(service)):
+            return failed(wait, "overloaded", 503, retry_seconds(state, service))
         if service.shape is None:
             return failed(f"model {service.name!r} is still being examined", "model_loading", 503, 1.0)
         limit = self._residency.context_limit(service)
@@ -74,7 +75,11 @@ class Door:
         tokens = sum(each.waiting_tokens for each in state.services.values())
         if tokens and tokens + prompt > state.settings.policy.max_waiting_tokens:
             return f"{tokens} tokens wait for models already"
+        return ""
+
+    def _too_long(self, service: Service) -> str:
+        """For how long one more would have to wait, if that is longer than it may; empty when it is not."""
         longest = service.settings.max_wait_seconds
-        if longest and service.urgent and (wait := wait_seconds(state, service)) > longest:
+        if longest and service.urgent and (wait := wait_seconds(self._state, service)) > longest:
             return f"a request for model {service.name!r} would wait for {wait:.0f} s, {longest:g} at most"
         return ""

@@ -1,9 +1,10 @@
 """Makes room on a device: who may leave, who must, and in what order.
 
 Owns eviction, draining and preemption for memory. Must not know why room is wanted: `residency` wants it for
-weights, `batcher` for KV. Rules that hold always: a pinned service leaves only when an operator says so; a
-service with work leaves for another only by draining, not before it has run a step since it came, and not
-before it has been resident for `min_residency_seconds`.
+weights, `batcher` for KV. Rules that hold always: a pinned service leaves only when an operator says so, or
+for a larger device when a request of its own needs that (`outgrown`); a service with work leaves for another
+only by draining, not before it has run a step since it came, and not before it has been resident for
+`min_residency_seconds`.
 """
 
 from __future__ import annotations

@@ -92,9 +92,8 @@ class ForkServer:
         assert self._sock is not None
         try:
             socket.send_fds(self._sock, [msgspec.msgpack.encode(message)], descriptors or [])
-        except (
-            OSError
-        ) as error:  # it is gone, which is read next, or takes nothing any more: then it has to go
+        except OSError as error:
+            # It is gone, which is read next, or takes nothing any more: then it has to go.
             log.warning("the fork server does not listen: %s", error)
             assert self._process is not None
             self._process.kill()

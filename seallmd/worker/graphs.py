@@ -32,9 +32,7 @@ from seallmd.worker.transfer import to_device
 
 MOST_ROWS = 256
 _MOST_GRAPHS = 256
-_MOST_NUMBERS = (
-    1 << 21
-)  # of a step's description: 8 MiB, of which a table of 256 rows takes 8,000 blocks a row
+_MOST_NUMBERS = 1 << 21  # of a step's description, 8 MiB: in 256 rows, 8,000 blocks each
 
 
 class Shape(NamedTuple):

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import msgspec
 
+from seallmd.files import partial_of
+
 _MAGIC = b"seallmd image 1\n"
 _LENGTH_BYTES = 4
 _MAX_SEAL_BYTES = 4096
@@ -127,7 +129,7 @@ def _key(parts: object) -> str:
 
 
 def _write(path: Path, key: str, descriptor: int, bytes_: int) -> None:
-    partial = path.with_suffix(".partial")
+    partial = partial_of(path)
     target = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         crc = 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from seallmd.core import events as ev
-from seallmd.core.estimate import READ_BYTES_PER_SECOND, coming_seconds, queue_seconds
+from seallmd.core.estimate import READ_BYTES_PER_SECOND, coming_seconds, queue_seconds, wait_seconds
 from tests.core.helpers import shape, world
 
 MIB = 1 << 20
@@ -22,6 +24,20 @@ def test_a_model_that_is_away_takes_its_reading_and_its_copy() -> None:
     recorder.world.happen(ev.EvictWanted(2, "a"))
     recorder.world.run()
     assert coming_seconds(state, service) == service.last_swap_seconds > 0
+
+
+def test_a_full_queue_has_room_long_before_it_is_empty() -> None:
+    """So that is what its refusal says, and not how long all those in it are going to take."""
+    recorder = world({"a": shape()}, arenas=(40,), max_rows=1)
+    state, service = recorder.world.node.state, recorder.world.node.state.services["a"]
+    service.settings = replace(service.settings, max_waiting=400)
+    recorder.world.happen(ev.LoadWanted(1, "a"))
+    recorder.world.run()
+    for request in range(1, 420):
+        recorder.arrive(request, "a", (1, 2), 60)
+    refusal = recorder.finished[419]
+    assert (refusal.code, refusal.retry_after) == ("overloaded", queue_seconds(state, service))
+    assert wait_seconds(state, service) > 10 * refusal.retry_after
 
 
 def test_progress_shortens_the_wait() -> None:

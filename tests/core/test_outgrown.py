@@ -15,9 +15,9 @@ SMALL, LARGE = 20, 60
 LONG = tuple(number % VOCAB for number in range(200))
 
 
-def on_the_small_one() -> Recorder:
+def on_the_small_one(pinned: tuple[str, ...] = ()) -> Recorder:
     """Service "a" resident on device 0, while device 1 has more room."""
-    recorder = world({"a": MODEL}, (SMALL, LARGE), replicate=False)
+    recorder = world({"a": MODEL}, (SMALL, LARGE), pinned=pinned, replicate=False)
     recorder.world.happen(ev.DeviceDrainWanted(1, 1))
     recorder.world.happen(ev.LoadWanted(2, "a"))
     recorder.world.run()
@@ -40,9 +40,10 @@ def test_short_ones_stay() -> None:
     assert place_of(recorder) == (0,)
 
 
-def test_one_that_grows() -> None:
-    """It goes on where it was, on the larger device; so does its neighbour."""
-    recorder = on_the_small_one()
+@pytest.mark.parametrize("pinned", [(), ("a",)])
+def test_one_that_grows(pinned: tuple[str, ...]) -> None:
+    """It goes on where it was, on the larger device; so does its neighbour. A pin is against others."""
+    recorder = on_the_small_one(pinned)
     recorder.arrive(1, "a", LONG, 600)
     recorder.arrive(2, "a", (7, 8), 6)
     recorder.world.run()

@@ -1,7 +1,7 @@
 """The state directory of files and batches: one SQLite database, one folder of files, one owner.
 
 Owns opening, the lock against a second daemon, the schema, transactions, and what a full disk is called. Must
-not know what the tables mean. Everything here blocks: `batch.desk` keeps it off the event loop.
+not know what the tables mean. Everything here blocks: `batch.store` keeps it off the event loop.
 """
 
 from __future__ import annotations
