@@ -2,7 +2,7 @@
 # One thing after the other even under -j: the targets install into one environment.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo run test check browser systemd clients install install-program install-files uninstall clean
+.PHONY: help setup models demo run test check browser systemd triton clients install install-program install-files uninstall clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,7 +48,7 @@ demo: $(STAMP) models ## start the daemon, stream from all models at once, stop 
 run: $(STAMP) models ## run the daemon in the foreground with seallmd.toml
 	@exec $(BIN)/seallmd --config seallmd.toml
 
-test: $(STAMP) models browser systemd clients ## all tests, with the real models and real clients
+test: $(STAMP) models browser systemd triton clients ## all tests, with the real models and real clients
 	$(BIN)/python -m pytest
 
 # What some tests need of the system, by its package manager or not at all: without it those tests are skipped.
@@ -72,6 +72,14 @@ browser:
 # systemd-analyze and systemd-socket-activate; nothing is started.
 systemd:
 	$(call package,systemd,systemd-analyze,the tests of the units)
+
+# For the operations of GPUs, which its interpreter and its compiler run without one. Not among the requirements:
+# torch for GPUs brings the version that it wants, and there is none for every machine.
+TRITON := triton==3.9.0
+triton: $(STAMP)
+	@$(BIN)/python -c 'import triton' 2>/dev/null || \
+		$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps $(TRITON) || \
+		echo 'no $(TRITON) for this machine: the tests of the operations of GPUs are skipped'
 
 # Other people's clients, for tests/e2e/clients: their versions exclude each other and ours, so they live in
 # environments of their own. Every package is pinned, so that nothing has to be resolved: a minute, once.

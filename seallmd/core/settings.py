@@ -123,8 +123,8 @@ class NodeSettings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     services: tuple[ServiceSettings, ...]
-    devices: int
-    block_bytes: int
+    devices: Annotated[int, Meta(ge=1, le=1024)]
+    block_bytes: Annotated[int, Meta(ge=1)]
     host_bytes: int
     roofline: Roofline = ROOFLINES["cpu"]
     profiles: dict[str, ServiceProfile] = {}

@@ -3,7 +3,7 @@
 Owns the encoding of an object graph of this package's classes. Must not know what the objects mean, so that
 new state needs no code here. It is data and nothing more: only classes, enums and functions that
 `seallmd.core` itself defines are ever looked up, by name, and no code of theirs is run but the constructors
-of structs.
+of structs and tuples.
 
 The format: a list of entries; an entry is [kind, name, parts]. A part that is a plain value stands for
 itself, a reference is an extension type with the entry's number. Entries are numbered before their parts, so
@@ -39,7 +39,14 @@ def thaw(data: bytes) -> Any:
     try:
         entries = msgspec.msgpack.decode(data, ext_hook=lambda _, number: _Reference(int.from_bytes(number)))
         return _Thawer(entries).get(0)
-    except (msgspec.DecodeError, LookupError, TypeError, AttributeError, ImportError) as error:
+    except (
+        msgspec.DecodeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"not a snapshot: {error}") from error
 
 
@@ -158,9 +165,9 @@ class _Thawer:
             case "named":
                 return _find(name)
             case "call":
-                return _find(name)(*values)
+                return _class(name, tuple)(*values)
             case "struct":
-                cls = _find(name)
+                cls = _class(name, msgspec.Struct)
                 return cls(**dict(zip(cls.__struct_fields__, values, strict=True)))
         return _FROZEN[kind](values)
 
@@ -177,6 +184,13 @@ def _name(what: Any) -> str:
     if not module.startswith(_PACKAGE):
         raise TypeError(f"{module}.{name} is not of {_PACKAGE[:-1]}")
     return f"{module}:{name}"
+
+
+def _class(name: str, base: type) -> Any:
+    found = _find(name)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ValueError(f"{name} is no class of this kind")
+    return found
 
 
 def _find(name: str) -> Any:

@@ -158,10 +158,11 @@ def _first(body: bytes) -> Node:
 
 
 def _frames(path: Path) -> Iterator[bytes]:
+    left = path.stat().st_size
     with path.open("rb") as file:
         while len(head := file.read(_LENGTH.size)) == _LENGTH.size:
             (size,) = _LENGTH.unpack(head)
-            body = file.read(size)
-            if len(body) < size:
+            left -= _LENGTH.size + size
+            if left < 0:  # before memory is taken on the file's word
                 return
-            yield body
+            yield file.read(size)

@@ -10,12 +10,12 @@ from seallmd.core.snapshot import freeze, thaw
 from tests.core.test_histories import PARALLEL, REPLAYABLE, SERVICES, History
 
 
-@pytest.mark.parametrize("policy", ["budget", "adbs", "dedicated"])
-@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize(
+    ("policy", "parallel"),  # dedicated devices are not shared by groups
+    [("budget", False), ("budget", True), ("adbs", False), ("adbs", True), ("dedicated", False)],
+)
 def test_a_thawed_node_goes_on_alike(policy: str, parallel: bool) -> None:
     """In the middle of everything: steps on their way, copies, preempted requests, prefixes, plans."""
-    if parallel and policy == "dedicated":
-        pytest.skip("dedicated devices are not shared by groups")
     history = History(
         4,
         (48, 44, 46) if parallel else (48, 44),
@@ -52,9 +52,21 @@ def test_nothing_of_others_is_ever_looked_up() -> None:
     for name in ("os:system", "seallmd.core.node:deepcopy", "seallmd.core.node:Node.__init__.__globals__"):
         with pytest.raises(ValueError, match="not"):
             thaw(msgspec.msgpack.encode([["call", name, ["x"]]]))
+    for kind in ("call", "struct"):  # a function of the core, and a class whose constructor does things
+        for name in ("seallmd.core.snapshot:thaw", "seallmd.core.node:Node"):
+            with pytest.raises(ValueError, match="no class of this kind"):
+                thaw(msgspec.msgpack.encode([[kind, name, []]]))
 
 
-@pytest.mark.parametrize("data", [b"", b"\xc1", b"[]", msgspec.msgpack.encode([["list", "", 3]])])
+def _deep(levels: int) -> bytes:
+    """Lists in lists."""
+    entries = [["list", "", [msgspec.msgpack.Ext(1, bytes([n >> 8, n & 255]))]] for n in range(1, levels)]
+    return msgspec.msgpack.encode(entries)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xc1", b"[]", msgspec.msgpack.encode([["list", "", 3]]), _deep(20_000)]
+)
 def test_damaged_snapshots_are_refused(data: bytes) -> None:
     """With one kind of error."""
     with pytest.raises(ValueError, match="not a snapshot"):

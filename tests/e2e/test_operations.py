@@ -41,16 +41,24 @@ class Manager:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(address)
         self.told: list[str] = []
+        self._more = threading.Condition()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
     def _read(self) -> None:
         while text := self._socket.recv(4096).decode():
-            self.told += text.split("\n")
+            with self._more:
+                self.told += text.split("\n")
+                self._more.notify_all()
 
     def has(self, beginning: str) -> bool:
         """Whether something that begins like this was told since the last `forget`."""
         return any(line.startswith(beginning) for line in list(self.told))
+
+    def hears(self, beginning: str) -> bool:
+        """The same, of what is still on its way too."""
+        with self._more:
+            return self._more.wait_for(lambda: self.has(beginning), timeout=30)
 
     def forget(self) -> None:
         """Drop what was told so far."""
@@ -126,7 +134,7 @@ def check_reload(daemon: Daemon, manager: Manager, config: str) -> None:
     (restart,) = daemon.until(lambda: log_lines(daemon, "these changes need a restart"), "the rest", 10)
     assert str(restart["message"]).endswith(": devices.memory")
     daemon.until(lambda: manager.has("RELOADING=1") and manager.has("READY=1"), "told of the reload", 10)
-    assert manager.has("MONOTONIC_USEC=")
+    assert manager.hears("MONOTONIC_USEC=")
     file.write_text("stop_seconds = -1\n" + config)
     daemon.process.send_signal(signal.SIGHUP)
     (refused,) = daemon.until(lambda: log_lines(daemon, "the configuration stays"), "the refusal", 10)
@@ -151,7 +159,7 @@ def check_hung_worker(daemon: Daemon, manager: Manager, config: str) -> None:
     assert log_lines(daemon, "cpu0: hung: owes an answer (step)")
     daemon.until(lambda: daemon.service(SMOL)["state"] == "resident", "the model came back")
     assert daemon.client().completions.create(model=SMOL, prompt="Hi", max_tokens=3).choices[0].text
-    assert manager.has("WATCHDOG=1"), "systemd would have killed the daemon for its worker"
+    assert manager.hears("WATCHDOG=1"), "systemd would have killed the daemon for its worker"
 
 
 def set_hung_seconds(daemon: Daemon, config: str, seconds: int) -> None:
@@ -171,7 +179,7 @@ def check_drain(daemon: Daemon, manager: Manager) -> None:
         next(chunks)
         daemon.process.send_signal(signal.SIGTERM)
         daemon.until(lambda: manager.has("STOPPING=1"), "STOPPING=1")
-        assert manager.has("EXTEND_TIMEOUT_USEC=")
+        assert manager.hears("EXTEND_TIMEOUT_USEC=")
         assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
     assert daemon.process.wait(timeout=30) == 0
 
@@ -248,10 +256,10 @@ def test_systemd_hands_over_its_sockets(tmp_path: Path, manager: Manager) -> Non
                 control.connect(str(paths[1]))
                 control.sendall(b'{"op": "status"}\n')
                 assert b'"kind":"status"' in control.makefile("rb").readline()
-            assert manager.has("READY=1")
+            assert manager.hears("READY=1")
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=60) == 0, log.read_text()
-            assert manager.has("STOPPING=1")
+            assert manager.hears("STOPPING=1")
         finally:
             if process.poll() is None:
                 process.kill()

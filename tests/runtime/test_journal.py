@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,21 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"\x05\x00\x00\x00hello, this is no journal")
     assert replay.main([str(tmp_path / "x")]) == 2
     assert replay.main([str(tmp_path / "none")]) == 2
+
+
+def test_a_record_that_is_longer_than_the_file_costs_no_memory(tmp_path: Path) -> None:
+    """Protects whoever reads a journal that is not ours: where it says 3 GiB, nobody makes room for them."""
+    path = tmp_path / "run.journal"
+    record_history(path, limit_bytes=2_000)
+    with path.open("ab") as file:
+        file.write(b"\0\0\0\xc0...")
+    tracemalloc.start()
+    try:
+        _, records = read(path)
+        assert list(records)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
 
 
 def fly(directory: Path, limit_bytes: int) -> tuple[Path, int]:

@@ -63,6 +63,12 @@ class Served:
                 self.engine.arrived.clear()
                 await self.engine.arrived.wait()
 
+    async def completed(self, batch: Batch) -> int:
+        """How many of its lines are answered by now."""
+        counts = (await self.client.batches.retrieve(batch.id)).request_counts
+        assert counts is not None
+        return counts.completed
+
     async def ended(self, batch: Batch) -> Batch:
         """The batch once it is over, as events tell."""
         over = ("completed", "failed", "expired", "cancelled")
