@@ -79,7 +79,7 @@ class Work(NamedTuple):
             weights_bytes=split.weights_bytes,
             spare_bytes=demand.least_bytes(split) - split.weights_bytes,
             swap=machine.swap(split),
-            weight=rate / output,
+            weight=demand.importance * rate / output,
         )
 
     def alone(self) -> float:
@@ -283,7 +283,8 @@ class ServiceEstimate(msgspec.Struct, frozen=True):
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """What a plan is predicted to give. normalized_latency: seconds per token, weighted by rates."""
+    """What a plan is predicted to give. normalized_latency: seconds per token, weighted by rates
+    and importance."""
 
     services: dict[str, ServiceEstimate]
     normalized_latency: float
@@ -314,16 +315,16 @@ def estimate(plan: Plan, demands: Sequence[Demand], machine: Machine) -> Estimat
     ]
     absent = [demand for demand in demands if not plan.of(demand.name)]
     costs: dict[tuple[int, ...], float] = {}
-    for demand in sorted(absent, key=lambda d: -d.rate):
+    for demand in sorted(absent, key=lambda d: -d.importance * d.rate):
         if visit := _best_visit(demand, parts, machine, costs):
             parts.append(visit)
     outcomes: dict[str, list[Outcome]] = {demand.name: [] for demand in demands}
     for part, outcome in zip(parts, _outcomes(parts, machine), strict=True):
         outcomes[part.service].append(outcome)
     services = {name: _of_service(known[name], found, machine) for name, found in outcomes.items()}
-    weights = {demand.name: max(_IDLE_RATE, demand.rate) for demand in demands}
+    weights = {demand.name: demand.importance * max(_IDLE_RATE, demand.rate) for demand in demands}
     total = sum(weights[name] * service.seconds_per_token for name, service in services.items())
-    return Estimate(services, total / max(_IDLE_RATE, sum(weights.values())))
+    return Estimate(services, total / (sum(weights.values()) or 1.0))
 
 
 def _resident(demand: Demand, group: Devices, replicas: int, machine: Machine) -> Load:

@@ -48,10 +48,11 @@ class Split(msgspec.Struct, frozen=True):
 class Demand(msgspec.Struct, frozen=True):
     """What is asked of one service.
 
-    rate: requests per second. prompt_tokens, output_tokens: means of a request. splits: the numbers of ranks
-    that it can run on, fewest first; at least one. least_tokens: KV of so many tokens must fit beside the
-    weights, or the service cannot run there (a longest request). placed: the groups that the operator wants
-    it on, () for nowhere; None leaves it to the planner.
+    rate: requests per second. importance: what a second of one of them counts for. prompt_tokens,
+    output_tokens: means of a request. splits: the numbers of ranks that it can run on, fewest first; at
+    least one. least_tokens: KV of so many tokens must fit beside the weights, or the service cannot run
+    there (a longest request). placed: the groups that the operator wants it on, () for nowhere; None leaves
+    it to the planner.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Demand(msgspec.Struct, frozen=True):
     splits: tuple[Split, ...]
     least_tokens: int = 256
     placed: tuple[Devices, ...] | None = None
+    importance: float = 1.0
 
     def split(self, ranks: int) -> Split | None:
         """How it runs on so many ranks; None when it cannot."""

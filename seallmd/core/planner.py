@@ -169,6 +169,7 @@ class Planner:
             splits=tuple(self._split(service, ranks) for ranks in self._feasible_ranks(service)),
             least_tokens=service.settings.context or min(service.shape.context, 256),
             placed=self._placed(service, rate),
+            importance=service.settings.importance,
         )
 
     def _placed(self, service: Service, rate: float) -> tuple[Devices, ...] | None:

@@ -135,13 +135,14 @@ class Replacement:
 
 
 def regret_rate(current: Plan, best: Plan, demands: Sequence[Demand], machine: Machine) -> float:
-    """Request-seconds lost per second: rate * (normalized latency now - at best) * output, over services.
+    """Request-seconds lost per second: rate * (normalized latency now - at best) * output * importance, over
+    services.
 
     Never negative: plans are chosen by seconds per token, and one that is better by those may be worse by
     request-seconds; that is no reason to pay back.
     """
     now, then = (estimate(plan, demands, machine).services for plan in (current, best))
-    lost = sum(d.rate * (now[d.name].seconds - then[d.name].seconds) for d in demands)
+    lost = sum(d.importance * d.rate * (now[d.name].seconds - then[d.name].seconds) for d in demands)
     return max(0.0, lost)
 
 
@@ -169,7 +170,7 @@ def moving_cost(
         for group in groups:
             seconds = max((blackout.get(device, 0.0) for device in group), default=0.0)
             there = (demand.rate * seconds + inflight.get(demand.name, 0)) / len(groups)
-            lost += seconds * there
+            lost += demand.importance * seconds * there
     return lost
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
+from math import inf
 
 from seallmd.core import dedicated
 from seallmd.core.copying import copy_in
@@ -19,7 +20,7 @@ from seallmd.core.images import Images
 from seallmd.core.loads import Loads
 from seallmd.core.messages import MoveBlocks
 from seallmd.core.ranks import Ranks
-from seallmd.core.room import Room
+from seallmd.core.room import Room, missed
 from seallmd.core.scaling import is_idle, wants_replica, watch_pressure
 from seallmd.core.service import Image, Replica, Service, Stage
 from seallmd.core.state import Claim, Device, NodeState
@@ -238,7 +239,7 @@ class Residency:
         need, able = self._need(service), self.able_places(service)
         able = [place for place in able if self.holds_waiting(service, place)] or able
         free = [place for place in able if not any(self._promised(device, service) for device in place)]
-        # Where it fits as things are; where only idle services must leave, the longest unused first.
+        # Where it fits as things are; where only idle services must leave, the least missed first.
         # Fewest neighbours first: compute is what services share, and a larger device has no more of it.
         # Where the plan has it goes before all.
         planned = self._state.planned.get(service.name, ())
@@ -252,7 +253,7 @@ class Residency:
                 return
         if not service.waiting and not service.load_tickets:
             return  # nobody asks for it now: it takes room, but nobody's
-        for place in sorted(free, key=lambda p: max(map(self._idle_age, p))):
+        for place in sorted(free, key=lambda p: max(map(self._missed, p))):
             if self._evict_idle_for(service, place, need) and self._start(service, place):
                 return
         if self._state.now >= service.asks_at or service.load_tickets:
@@ -277,7 +278,7 @@ class Residency:
                     replica.admit_below = min(replica.admit_below, self._order(service))
 
     def _evict_idle_for(self, service: Service, place: Place, need: int) -> bool:
-        """Evict as few idle services as let this one in, the longest unused first. False if all would not."""
+        """Evict as few idle services as let this one in, the least missed first. False if all would not."""
         leaving = [self._idle_in_the_way(service, device, need) for device in place]
         if any(replicas is None for replicas in leaving):
             return False
@@ -303,9 +304,10 @@ class Residency:
                 return idle[:count]
         return None
 
-    def _idle_age(self, device: Device) -> float:
-        """When the most recently used idle service of the device was used last; inf when it has none."""
-        return max((r.used for r in self._room.idle(device, keep="")), default=float("inf"))
+    def _missed(self, device: Device) -> tuple[float, float]:
+        """Importance and last use of the idle service of the device that would be missed most."""
+        idle = self._room.idle(device, keep="")
+        return missed(self._state, idle[-1]) if idle else (inf, inf)
 
     def _ask_for_room(self, service: Service, need: int, able: list[Place]) -> None:
         """Claim a place's memory once it is worth it: nobody junior is admitted there, busy services drain.

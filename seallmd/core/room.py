@@ -18,6 +18,11 @@ from seallmd.core.state import Device, NodeState
 from seallmd.core.tiers import yields
 
 
+def missed(state: NodeState, replica: Replica) -> tuple[float, float]:
+    """By how much an idle replica would be missed: importance goes before when it was used last."""
+    return state.services[replica.service].settings.importance, replica.used
+
+
 class Room:
     """Frees memory on the shared state. evictions, kept: how many left, or were to leave
     and stay after all; callers see whether any was."""
@@ -40,13 +45,13 @@ class Room:
     # ------------------------------------------------------------------------------- making room
 
     def idle(self, device: Device, keep: str) -> list[Replica]:
-        """Replicas that may leave at once and have nothing to do; the longest unused first."""
+        """Replicas that may leave at once and have nothing to do; the least missed first."""
         idle = [
             replica
             for name, replica in device.replicas.items()
             if name != keep and self.may_leave(replica) and not replica.running and self._spare(replica)
         ]
-        return sorted(idle, key=lambda r: r.used)
+        return sorted(idle, key=lambda r: missed(self._state, r))
 
     def _spare(self, replica: Replica) -> bool:
         """Whether nobody would miss a replica that runs nothing: no demand, or others that can meet it."""

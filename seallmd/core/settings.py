@@ -28,10 +28,11 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     told, is refused at once, so that targets of latency hold for those that are not; 0 = however long it
     takes. tensor_parallel: devices that each replica is split over; 0 = one, or as few as it takes. devices:
     the groups of devices that it may come in on, each as long as tensor_parallel, in rank order; empty =
-    any. tool_parser: how the model writes tool calls; auto goes by its chat template. pooling: what
-    /v1/embeddings makes of a text's last hidden states, their mean or the last one; none = the service gives
-    no embeddings. idle_seconds: it leaves its device when nobody has asked it for anything for so long; 0 =
-    never, and a pinned one never does.
+    any. importance: what a second of its requests counts for when memory is scarce, beside 1 of others: who
+    comes in, who leaves, and where plans put it. tool_parser: how the model writes tool calls; auto goes by
+    its chat template. pooling: what /v1/embeddings makes of a text's last hidden states, their mean or the
+    last one; none = the service gives no embeddings. idle_seconds: it leaves its device when nobody has
+    asked it for anything for so long; 0 = never, and a pinned one never does.
     """
 
     name: Name
@@ -45,6 +46,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     max_wait_seconds: Annotated[float, Meta(ge=0, le=86400)] = 0.0
     tensor_parallel: Annotated[int, Meta(ge=0, le=8)] = 0
     devices: tuple[tuple[int, ...], ...] = ()
+    importance: Annotated[float, Meta(ge=0.001, le=1000)] = 1.0
     tool_parser: Literal["auto", "none", "hermes", "qwen", "llama3_json", "mistral"] = "auto"
     pooling: Literal["none", "mean", "last"] = "none"
     idle_seconds: Annotated[float, Meta(ge=0, le=31536000)] = 0.0

@@ -4,6 +4,7 @@ Owns the judgement alone; `residency` moves services. Everything is in request-s
 regret (`replacement`), and the rule is the same ski rental: what the newcomer's requests have waited grows;
 once it has reached what those who would have to leave for it would lose, they are asked to. So a crowd of
 waiters, or a light resident, makes a swap come early, and nobody swaps back and forth for a few requests.
+On both sides a second counts as much as the operator says that the service is important.
 Batch work counts for nothing beside other requests. Among itself it makes swaps rare: who came last and when
 is all the same to it, and every swap costs all of it throughput.
 """
@@ -29,7 +30,7 @@ def swap_seconds(state: NodeState, service: Service) -> float:
 
 
 def waited(service: Service, now: float) -> float:
-    """Request-seconds that the requests of an absent service have waited for it to come.
+    """Weighted request-seconds that the requests of an absent service have waited for it to come.
 
     As if they had arrived at a steady rate: the queue is not walked through at every event.
     """
@@ -39,7 +40,8 @@ def waited(service: Service, now: float) -> float:
     first = next(iter(service.waiting.values()))
     last = next(r for r in reversed(service.waiting.values()) if r.deferred is deferred)
     count = service.urgent or service.deferred
-    return count * (2 * now - _since(service, first) - _since(service, last)) / 2
+    seconds = (2 * now - _since(service, first) - _since(service, last)) / 2
+    return service.settings.importance * count * seconds
 
 
 def _only_deferred(service: Service) -> bool:
@@ -53,7 +55,7 @@ def _since(service: Service, request: Request) -> float:
 
 
 def loss(state: NodeState, replica: Replica, newcomer: Service) -> float:
-    """Request-seconds that are lost when a replica leaves for a newcomer, and comes back after it.
+    """Weighted request-seconds that are lost when a replica leaves for a newcomer, and comes back after it.
 
     Those that it runs or keeps waiting, and those that are going to arrive meanwhile, wait for as long as it
     is away: until the newcomer is in and it is back, at least. The last replica but one or more leaves its
@@ -67,10 +69,11 @@ def loss(state: NodeState, replica: Replica, newcomer: Service) -> float:
         return inf
     else:
         running, waiting, stay = len(replica.running), len(service.waiting), _BATCH_STAY
+    weight = stay * service.settings.importance
     if any(other is not replica and other.stage is Stage.RESIDENT for other in service.replicas):
-        return stay * running * swap_seconds(state, newcomer)
+        return weight * running * swap_seconds(state, newcomer)
     away = swap_seconds(state, newcomer) + swap_seconds(state, service)
-    return stay * away * (running + waiting + away * service.arrivals.value(state.now))
+    return weight * away * (running + waiting + away * service.arrivals.value(state.now))
 
 
 def asks_at(state: NodeState, service: Service, lost: float) -> float:

@@ -124,6 +124,7 @@ def _configured(settings: Record) -> list[tuple[str, str]]:
         ("context", str(settings["context"] or "the model's own")),
         ("preload", _yes(settings["preload"])),
         ("pinned", _yes(settings["pinned"])),
+        ("importance", f"{settings['importance']:g}"),
         ("max_waiting", str(settings["max_waiting"])),
         (
             "idle_seconds",

@@ -145,6 +145,7 @@ def world(
     costs: Costs | None = None,
     sharing: tuple[GroupSettings, ...] = (),
     idle_seconds: dict[str, float] | None = None,
+    importance: dict[str, float] | None = None,
     service_tokens: dict[str, int] | None = None,
     max_wait_seconds: dict[str, float] | None = None,
     absent: tuple[str, ...] = (),
@@ -164,6 +165,7 @@ def world(
                 tensor_parallel=(tensor_parallel or {}).get(name, 0),
                 devices=(groups or {}).get(name, ()),
                 idle_seconds=(idle_seconds or {}).get(name, 0.0),
+                importance=(importance or {}).get(name, 1.0),
                 max_waiting_tokens=(service_tokens or {}).get(name, 0),
                 max_wait_seconds=(max_wait_seconds or {}).get(name, 0.0),
             )

@@ -201,6 +201,17 @@ def test_an_idle_service_makes_room() -> None:
     assert sum(service.swaps_in for service in status.services) == 5
 
 
+def test_an_idle_service_that_matters_less_makes_room_first() -> None:
+    """Protects what the operator calls important from whoever was used last."""
+    for arenas in ((27,), (20, 20)):
+        recorder = world(MODELS, arenas, min_residency_seconds=0.0, importance={"a": 2.0})
+        for request, name in enumerate("abcbc", 1):
+            recorder.arrive(request, name, (1, 2, 3), 4)
+            recorder.world.run()
+        assert state_of(recorder, "a") == "resident"
+        assert recorder.world.node.state.services["a"].swaps_in == 1
+
+
 def test_a_pinned_service_stays_and_the_newcomer_hears_why() -> None:
     """Refuse, never over-commit, never push out what is pinned."""
     recorder = world({"a": shape(), "b": shape()}, arenas=(23,), pinned=("a",))

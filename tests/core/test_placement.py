@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 
+import msgspec
 import pytest
 
 from seallmd.core.baselines import alpa, one_each
@@ -189,6 +190,15 @@ def test_what_does_not_fit_is_absent_and_what_is_called_most_is_not() -> None:
     demands = [demand(f"s{i}", rate, gib=30) for i, rate in enumerate((0.01, 0.5, 0.002, 0.4))]
     plan = place(demands, one)
     assert {name for name, groups in plan.replicas.items() if groups} == {"s1", "s3"}
+
+
+def test_what_is_important_stays_although_it_is_called_less() -> None:
+    """Protects the operator's word: rates are weighed by it."""
+    one = Machine((80 * GIB,), 20 * GIB)
+    demands = [demand(f"s{i}", rate, gib=30) for i, rate in enumerate((0.01, 0.5, 0.002, 0.4))]
+    demands[0] = msgspec.structs.replace(demands[0], importance=100.0)
+    plan = place(demands, one)
+    assert {name for name, groups in plan.replicas.items() if groups} == {"s0", "s1"}
 
 
 def test_replicas_and_groups_mix_on_the_same_devices() -> None:

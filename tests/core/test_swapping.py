@@ -74,6 +74,20 @@ def test_it_comes_in_when_it_is_worth_more_than_what_leaves(waiters: int, there:
     recorder.world.run()
 
 
+@pytest.mark.parametrize("importance", [{"b": 8.0}, {"a": 0.125}])
+def test_importance_weighs_both_sides(importance: dict[str, float]) -> None:
+    """Protects the setting: one waiter that matters eight times as much is as good as eight."""
+    took = []
+    for weights in (importance, {}):
+        recorder = two(min_residency_seconds=0.0, patience_seconds=1000.0, importance=weights)
+        number = keep_busy(recorder, "a", 4, 100, recorder.world.now + 1.0)
+        crowd(recorder, "b", 1, first=number + 1000, tokens=5)
+        took.append(seconds_until_resident(recorder, "b", "a", 4))
+        recorder.world.run()
+    copy = recorder.world.node.state.services["b"].last_swap_seconds
+    assert took[0] - copy < (took[1] - copy) / 3, "it was not worth more"
+
+
 def test_nobody_waits_for_a_swap_longer_than_patience() -> None:
     """However much those lose who have to leave: after `patience_seconds` they are asked."""
     patience = 0.5
