@@ -98,9 +98,15 @@ def build_app(
         await serving.close()
 
     app.on_cleanup.append(close)
+    app.on_response_prepare.append(_tell_server)
     app.on_response_prepare.append(make_rate_headers(serving.rates))
     app.on_response_prepare.append(partial(tell_origin, origins))
     return app
+
+
+async def _tell_server(_request: web.Request, response: web.StreamResponse) -> None:
+    """The name alone: versions of what is below it are of use to nobody but attackers."""
+    response.headers["Server"] = "seallmd"
 
 
 async def start_http(

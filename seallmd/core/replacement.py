@@ -204,7 +204,7 @@ def _reason(
         return "no group of devices can hold it"
     words = [_where(there)]
     if demand.placed is not None:
-        words.append("placed by the operator")
+        words.append("placed by the operator" if demand.placed else "not asked for")
     if set(here) != set(there):
         words.append(f"now {_where(here)}")
         words.append(f"{now.seconds_per_token * 1e3:.3g} -> {then.seconds_per_token * 1e3:.3g} ms per token")

@@ -32,9 +32,20 @@ _EPILOG = (
 )
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Words of a prompt may stand behind options, too: argparse looks for them before the first one alone."""
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (getattr(arguments, "prompt", None) != [] or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.prompt = rest
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the result is the exit code."""
-    arguments = make_parser().parse_args(argv)
+    arguments = _parse(argv)
     path = getattr(arguments, "socket", None) or find_control_socket()
     try:
         code = _VERBS[arguments.verb](path, arguments)

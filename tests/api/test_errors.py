@@ -29,6 +29,7 @@ async def post(url: str, data: bytes, **headers: str) -> tuple[int, dict[str, An
         async with session.post(url, data=data, headers=headers) as response:
             body = await response.read()
     assert len(body) < 8192
+    assert response.headers["Server"] == "seallmd", "versions are nobody's business"
     error = json.loads(body)["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert "\n" not in error["message"]

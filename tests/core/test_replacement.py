@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 
 from seallmd.core.latency import estimate
@@ -243,6 +244,7 @@ def test_a_plan_that_is_hardly_better_is_no_better() -> None:
 def test_the_status_says_why_each_service_is_where_it_is() -> None:
     """Protects `seallmctl plan`: an operator reads what would change and what it would give."""
     demands = [*three(0.2, 4), demand("d", 0.01), demand("e", 0.1, gib=500)]
+    demands.append(msgspec.structs.replace(demand("f", 0.0), placed=()))
     demands[2] = Demand("c", 0.5, 100, 200, demands[2].splits, placed=((1,),))
     control = Replacement(MACHINE)
     control.planned(0.0, demands, A_ALONE, B_ALONE)
@@ -252,6 +254,7 @@ def test_the_status_says_why_each_service_is_where_it_is() -> None:
     assert status.cost > status.regret == 0
     assert reasons["b"].startswith("on device 0, now on device 1, ")
     assert "placed by the operator" in reasons["c"]
+    assert reasons["f"].startswith("absent, not asked for")
     assert "to be swapped in" in reasons["d"]
     assert reasons["e"] == "no group of devices can hold it"
     assert moves(A_ALONE, B_ALONE, demands[:4], MACHINE)[0] == "bring b on device 0"

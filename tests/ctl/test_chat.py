@@ -37,7 +37,7 @@ async def chat(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
 
 async def test_finds_http_by_itself(control: Path, runner: web.AppRunner, engine: FakeEngine) -> None:
     """The control socket is all that has to be known; the Unix socket is taken where there is one."""
-    code, out, err = await run("--socket", control, "chat", "m", "hello", "there", "--temperature", "0")
+    code, out, err = await run("--socket", control, "chat", "m", "--temperature", "0", "hello", "there")
     assert (code, out, err) == (0, SPOKEN + "\n", "")
     assert engine.submitted[0].sampling.temperature == 0
     addresses = list(http_addresses(runner))

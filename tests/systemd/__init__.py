@@ -1,0 +1,1 @@
+"""The installed service under a real systemd; run by hand: `python -m tests.systemd`."""
