@@ -74,11 +74,11 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     step, prefill and decode together. max_rows: requests in one step. batch_slowdown: batch work makes a
     step that serves others too longer by this factor at most. pipeline_depth: steps a device may hold,
     running one included. prefix_reuse: share KV blocks of equal prefixes. replicate: a busy service may come
-    in on an idle device too, when its steps would be faster. replicate_gain, replicate_seconds: by this
-    factor, for so long. min_residency_seconds: how long a service that was brought in stays before another
-    may push it out. patience_seconds: how long a request of an absent service waits before a busy service is
-    asked to make room. max_waiting_tokens: tokens of all requests that wait, of all services together,
-    before new ones are refused.
+    in on an idle device too, when its steps would be faster. replicate_gain: faster by this factor at least.
+    replicate_seconds: and so for this long already. min_residency_seconds: how long a service that was
+    brought in stays before another may push it out. patience_seconds: how long a request of an absent
+    service waits before a busy service is asked to make room. max_waiting_tokens: tokens of all requests
+    that wait, of all services together, before new ones are refused.
     """
 
     scheduler: Literal["budget", "round-robin", "fcfs", "adbs", "dedicated"] = "budget"
