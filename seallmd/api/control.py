@@ -1,21 +1,7 @@
-"""The control socket: operators' commands over a Unix socket, one JSON object per line.
+"""The control socket: operators' commands over a Unix socket.
 
-Owns the protocol and who may speak it. Must not know how commands are carried out (`EngineFace` does that).
-
-    {"op": "status"}                             -> {"kind": "status", "status": {...}, "daemon": {...}}
-    {"op": "map", "cells": 64}                   -> {"kind": "map", "maps": [...], "latencies": {...}}
-    {"op": "show", "service": "a"}               -> {"kind": "service", "service": {...}} or error
-    {"op": "requests"}                           -> {"kind": "requests", "requests": [...]}
-    {"op": "batches"}                            -> {"kind": "batches", "batches": [...]}; "cancel": id -> ok
-    {"op": "plan"}                               -> {"kind": "plan", "plan": {...}} (null: nothing is planned)
-    {"op": "cancel", "request": 7}               -> ok or error
-    {"op": "load", "service": "a"}               -> {"kind": "progress", ...}* then ok or error
-    {"op": "evict", "service": "a", "now": true} -> {"kind": "progress", ...}* then ok or error
-    {"op": "pin", "service": "a", "on": false}   -> ok or error; "on": false takes back, drains too
-    {"op": "drain", "service": "a"}              -> ok once it is drained; or "device": 0, or neither: all
-    {"op": "events", "last": 9, "follow": true}  -> {"kind": "event", ...}*, then ok unless it follows
-    {"op": "reload"}                             -> {"kind": "reloaded", "changed": [...], "restart": [...]}
-    ok is {"kind": "ok"}, error is {"kind": "error", "message": "..."}
+Owns who may speak, and that every command is answered. Must not know what is said (`control_schema`) beyond
+whom to hand it to, nor how commands are carried out (`EngineFace` does that).
 
 A connection may carry several commands, one after the other. What a command has begun goes on when its client
 hangs up.
@@ -33,13 +19,41 @@ import socket
 import struct
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import Meta
 
 from seallmd import __version__
-from seallmd.api.batch.operator import BatchOperator, BatchStatus
+from seallmd.api.batch.operator import BatchOperator
+from seallmd.api.control_schema import (
+    About,
+    Batches,
+    BatchList,
+    Cancel,
+    Command,
+    Detail,
+    Drain,
+    Event,
+    Events,
+    Evict,
+    Failed,
+    Load,
+    Map,
+    Ok,
+    Picture,
+    Pin,
+    Plan,
+    PlanReport,
+    Progress,
+    Reload,
+    Reloaded,
+    Reply,
+    Report,
+    RequestList,
+    Requests,
+    Show,
+    Status,
+)
 from seallmd.api.latency_window import Figures
 from seallmd.api.sockets import claim_socket_path
 from seallmd.core.events import (
@@ -49,11 +63,9 @@ from seallmd.core.events import (
     PinWanted,
     ServiceDrainWanted,
 )
-from seallmd.core.status import ArenaMap, NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 from seallmd.errors import ConfigError, ControlError
 from seallmd.paths import make_socket_directory
 from seallmd.runtime.face import EngineFace
-from seallmd.runtime.feed import Happening
 
 _log = logging.getLogger(__name__)
 
@@ -64,170 +76,6 @@ LINGER_SECONDS = 1.0
 _CREDENTIALS = struct.Struct("3i")
 
 
-class _Request(msgspec.Struct, frozen=True, tag_field="op", tag=str.lower, forbid_unknown_fields=True):
-    pass
-
-
-class Status(_Request, frozen=True):
-    """The report of this moment."""
-
-
-class Map(_Request, frozen=True):
-    """Who holds which part of each arena, in so many cells; and how long requests took lately."""
-
-    cells: Annotated[int, Meta(ge=1, le=4096)] = 64
-
-
-class Show(_Request, frozen=True):
-    """All that is known of a service."""
-
-    service: str
-
-
-class Requests(_Request, frozen=True):
-    """Every request that is not over."""
-
-
-class Batches(_Request, frozen=True):
-    """Batches of /v1/batches; or end one."""
-
-    cancel: str = ""
-
-
-class Plan(_Request, frozen=True):
-    """Where services are, and where they would be better."""
-
-
-class Cancel(_Request, frozen=True):
-    """End a request; its client gets an error."""
-
-    request: int
-
-
-class Load(_Request, frozen=True):
-    """Bring a service in."""
-
-    service: str
-
-
-class Evict(_Request, frozen=True):
-    """Take a service out: once its work is done, or `now`."""
-
-    service: str
-    now: bool = False
-
-
-class Pin(_Request, frozen=True):
-    """Keep a service from leaving, or no longer."""
-
-    service: str
-    on: bool = True
-
-
-class Drain(_Request, frozen=True):
-    """Take no new requests (of a service, or at all), or have a device empty; or no longer."""
-
-    service: str = ""
-    device: int | None = None
-    on: bool = True
-
-
-class Events(_Request, frozen=True):
-    """What happened last, and with `follow` what happens from now on."""
-
-    last: Annotated[int, Meta(ge=0, le=100000)] = 20
-    follow: bool = False
-
-
-class Reload(_Request, frozen=True):
-    """Read the configuration again."""
-
-
-class _Reply(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
-    pass
-
-
-class Ok(_Reply, frozen=True, tag="ok"):
-    """The command succeeded."""
-
-
-class Failed(_Reply, frozen=True, tag="error"):
-    """The command cannot be carried out, and why (one line)."""
-
-    message: str
-
-
-class Progress(_Reply, frozen=True, tag="progress"):
-    """How far a load is; fields as in `ServiceStatus`."""
-
-    service: str
-    state: str
-    stage: float | None
-    device: int | None
-
-
-class About(msgspec.Struct, frozen=True):
-    """The daemon itself. http: where HTTP is served, as `server.http_addresses` has it."""
-
-    version: str
-    pid: int
-    http: tuple[str, ...]
-
-
-class Report(_Reply, frozen=True, tag="status"):
-    """The answer to `Status`."""
-
-    status: NodeStatus
-    daemon: About
-
-
-class Detail(_Reply, frozen=True, tag="service"):
-    """The answer to `Show`."""
-
-    service: ServiceDetail
-
-
-class Picture(_Reply, frozen=True, tag="map"):
-    """The answer to `Map`. latencies: by service."""
-
-    maps: list[ArenaMap]
-    latencies: dict[str, Figures]
-
-
-class RequestList(_Reply, frozen=True, tag="requests"):
-    """The answer to `Requests`, the most senior first."""
-
-    requests: list[RequestStatus]
-
-
-class BatchList(_Reply, frozen=True, tag="batches"):
-    """The answer to `Batches`: those that go on, and after them the last that are over."""
-
-    batches: list[BatchStatus]
-
-
-class Event(_Reply, frozen=True, tag="event"):
-    """One answer to `Events`."""
-
-    event: Happening
-
-
-class Reloaded(_Reply, frozen=True, tag="reloaded"):
-    """The configuration was read again: what has changed with it, and what waits for a restart."""
-
-    changed: list[str]
-    restart: list[str]
-
-
-class PlanReport(_Reply, frozen=True, tag="plan"):
-    """The answer to `Plan`; None while nothing is planned."""
-
-    plan: PlanStatus | None
-
-
-Command = (
-    Status | Map | Show | Requests | Batches | Plan | Cancel | Load | Evict | Pin | Drain | Events | Reload
-)
 Reloader = Callable[[], tuple[list[str], list[str]]]
 
 
@@ -492,6 +340,6 @@ async def _linger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
                 pass
 
 
-async def _say(writer: asyncio.StreamWriter, reply: _Reply) -> None:
+async def _say(writer: asyncio.StreamWriter, reply: Reply) -> None:
     writer.write(msgspec.json.encode(reply) + b"\n")
     await writer.drain()

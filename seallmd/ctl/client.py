@@ -1,7 +1,7 @@
 """Talking to the daemon over its control socket.
 
 Owns the connection and the JSON lines on it. Must not know terminals, nor import anything of the daemon:
-the protocol (described in `seallmd/api/control.py`) is all that the two share.
+the protocol (described in `seallmd/api/control_schema.py`) is all that the two share.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from seallmd import config
-from seallmd.api.control import Command
+from seallmd.api.control_schema import Command
 from seallmd.api.guard import names_this_machine
 from seallmd.api.keys import Key, Keyring, read_keys
 from seallmd.api.ollama_schema import read_generate, read_ollama_chat
