@@ -82,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
         help="of a recorded run: requests that came before (tools.bench_rivals)",
     )
     add("--profiles", type=Path, metavar="FILE", help="take step times from a daemon's profiles.json")
+    add(
+        "--threads",
+        type=int,
+        default=0,
+        help="of each CPU device, which lends them while idle; 0: none lends",
+    )
     add("--alpha", type=float, default=0.9, help="service i gets a share proportional to (i + 1) ** -alpha")
     add("--cv", type=float, default=1.0, help="variation of arrival gaps: 1 Poisson, more comes in bursts")
     add("--prompt", type=float, default=161.0, help="mean prompt tokens of made-up requests")
@@ -141,6 +147,7 @@ def _run_all(options: argparse.Namespace, console: Console, recorded: Sequence[S
                 placement=placement or "plans",
                 drain_seconds=options.drain_seconds,
                 profiles=profiles,
+                threads=options.threads,
                 span_window=(middle, middle + _GANTT_SECONDS) if plots else (0.0, 0.0),
                 sample_seconds=options.seconds / _SAMPLES if plots else 0.0,
             )

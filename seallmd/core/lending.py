@@ -10,9 +10,10 @@ from __future__ import annotations
 from seallmd.core.service import Stage
 from seallmd.core.state import Device, NodeState
 
-# A step on n times the threads takes 1 / n**GAIN of the time: two threads made decoding 1.4 and prefill 1.9
-# times as fast (docs/benchmarks.md). What is learnt of steps is as if nothing had been lent.
-GAIN = 0.6
+# A step on n times the threads takes 1 / n**GAIN of the time: two threads made steps that only decode, which
+# wait for memory, 1.4 times as fast, those with prompts 1.8 times (docs/benchmarks.md). What is learnt of
+# steps is as if nothing had been lent.
+DECODE_GAIN, PROMPT_GAIN = 0.5, 0.87
 
 
 def threads_for(state: NodeState, device: Device) -> int:
@@ -25,9 +26,11 @@ def threads_for(state: NodeState, device: Device) -> int:
     return own * (len(up) // busy)
 
 
-def speedup(threads: int, own: int) -> float:
-    """How much faster a step is on `threads` than on a device's own."""
-    return float((threads / own) ** GAIN) if own and threads else 1.0
+def speedup(threads: int, own: int, *, prompts: bool) -> float:
+    """How much faster a step is on `threads` than on its device's own. prompts: whether it has any."""
+    if not own or not threads:
+        return 1.0
+    return float((threads / own) ** (PROMPT_GAIN if prompts else DECODE_GAIN))
 
 
 def _is_busy(device: Device) -> bool:

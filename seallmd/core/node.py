@@ -196,7 +196,8 @@ class Node:
         threads, own = threads_for(self._state, device), self._state.settings.threads
         if threads <= own:
             return step
-        device.inflight[step.step].speedup = speedup(threads, own)
+        sent = device.inflight[step.step]
+        sent.speedup = speedup(threads, own, prompts=sent.tokens > sent.drawing)
         return replace(step, threads=threads)
 
     def _expected(self, device: Device, step: msg.Step) -> float:

@@ -45,7 +45,7 @@ def _would_pay(state: NodeState, service: Service) -> bool:
         """One token for every request: what does not fit into one step takes several."""
         each = requests / replicas
         rows = min(each, limits.max_rows)
-        lent = speedup(own * (at_hand // (replicas * service.ranks)), own)
+        lent = speedup(own * (at_hand // (replicas * service.ranks)), own, prompts=False)
         return profile.costs.predict(rows, rows * context) / lent * each / rows
 
     return round_seconds(len(replicas)) >= limits.replicate_gain * round_seconds(len(replicas) + 1)

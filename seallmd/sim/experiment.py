@@ -52,6 +52,7 @@ class Setup:
     the last arrival requests may still finish; those that do not count as failed. span_window: (from, to) in
     which steps and copies are kept, for a Gantt chart. sample_seconds: how often arenas are looked at; 0 =
     never. profiles: of services that were measured: the node knows them, and steps take as long as they say.
+    threads: of each CPU device, which idle ones lend; 0 = none does.
     """
 
     shapes: Mapping[str, msg.ModelShape]
@@ -68,6 +69,7 @@ class Setup:
     span_window: tuple[float, float] = (0.0, 0.0)
     sample_seconds: float = 0.0
     profiles: Mapping[str, ServiceProfile] = field(default_factory=dict)
+    threads: int = 0
 
     def isolated(self) -> dict[str, metrics.Isolated]:
         """T_iso by service: on the device where it is shortest."""
@@ -177,6 +179,7 @@ class _Run:
             profiles=dict(setup.profiles),
             policy=policy,
             replacement=replacement,
+            threads=setup.threads,
         )
         self._world = World(
             settings,

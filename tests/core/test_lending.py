@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
+from seallmd.core.lending import speedup
 from seallmd.core.settings import NodeSettings, ServiceSettings
 from seallmd.sim.timing import Costs
 from seallmd.sim.world import World
@@ -68,12 +69,20 @@ def test_some() -> None:
 
 
 def test_what_is_learnt() -> None:
-    """A service that was always alone is known as one that never was lent anything."""
+    """A service that was always alone is known as one that never was lent anything: decodes and prompts."""
     learnt = []
     for threads in (0, 4):
         recorder, _ = machine(2, threads)
         for request in range(1, 30):
-            recorder.arrive(request, "0", (request, 2), 20)
+            recorder.arrive(request, "0", tuple(range(request, request + 12)), 20)
             recorder.world.run()
-        learnt.append(recorder.world.node.profiles()["0"].costs.predict(1, 10))
-    assert abs(learnt[0] - learnt[1]) < 0.02 * learnt[0]
+        costs = recorder.world.node.profiles()["0"].costs
+        learnt.append((costs.predict(1, 10), costs.predict(12, 12, 1)))
+    for apart, lent in zip(*learnt, strict=True):
+        assert abs(apart - lent) < 0.02 * apart
+
+
+def test_prompts_gain_more_than_decodes() -> None:
+    """Protects what is learnt and predicted: two threads are not worth the same to both."""
+    assert 1.3 < speedup(2, 1, prompts=False) < 1.6 < speedup(2, 1, prompts=True) < 2
+    assert speedup(1, 1, prompts=True) == speedup(0, 1, prompts=True) == 1.0
