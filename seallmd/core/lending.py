@@ -10,10 +10,10 @@ from __future__ import annotations
 from seallmd.core.service import Stage
 from seallmd.core.state import Device, NodeState
 
-# A step on n times the threads takes 1 / n**GAIN of the time: two threads made steps that only decode, which
-# wait for memory, 1.4 times as fast, those with prompts 1.8 times (docs/benchmarks.md). What is learnt of
-# steps is as if nothing had been lent.
-DECODE_GAIN, PROMPT_GAIN = 0.5, 0.87
+# On n times the threads, what a step takes whatever is in it goes n**FIXED_GAIN times as fast: it reads the
+# weights, and the memory that one thread keeps busy has little to give to a second. What comes with rows and
+# tokens is computed (docs/benchmarks.md). What is learnt of steps is as if nothing had been lent.
+FIXED_GAIN, TOKEN_GAIN = 0.1, 0.88
 
 
 def threads_for(state: NodeState, device: Device) -> int:
@@ -26,11 +26,15 @@ def threads_for(state: NodeState, device: Device) -> int:
     return own * (len(up) // busy)
 
 
-def speedup(threads: int, own: int, *, prompts: bool) -> float:
-    """How much faster a step is on `threads` than on its device's own. prompts: whether it has any."""
+def speedup(threads: int, own: int, seconds: float, fixed: float) -> float:
+    """How much faster a step is on `threads` than on its device's own.
+
+    seconds: what it takes on those; fixed: what an empty one would.
+    """
     if not own or not threads:
         return 1.0
-    return float((threads / own) ** (PROMPT_GAIN if prompts else DECODE_GAIN))
+    times = threads / own
+    return float(seconds / (fixed / times**FIXED_GAIN + max(0.0, seconds - fixed) / times**TOKEN_GAIN))
 
 
 def _is_busy(device: Device) -> bool:

@@ -196,8 +196,10 @@ class Node:
         threads, own = threads_for(self._state, device), self._state.settings.threads
         if threads <= own:
             return step
-        sent = device.inflight[step.step]
-        sent.speedup = speedup(threads, own, prompts=sent.tokens > sent.drawing)
+        sent, profile = device.inflight[step.step], self._state.services[step.service].profile
+        assert profile is not None
+        seconds = profile.costs.predict(sent.tokens, sent.context, sent.drawing)
+        sent.speedup = speedup(threads, own, seconds, profile.costs.predict(0, 0))
         return replace(step, threads=threads)
 
     def _expected(self, device: Device, step: msg.Step) -> float:

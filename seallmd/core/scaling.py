@@ -37,7 +37,7 @@ def _would_pay(state: NodeState, service: Service) -> bool:
     profile = service.profile
     if requests <= len(replicas) or profile is None:
         return False
-    context = profile.prompt_tokens + profile.output_tokens / 2
+    costs, context = profile.costs, profile.prompt_tokens + profile.output_tokens / 2
     own, idle = state.settings.threads, sum(map(is_idle, state.devices.values()))
     at_hand = len(replicas) * service.ranks + idle
 
@@ -45,8 +45,9 @@ def _would_pay(state: NodeState, service: Service) -> bool:
         """One token for every request: what does not fit into one step takes several."""
         each = requests / replicas
         rows = min(each, limits.max_rows)
-        lent = speedup(own * (at_hand // (replicas * service.ranks)), own, prompts=False)
-        return profile.costs.predict(rows, rows * context) / lent * each / rows
+        seconds = costs.predict(rows, rows * context)
+        threads = own * (at_hand // (replicas * service.ranks))
+        return seconds / speedup(threads, own, seconds, costs.predict(0, 0)) * each / rows
 
     return round_seconds(len(replicas)) >= limits.replicate_gain * round_seconds(len(replicas) + 1)
 

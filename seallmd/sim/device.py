@@ -309,7 +309,9 @@ class SimDevice:
         group = self._groups.get(step.service)
         ranks = 1 if group is None else group.ranks
         seconds = self._timing.step(self.index, step.service, tokens, context, rows, ranks)
-        seconds /= speedup(step.threads, self._threads, prompts=tokens > rows)
+        if step.threads:
+            empty = self._timing.step(self.index, step.service, 0, 0, 0, ranks)
+            seconds /= speedup(step.threads, self._threads, seconds, empty)
         waits = self._copies_left(step) if self._copied_at else 0.0
         waits = max(waits, self.stands_until - self._clock.now)
         if group is None:

@@ -73,16 +73,17 @@ def test_what_is_learnt() -> None:
     learnt = []
     for threads in (0, 4):
         recorder, _ = machine(2, threads)
-        for request in range(1, 30):
-            recorder.arrive(request, "0", tuple(range(request, request + 12)), 20)
-            recorder.world.run()
+        for request in range(1, 60):
+            recorder.arrive(request, "0", tuple(range(request % 30, request % 30 + 12)), 20)
+            if request % 5 in (1, 4):  # steps of one row and of several
+                recorder.world.run()
         costs = recorder.world.node.profiles()["0"].costs
         learnt.append((costs.predict(1, 10), costs.predict(12, 12, 1)))
     for apart, lent in zip(*learnt, strict=True):
-        assert abs(apart - lent) < 0.02 * apart
+        assert abs(apart - lent) < 0.05 * apart
 
 
 def test_prompts_gain_more_than_decodes() -> None:
-    """Protects what is learnt and predicted: two threads are not worth the same to both."""
-    assert 1.3 < speedup(2, 1, prompts=False) < 1.6 < speedup(2, 1, prompts=True) < 2
-    assert speedup(1, 1, prompts=True) == speedup(0, 1, prompts=True) == 1.0
+    """Protects what is learnt and predicted: two threads do little for what waits for memory."""
+    assert 1.0 < speedup(2, 1, 0.011, 0.01) < 1.3 < 1.7 < speedup(2, 1, 0.3, 0.01) < 2
+    assert speedup(1, 1, 0.3, 0.01) == speedup(0, 1, 0.3, 0.01) == 1.0

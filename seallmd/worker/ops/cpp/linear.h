@@ -28,10 +28,13 @@ template <class T> struct Matrix {
         const bool asks = r >= pass.asks_from && r < pass.asks_to;
         return {first + r * stride, stride, next, pass.first ? AHEAD_BYTES : asks ? next : 0};
     }
-    template <int R, int STEP> void ask(int i) const {
+    // For B rows of activations. One or two wait for memory alone, and have it come into the first-level cache;
+    // for more, which compute meanwhile, that is too early, and it is in the way there.
+    template <int R, int STEP, int B> void ask(int i) const {
+        constexpr int LOCALITY = B <= 2 ? 3 : 2;
 #pragma GCC unroll 8
         for (size_t line = 0; line < R * STEP * sizeof(T); line += 64)  // in the order in which rows lie in memory
-            __builtin_prefetch(reinterpret_cast<const char*>(first + i * R) + ahead + line, 0, 2);
+            __builtin_prefetch(reinterpret_cast<const char*>(first + i * R) + ahead + line, 0, LOCALITY);
     }
 };
 
@@ -41,7 +44,7 @@ template <class T> struct Scattered {
     const T* const* rows;
     const T* operator[](int r) const { return rows[r]; }
     Scattered from(int r, const Pass&) const { return {rows + r}; }
-    template <int R, int STEP> void ask(int) const {}
+    template <int R, int STEP, int B> void ask(int) const {}
 };
 
 // out[b][r] = w[r] . x[b] over k elements, for R rows of weights and B of activations held in registers.
@@ -55,7 +58,7 @@ inline void dot_tile(const Rows& w, const X* x, ptrdiff_t xs, int k, float* out,
         typename P::Vector rows[R];
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) rows[r] = P::load(w[r] + i);
-        w.template ask<R, P::STEP>(i);
+        w.template ask<R, P::STEP, B>(i);
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) {
             typename P::Vector row = P::load(x + b * xs + i);
