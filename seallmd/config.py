@@ -53,14 +53,14 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     memory shared among them, at most 4 GiB each. reserve: GPU memory kept out of the arena, for
     activations and CUDA itself. graphs: GPU memory kept out besides, for CUDA graphs of decode steps; "0
     B" = none are captured. kernels: "triton" = each Triton operation that agrees with plain torch on a
-    GPU, "torch" = none. threads: math threads of each CPU device; 0 = the cores shared among them.
-    lend_threads: whether CPU devices that have nothing to do lend theirs to the others. block: the arena's
-    unit; empty = 2 MiB on GPUs, 512 KiB on CPUs. host_memory: limit for host images of models; empty =
-    half of the machine's memory. host_kv: host memory of each device for the KV of preempted requests;
-    empty = 4 GiB for a GPU, a quarter of its arena for a CPU device. kv_layout: whether a block holds all
-    layers of its tokens ("merged") or one ("split"). cache: where downloaded and converted models are
-    kept; empty = ~/.cache/seallmd. image_cache: limit for host images on disk, in the cache, from which a
-    restart on CPU devices takes them; "0 B" = none.
+    GPU, and FlashAttention 3 where it is installed and quicker, "torch" = none. threads: math threads of
+    each CPU device; 0 = the cores shared among them. lend_threads: whether CPU devices that have nothing to
+    do lend theirs to the others. block: the arena's unit; empty = 2 MiB on GPUs, 512 KiB on CPUs.
+    host_memory: limit for host images of models; empty = half of the machine's memory. host_kv: host memory
+    of each device for the KV of preempted requests; empty = 4 GiB for a GPU, a quarter of its arena for a
+    CPU device. kv_layout: whether a block holds all layers of its tokens ("merged") or one ("split").
+    cache: where downloaded and converted models are kept; empty = ~/.cache/seallmd. image_cache: limit for
+    host images on disk, in the cache, from which a restart on CPU devices takes them; "0 B" = none.
     """
 
     kind: Literal["auto", "cuda", "cpu"] = "auto"

@@ -4,12 +4,12 @@
     python -m tools.bench_gpu --device cpu --tiny  # the same code at a size for tests
 
 No daemon: the worker's own code in this process, driven by the messages that it gets in service. First every
-operation of the device, in plain torch and in Triton, against the same operation on the CPU in float32; then,
-model by model, decode steps by batch (in the ordinary way, from graphs, and from graphs with the next step
-sent before the last one's tokens are read), prefill by length, swapping out and in again, and the same
-requests from the same graphs after the swap. Beside the figures stand the device's limits, measured in the
-same run: a decode step reads every weight once (a mixture of experts fewer, in small batches), prefill is
-matrix products. Weights are noise, as is the text.
+operation of the device, in plain torch and in Triton, against its reference (`tools/gpu_parity.py`), and the
+time that it takes (`tools/gpu_times.py`); then, model by model, decode steps by batch (in the ordinary way,
+from graphs, and from graphs with the next step sent before the last one's tokens are read), prefill by
+length, swapping out and in again, and the same requests from the same graphs after the swap. Beside the
+figures stand the device's limits, measured in the same run: a decode step reads every weight once (a mixture
+of experts fewer, in small batches), prefill is matrix products. Weights are noise, as is the text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,22 +29,15 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from seallmd.core import messages as msg
-from seallmd.core.messages import LayerShape
 from seallmd.worker import ops
-from seallmd.worker.attention import Answerer, Call
 from seallmd.worker.device import Device, open_device
 from seallmd.worker.graphs import Recorder
-from seallmd.worker.kv import KvView
 from seallmd.worker.layout import Layout, layout_of
-from seallmd.worker.ops import reference
-from seallmd.worker.ops.kernels import CASES, Case, Kernels, difference, gated_error, norm_error, scene_of
-from seallmd.worker.paged import PagedBatch
 from seallmd.worker.process import quiet_libraries
-from seallmd.worker.sampler import Draw, sample
 from seallmd.worker.skeleton import build_skeleton
-from seallmd.worker.table_batch import TableBatch
-from seallmd.worker.tables import tables_of
 from seallmd.worker.worker import Worker
+from tools import gpu_times
+from tools.gpu_parity import check_operations, copies_agree, verdict
 
 _GREEDY = msg.Sampling(temperature=0.0)
 _CPU = torch.device("cpu")
@@ -170,58 +162,6 @@ def make_recorder(device: Device) -> Recorder | None:
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-# ------------------------------------------------------------------------------------------------ parity
-
-
-def attention_error(case: Case, device: torch.device, dtype: torch.dtype, kernels: Kernels | None) -> float:
-    """How far attention on `device` in `dtype` is from the CPU's in float32 on the same rounded numbers.
-
-    kernels: None for plain torch.
-    """
-    here = scene_of(case, device, dtype)
-    shape, page = LayerShape(*here.call.key.shape[1::2], here.call.value.shape[3]), here.kv.page
-    size = page.tokens * 4 * shape.kv_heads * (shape.k_dim + shape.v_dim)
-    blocks = here.kv.views(0)[0].shape[0]
-    kv = KvView(torch.zeros(blocks * size, dtype=torch.uint8), size, [shape], torch.float32)
-    for mine, theirs in zip(kv.views(0), here.kv.views(0), strict=True):
-        mine.copy_(theirs)
-    call = Call(*(t.cpu().float() if isinstance(t, torch.Tensor) else t for t in here.call))
-    expected = PagedBatch(kv, here.spans, _CPU).attend(call)
-    if kernels is None:
-        answerer: Answerer = PagedBatch(here.kv, here.spans, device)
-    else:
-        answerer = TableBatch(here.kv, tables_of(here.spans, page, device), kernels)
-    return difference(answerer.attend(here.call).cpu(), expected)
-
-
-def sampling_agrees(device: torch.device) -> float:
-    """The share of rows that draw on `device` what they draw on the CPU."""
-    logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(5)) * 3
-    kinds = (
-        _GREEDY,
-        msg.Sampling(seed=1),
-        msg.Sampling(temperature=0.7, top_p=0.9, seed=2),
-        msg.Sampling(temperature=1.3, top_k=40, min_p=0.01, repetition_penalty=1.2, seed=3),
-    )
-    draws = [Draw(kinds[row % len(kinds)], [row, 7, 9], 1) for row in range(len(logits))]
-    same = sample(logits, draws) == sample(logits.to(device), draws).cpu()
-    return float(same.float().mean())
-
-
-def copies_agree(device: Device, block_bytes: int) -> bool:
-    """Whether blocks come back from host memory as they went."""
-    blocks = device.arena.view(-1, block_bytes)
-    before = torch.randint(
-        0, 256, blocks[:3].shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
-    blocks[:3].copy_(before)
-    device.save([0, 1, 2], [2, 0, 1])
-    blocks[:3].zero_()
-    device.restore([2, 0, 1], [0, 1, 2])
-    device.wait_for([(0, 1, 2)])
-    return torch.equal(blocks[:3].cpu(), before)
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -385,43 +325,11 @@ def _noise_image(layout: Layout, device: torch.device) -> int:
 # --------------------------------------------------------------------------------------------------- run
 
 
-def check_operations(device: torch.device, kernels: Kernels | None) -> bool:
-    """Print how far each operation is from its reference; whether all are near enough."""
-    good = True
-    for name, chosen in (("plain", None), ("Triton", kernels)):
-        if name == "Triton" and (chosen is None or chosen.attention is None):
-            continue
-        for case in CASES:
-            good &= _line(
-                f"attention, {case.name}, {name}", partial(attention_error, case, device, kernels=chosen)
-            )
-    if kernels is not None and kernels.norm is not None:
-        for n in (576, 4096):
-            good &= _line(f"norm of {n}, Triton", partial(norm_error, kernels, device, n=n, offset=1.0))
-    if kernels is not None and kernels.gated is not None:
-        for activation in reference.ACTIVATIONS:
-            good &= _line(
-                f"{activation}, Triton", partial(gated_error, kernels, device, activation=activation)
-            )
-    share = sampling_agrees(device)
-    print(f"sampling: {share:.1%} of rows draw the same  {_verdict(share == 1)}")
-    return good and share == 1
-
-
-def _line(name: str, error: Callable[..., float]) -> bool:
-    errors = [error(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    fine = errors[0] < 1e-4 and errors[1] < 2e-2
-    print(f"{name:40} float32 {errors[0]:.1e}  bfloat16 {errors[1]:.1e}  {_verdict(fine)}")
-    return fine
-
-
-def _verdict(fine: bool) -> str:
-    return "" if fine else "WRONG"
-
-
 def bench_model(name: str, bench: Bench, sizes: Sizes, limits: Limits, weights: int) -> bool:
     """Print a model's figures; whether it was right. weights: numbers in its layers."""
     print(f"{name}: {bench.weight_bytes / 1e9:.2f} GB of weights")
+    replaced = ", ".join(f"{count} {kind}" for kind, count in bench.resident.operations())
+    print(f"  replaced: {replaced or 'nothing'}")
     for batch in sizes.batches:
         plain, expected = bench.decode(batch, graphs=False)
         graphs, tokens = bench.decode(batch, graphs=True)
@@ -449,8 +357,8 @@ def bench_model(name: str, bench: Bench, sizes: Sizes, limits: Limits, weights: 
     bench.swap_in()
     same, kept = bench.over_a_swap()
     print(
-        f"  after a swap: {kept} graphs kept, tokens {_verdict(same) or 'the same'}; "
-        f"copies of KV {_verdict(copied) or 'right'}"
+        f"  after a swap: {kept} graphs kept, tokens {verdict(same) or 'the same'}; "
+        f"copies of KV {verdict(copied) or 'right'}"
     )
     return same and copied
 
@@ -471,6 +379,8 @@ def main(arguments: list[str] | None = None) -> int:
         ops.start_kernels(device, Path(options.cache).expanduser(), print)
     print(f"operations: {ops.summary()}")
     good = check_operations(device, ops.gpu_kernels())
+    with torch.inference_mode():
+        gpu_times.time_operations(device, ops.gpu_kernels(), gpu_times.FULL)
     limits = measure_limits(device, sizes.probe)
     print(f"limits: {limits.bandwidth / 1e9:.0f} GB/s read, {limits.matrix / 1e12:.1f} TFLOP/s in bfloat16")
     for name in options.models:

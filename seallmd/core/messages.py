@@ -470,8 +470,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, gc=False):
     cache: directory for downloaded and converted models and for compiled operations. host_kv_bytes: host
     memory for preempted KV, in slots of one block. kv_layout: "merged" (a block holds all layers of its
     tokens) or "split" (one layer). image_cache_bytes: of host images on disk, 0 = none.
-    kernels: whether a GPU runs Triton operations, where they agree with plain torch. graph_bytes: how much of
-    `reserve_bytes` CUDA graphs may take, 0 = none are captured.
+    kernels: whether a GPU runs operations of its own, where they agree with plain torch. graph_bytes: how
+    much of `reserve_bytes` CUDA graphs may take, 0 = none are captured.
     rendezvous: a private directory in which the members of tensor-parallel groups find each other.
     """
 

@@ -69,7 +69,7 @@ class KvView:
         dtype: torch.dtype,
         layout: str = "merged",
     ) -> None:
-        self.dtype = dtype
+        self.dtype, self.shapes = dtype, tuple(layers)
         self.page = page_of(layers, dtype.itemsize, block_bytes, layout)
         elements, step = arena.view(dtype), block_bytes // dtype.itemsize
         self._blocks = elements.view(-1, step)

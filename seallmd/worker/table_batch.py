@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from seallmd.worker.attention import Call
 from seallmd.worker.kv import KvView
 from seallmd.worker.ops.kernels import Kernels
+from seallmd.worker.ops.reference import Norm
 from seallmd.worker.paged import plain_attention
 from seallmd.worker.tables import Tables
 
@@ -28,6 +29,19 @@ class TableBatch:
     def __init__(self, kv: KvView, tables: Tables, kernels: Kernels | None) -> None:
         self._kv, self._tables, self._kernels = kv, tables, kernels
         self._masks: dict[int | None, torch.Tensor] = {}
+
+    @property
+    def rotates(self) -> bool:
+        """Whether `attend_rotated` may be called."""
+        return self._kernels is not None and self._kernels.rotate is not None
+
+    def attend_rotated(
+        self, call: Call, cos: torch.Tensor, sin: torch.Tensor, q_norm: Norm | None, k_norm: Norm | None
+    ) -> torch.Tensor:
+        """As `attend`, of query and key that are still to be normed, where there are norms, and rotated."""
+        if self._kernels is None:
+            raise RuntimeError("only kernels rotate")
+        return self._kernels.attend_rotated(self._kv, self._tables, call, cos, sin, q_norm, k_norm)
 
     def attend(self, call: Call) -> torch.Tensor:
         """As `Answerer.attend`."""

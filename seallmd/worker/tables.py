@@ -31,29 +31,41 @@ class Tiles(NamedTuple):
 class Tables:
     """A step's block tables and spans, int32 on one device.
 
-    blocks [spans, width]: a block table each, page after page, its end padded with anything. contexts
-    [spans]: tokens up to the span's last. firsts, counts [spans]: its packed rows. span_of, positions
-    [tokens]: of each packed row.
+    blocks [spans, width]: a block table each, page after page, its end padded with any block that exists.
+    contexts [spans]: tokens up to the span's last. starts [spans + 1]: where its packed rows begin, and those
+    of the next. counts [spans]: of its packed rows; most: of any span's. span_of, positions [tokens]: of each
+    packed row.
     """
 
     def __init__(
         self,
         blocks: torch.Tensor,
         contexts: torch.Tensor,
-        firsts: torch.Tensor,
+        starts: torch.Tensor,
         counts: torch.Tensor,
         span_of: torch.Tensor,
         positions: torch.Tensor,
         spans: Sequence[Span],
     ) -> None:
-        self.blocks, self.contexts, self.firsts, self.counts = blocks, contexts, firsts, counts
+        self.blocks, self.contexts, self.starts, self.counts = blocks, contexts, starts, counts
+        self.firsts = starts[:-1]
         self.span_of, self.positions = span_of, positions
+        self.most = max((span.tokens for span in spans), default=1)
         self._spans = spans
+        self._of_layers: torch.Tensor | None = None
         self._tiles: dict[int, Tiles | None] = {}
 
     def use(self, tiles: Tiles) -> None:
         """Take these instead of cutting the spans: for a step whose spans are known to the device alone."""
         self._tiles[tiles.size] = tiles
+
+    def of_layer(self, page: Page, block: int) -> torch.Tensor:
+        """The block tables of a layer [spans, pages] whose KV lies in block number `block` of a page."""
+        if page.blocks == 1:
+            return self.blocks
+        if self._of_layers is None:  # all layers', once a step
+            self._of_layers = self.blocks.unflatten(1, (-1, page.blocks)).permute(2, 0, 1).contiguous()
+        return self._of_layers[block]
 
     def singles(self) -> Tiles | None:
         """Spans of one token, a tile each."""
@@ -85,17 +97,17 @@ def tables_of(spans: Sequence[Span], page: Page, device: torch.device) -> Tables
         blocks += own
         blocks += [0] * (width - len(own))
     numbers = [span.context for span in spans]
-    numbers += [span.first for span in spans]
+    tokens = sum(span.tokens for span in spans)
+    numbers += [*(span.first for span in spans), tokens]
     numbers += [span.tokens for span in spans]
     for number, span in enumerate(spans):
         numbers += [number] * span.tokens
     for span in spans:
         numbers += range(span.context - span.tokens, span.context)
-    tokens = sum(span.tokens for span in spans)
     packed = to_device(blocks + numbers, device, torch.int32)
-    sizes = (len(blocks), *[len(spans)] * 3, tokens, tokens)
-    table, contexts, firsts, counts, span_of, positions = packed.split(sizes)
-    return Tables(table.view(-1, width), contexts, firsts, counts, span_of, positions, spans)
+    sizes = (len(blocks), len(spans), len(spans) + 1, len(spans), tokens, tokens)
+    table, contexts, starts, counts, span_of, positions = packed.split(sizes)
+    return Tables(table.view(-1, width), contexts, starts, counts, span_of, positions, spans)
 
 
 class DecodeTables(NamedTuple):
@@ -103,20 +115,21 @@ class DecodeTables(NamedTuple):
 
     blocks: torch.Tensor
     contexts: torch.Tensor
-    rows: torch.Tensor  # 0, 1, 2, ...
+    starts: torch.Tensor  # 0, 1, 2, ..., and where the last row ends
     ones: torch.Tensor
     tiles: Tiles
 
     def at(self, positions: torch.Tensor) -> Tables:
         """The tables of a step. positions: of each row's token, contexts - 1."""
-        tables = Tables(self.blocks, self.contexts, self.rows, self.ones, self.rows, positions, ())
+        rows = self.starts[:-1]
+        tables = Tables(self.blocks, self.contexts, self.starts, self.ones, rows, positions, ())
         tables.use(self.tiles)
         return tables
 
 
 def decode_tables(blocks: torch.Tensor, contexts: torch.Tensor, longest: int) -> DecodeTables:
     """For steps that leave their tables in `blocks` and `contexts`, none of more than `longest` tokens."""
-    rows = torch.arange(len(contexts), dtype=torch.int32, device=contexts.device)
-    return DecodeTables(
-        blocks, contexts, rows, torch.ones_like(rows), Tiles(rows, torch.zeros_like(rows), 1, longest)
-    )
+    starts = torch.arange(len(contexts) + 1, dtype=torch.int32, device=contexts.device)
+    rows = starts[:-1]
+    tiles = Tiles(rows, torch.zeros_like(rows), 1, longest)
+    return DecodeTables(blocks, contexts, starts, torch.ones_like(rows), tiles)

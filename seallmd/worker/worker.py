@@ -84,9 +84,9 @@ class _Model:
 
     kv: None until the first forward pass has shown what its layers store. wide: the same tree for float32
     arithmetic on 16-bit weights, until the first binding has shown whether it runs. fast: what of the tree
-    was replaced by compiled operations. kernels: the Triton operations that its attention runs on. graphs: of
-    its decode steps. seats: of the tensor-parallel rank, one in each tree. group: its process group while it
-    is resident.
+    was replaced by compiled operations. kernels: those of a GPU that its attention runs on. graphs: of its
+    decode steps. seats: of the tensor-parallel rank, one in each tree. group: its process group while it is
+    resident.
     """
 
     origin: _Origin
@@ -104,8 +104,7 @@ class _Model:
         """What was replaced in it, as in `messages.CopyDone`."""
         if self.fast is not None:
             return self.fast.replaced()
-        layers = 0 if self.kernels is None or self.kv is None else self.kv.layers
-        return gpu_model.replaced(self.model, layers)
+        return gpu_model.replaced(self.model, self.kernels, 0 if self.kv is None else self.kv.layers)
 
     def join(self, group: ProcessGroup) -> None:
         """From here on the layers talk to the other ranks."""
@@ -424,10 +423,8 @@ class Worker:
         dtype = DTYPES[wanted.dtype]
         known.kv = KvView(self._device.memory, self._block_bytes, shapes, dtype, self._kv_layout)
         if self._kernels is not None:
-            gpu_model.install(known.model, self._kernels)
             limit = wanted.context or _PROBE_CONTEXT
-            fitting = gpu_model.fitted(known.model, shapes, dtype, limit, self._kernels, self._say)
-            known.kernels = fitting if fitting.attention is not None else None
+            known.kernels = gpu_model.install(known.model, known.kv, limit, self._kernels, self._say)
         if self._pool is not None and wanted.group is None:
             known.graphs = DecodeGraphs(
                 self._pool, known.model, known.kv, known.kernels, self._device.scratch

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).with_name("triton_cases.py")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -25,9 +24,18 @@ def test_compiled_for_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_in_the_interpreter() -> None:
-    """Every case of triton_cases.py."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+@pytest.mark.parametrize("cases", ["triton_cases", "triton_models", "flash_cases"])
+def test_in_the_interpreter(cases: str) -> None:
+    """Every case of the file."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__).with_name(f"{cases}.py")),
+    ]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )

@@ -5,23 +5,19 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from seallmd.core.messages import LayerShape
-from seallmd.worker import ops
 from seallmd.worker.attention import Call
 from seallmd.worker.kv import KvView, Span
-from seallmd.worker.ops import kernels, reference, triton_attention, triton_rows
+from seallmd.worker.ops import reference, trials, triton_attention, triton_rows, triton_store
+from seallmd.worker.ops.reference import Norm
 from seallmd.worker.paged import PagedBatch
 from seallmd.worker.tables import tables_of
-from tests.worker.helpers import Rig, Talk, plain, run_step, save_tiny
-from tests.worker.test_graphs import Rerun
 from tests.worker.test_ops import CPU, Scene, noise
-from tools import bench_gpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow")  # numpy's, which computes for the interpreter
 
@@ -52,7 +48,7 @@ def call_of(scene: Scene, extra: dict[str, Any]) -> Call:
 
 def ours(kv: KvView, spans: list[Span], call: Call, processors: int) -> torch.Tensor:
     tables = tables_of(spans, kv.page, CPU)
-    triton_attention.write(kv, tables, call)
+    triton_store.write(kv, tables, call)
     return triton_attention.attend(kv, tables, call, processors)
 
 
@@ -106,7 +102,7 @@ def test_storing_bfloat16() -> None:
     PagedBatch(scene.kv, scene.spans, CPU).attend(call)
     written = scene.arena.clone()
     scene.arena[:] = 255
-    triton_attention.write(scene.kv, tables_of(scene.spans, scene.kv.page, CPU), call)
+    triton_store.write(scene.kv, tables_of(scene.spans, scene.kv.page, CPU), call)
     new = scene.arena.view(torch.int16) != -1
     assert torch.equal(scene.arena.view(torch.int16)[new], written.view(torch.int16)[new])
     assert int(new.sum()) == scene.tokens * 2 * (24 + 16)
@@ -186,12 +182,73 @@ def test_gated(activation: str) -> None:
     torch.testing.assert_close(ours, reference.gated(gate, up, activation), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("n", [1, 33, 576])
+def test_add_norm(n: int, dtype: torch.dtype) -> None:
+    """The sum is stored as torch rounds it, and the norm is of what is stored; a norm before the sum."""
+    x, y = (noise(3, 5, n, seed=seed).to(dtype).transpose(0, 1) for seed in (2, 3))
+    before, after = Norm(noise(n).to(dtype), 1e-6, 0.0), Norm(noise(n, seed=4).to(dtype), 1e-5, 1.0)
+    for norm in (None, after):
+        total, normed = triton_rows.add_norm(x, y, before, norm)
+        added = y if norm is None else reference.norm(y.float(), *norm).to(dtype)
+        torch.testing.assert_close(total, x + added, atol=1e-5, rtol=2e-3)
+        expected = reference.norm(total.float(), *before).to(dtype)
+        torch.testing.assert_close(normed, expected, atol=1e-5, rtol=2e-3)
+    assert torch.equal(triton_rows.add_norm(x, y, before)[0], x + y)
+    assert triton_rows.add_norm(x[:0], y[:0], before)[1].shape == (0, 3, n)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "k_dim", "v_dim", "width", "normed"),
+    [(1, 1, 8, 8, 8, False), (9, 3, 64, 64, 64, True), (20, 10, 20, 12, 8, True), (7, 1, 80, 80, 32, False)],
+)
+def test_rotation_and_storing(
+    heads: int, kv_heads: int, k_dim: int, v_dim: int, width: int, normed: bool
+) -> None:
+    """Whole heads and a part of them, more of them than one program takes, with norms and without; every byte
+    of the arena afterwards. Heads lie side by side, as a merged projection gives them."""
+    for dtype in (torch.float32, torch.float16):
+        scene = Scene(LayerShape(kv_heads, k_dim, v_dim), heads, dtype, 11, seed=5)
+        sizes = (heads * k_dim, kv_heads * k_dim, kv_heads * v_dim)
+        packed = noise(scene.tokens, sum(sizes), seed=8).to(dtype)
+        counts = (heads, kv_heads, kv_heads)
+        query, key, value = (
+            part.unflatten(1, (count, -1)).transpose(0, 1)[None]
+            for part, count in zip(packed.split(sizes, 1), counts, strict=True)
+        )
+        call = scene.call()._replace(query=query, key=key, value=value)
+        angle = noise(scene.tokens, width // 2, seed=4)
+        cos, sin = (torch.cat((part, part), -1).to(dtype)[None] for part in (angle.cos(), angle.sin()))
+        norms = [Norm(noise(k_dim, seed=n).to(dtype), 1e-6, 1.0) if normed else None for n in (1, 2)]
+        expected = [
+            reference.rotate_normed(x[0].transpose(0, 1).float(), cos[0].float(), sin[0].float(), norm)
+            for x, norm in zip((query, key), norms, strict=True)
+        ]
+        before = scene.arena.clone()
+        new_key = expected[1].to(dtype).transpose(0, 1)[None]
+        PagedBatch(scene.kv, scene.spans, CPU).attend(call._replace(key=new_key))
+        stored = [view.clone() for view in scene.kv.views(0)]
+        scene.arena[:] = before
+        tables = tables_of(scene.spans, scene.kv.page, CPU)
+        turned = triton_store.rotate(scene.kv, tables, call, cos, sin, *norms)
+        tolerance = {torch.float32: 1e-5, torch.float16: 6e-3}[dtype]
+        torch.testing.assert_close(
+            turned[0].transpose(0, 1).float(), expected[0], atol=tolerance, rtol=tolerance
+        )
+        torch.testing.assert_close(scene.kv.views(0)[0], stored[0], atol=tolerance, rtol=tolerance)
+        assert torch.equal(scene.kv.views(0)[1], stored[1])
+        untouched = scene.kv.views(0)[0] == before.view(dtype).as_strided(
+            scene.kv.views(0)[0].shape, scene.kv.views(0)[0].stride()
+        )
+        assert int((~untouched.flatten(2).all(-1)).sum()) == scene.tokens
+
+
 def test_a_trial(tmp_path: Path) -> None:
     """Operations that agree are in use; one that computes something else, or fails, gives way alone."""
     said: list[str] = []
-    good = kernels.start(CPU, tmp_path, said.append)
+    good = trials.start(CPU, tmp_path, said.append)
     assert good is not None
-    assert (good.names(), said) == (["attention", "norm", "gated"], [])
+    assert (good.names(), said) == (["attention", "norm", "gated", "add+norm", "rotation"], [])
     assert not list(tmp_path.glob("triton-trial*"))
 
     def wrong(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
@@ -200,9 +257,9 @@ def test_a_trial(tmp_path: Path) -> None:
     def broken(*_: object) -> torch.Tensor:
         raise RuntimeError("out of shared memory")
 
-    left = kernels.tried(replace(good, norm=wrong, gated=broken), CPU, said.append)
+    left = trials.tried(replace(good, norm=wrong, gated=broken), CPU, said.append)
     assert left is not None
-    assert left.names() == ["attention"]
+    assert left.names() == ["attention", "add+norm", "rotation"]
     assert [line.partition(" ")[0] for line in said] == ["norm", "gated"]
     assert "out of shared memory" in said[1]
 
@@ -213,84 +270,10 @@ def test_a_trial_that_ended_the_process(tmp_path: Path, monkeypatch: pytest.Monk
     def fault(*_: object) -> None:
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(kernels, "tried", fault)
+    monkeypatch.setattr(trials, "tried", fault)
     with pytest.raises(torch.AcceleratorError):
-        kernels.start(CPU, tmp_path, print)
+        trials.start(CPU, tmp_path, print)
     monkeypatch.undo()
     said: list[str] = []
-    assert kernels.start(CPU, tmp_path, said.append) is None
+    assert trials.start(CPU, tmp_path, said.append) is None
     assert "ended the process" in said[0]
-
-
-class Watched:
-    """The kernels, with a count of the calls of each."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls = dict.fromkeys(("attention", "norm", "gated"), 0)
-        self.wrong_layer = -1
-
-        def attend(kv: KvView, tables: Any, call: Call, processors: int) -> torch.Tensor:
-            self.calls["attention"] += 1
-            out = triton_attention.attend(kv, tables, call, processors)
-            return 2 * out if call.layer == self.wrong_layer else out
-
-        def norm(*arguments: Any) -> torch.Tensor:
-            self.calls["norm"] += 1
-            return triton_rows.norm(*arguments)
-
-        def gated(*arguments: Any) -> torch.Tensor:
-            self.calls["gated"] += 1
-            return triton_rows.gated(*arguments)
-
-        attention = SimpleNamespace(write=triton_attention.write, attend=attend)
-        whole = kernels.Kernels(attention, norm, gated, processors=64)  # type: ignore[arg-type]
-        monkeypatch.setattr(ops, "_kernels", whole)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
-def test_models(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whole models in the worker, prompts in chunks beside decodes, with graphs: the plain model's logits."""
-    watched, recorder = Watched(monkeypatch), Rerun()
-    model = plain(save_tiny(tmp_path / "m", family, num_hidden_layers=2, layer_types=None))
-    rig = recorder.rig = Rig(monkeypatch, tmp_path / "cache", recorder=recorder)
-    rig.load("s", tmp_path / "m")
-    shown = dict(rig.worker._resident["s"].operations())  # what `seallmctl show` says
-    assert shown["attention (Triton)"] == 2
-    assert shown["norms (Triton)"] == {"llama": 5, "gemma2": 9, "gpt_oss": 5}[family]
-    assert shown.get("gates (Triton)", 0) == (0 if family == "gpt_oss" else 2)
-    rig.spoil(rig.free)  # nothing is cleared: kernels never read what was not written
-    watched.calls = dict.fromkeys(watched.calls, 0)
-    first, second = (Talk(rig, n, "s", [(5 * i + n) % 90 + 3 for i in range(14)]) for n in (1, 2))
-    run_step(rig, model, [(first, 14)])
-    run_step(rig, model, [(second, 6), (first, 1)])
-    run_step(rig, model, [(first, 1), (second, 8)])
-    for _ in range(3):
-        run_step(rig, model, [(first, 1), (second, 1)])
-    assert watched.calls["attention"] == 2 * 6
-    assert watched.calls["norm"] >= 6 * 5
-    assert recorder.replayed == 2
-
-
-def test_a_model_whose_attention_disagrees(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One layer that is off, and the model runs on plain torch; that is told."""
-    watched = Watched(monkeypatch)
-    watched.wrong_layer = 2
-    model = plain(save_tiny(tmp_path / "m"))
-    rig = Rig(monkeypatch, tmp_path / "cache")
-    rig.load("s", tmp_path / "m")
-    assert "attention of llama in plain torch, the Triton operation failed" in capsys.readouterr().err
-    assert "attention (Triton)" not in dict(rig.worker._resident["s"].operations())
-    watched.calls["attention"] = 0
-    talk = Talk(rig, 1, "s", [3, 4, 5])
-    run_step(rig, model, [(talk, 3)])
-    run_step(rig, model, [(talk, 1)])
-    assert watched.calls["attention"] == 0
-
-
-def test_the_bench_measures_them() -> None:
-    """What tools/bench_gpu.py prints beside plain torch, which no other test runs."""
-    whole = kernels.Kernels(triton_attention, triton_rows.norm, triton_rows.gated, processors=64)
-    for case in (kernels.CASES[0], kernels.CASES[3]):
-        assert bench_gpu.attention_error(case, CPU, torch.float32, whole) < 1e-4

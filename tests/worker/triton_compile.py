@@ -13,11 +13,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from seallmd.worker.ops import triton_attention, triton_rows
+from seallmd.worker.ops import triton_attention, triton_rows, triton_store
 
 _INDICES = ("blocks", "contexts", "firsts", "counts", "tile_spans", "tile_starts", "span_of", "positions")
 _SUMS = ("parts", "part_max", "part_sum")
-_NUMBERS = ("scale", "softcap", "eps", "offset")
+_NUMBERS = ("scale", "softcap")
+CAPABILITIES = (80, 90)  # Ampere, Hopper
 FAST_BYTES = 99 << 10  # of the smaller GPUs of our time, for one program
 
 
@@ -31,16 +32,22 @@ def compile_for_gpu(kernel: Any, dtype: str, warps: int = 4, **constants: Any) -
             return "*i32"
         if name in _SUMS:
             return "*fp32"
-        if name in _NUMBERS:
+        if name in _NUMBERS or name.endswith(("eps", "offset")):
             return "fp32"
         small = ("n", "heads", "window", "splits", "table_stride")
         plain = name in small or name.endswith(("_token", "_head", "_block", "stride")) or "page" in name
         return "i32" if plain else f"*{dtype}"
 
+    loose = [p.name for p in kernel.params if p.name in _INDICES and not p.do_not_specialize_on_alignment]
+    if loose:  # they begin anywhere in a step's packed numbers: variants would be compiled amid steps
+        raise SystemExit(f"{kernel.__name__} is specialised on where {', '.join(loose)} begin")
     source = ASTSource(kernel, {name: kind(name) for name in kernel.arg_names}, constants)
     options = {"num_warps": warps, "num_stages": 2}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
-    return int(compiled.metadata.shared)
+    taken = [
+        triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+        for capability in CAPABILITIES
+    ]
+    return max(taken)
 
 
 def attention(dtype: str, group: int, dim: int, tile: int, **kind: bool) -> int:
@@ -66,6 +73,25 @@ def attention(dtype: str, group: int, dim: int, tile: int, **kind: bool) -> int:
     )
 
 
+def rotation(dtype: str, width: int, dim: int, **norms: bool) -> int:
+    """As `triton_store.rotate` chooses."""
+    return compile_for_gpu(
+        triton_store._rotate,
+        dtype,
+        2,
+        Q_HEADS=20,
+        KV_HEADS=2,
+        K_DIM=dim,
+        V_DIM=dim,
+        V_PAD=triton.next_power_of_2(dim),
+        WIDTH=width,
+        HALF_PAD=triton.next_power_of_2(width // 2),
+        REST_PAD=triton.next_power_of_2(max(dim - width, 1)),
+        HEADS=8,
+        **{"HAS_Q_NORM": False, "HAS_K_NORM": False} | norms,
+    )
+
+
 def main() -> int:
     """Exit code 1 when something takes too much fast memory; a refusal of the compiler is an exception."""
     taken = {
@@ -73,11 +99,14 @@ def main() -> int:
         "chunk": attention("bf16", 4, 128, 32, HAS_SOFTCAP=True),
         "wide chunk": attention("fp16", 2, 256, 16, HAS_SINKS=True, HAS_WINDOW=True),
         "exact chunk": attention("fp32", 3, 128, 10),
-        "write": compile_for_gpu(triton_attention._write, "bf16", K_DIM=80, V_DIM=128, K_PAD=128, V_PAD=128),
+        "write": compile_for_gpu(triton_store._write, "bf16", K_DIM=80, V_DIM=128, K_PAD=128, V_PAD=128),
         "combine": compile_for_gpu(
             triton_attention._combine, "bf16", V_DIM=80, V_PAD=128, TILE=1, SPLITS_PAD=16, HAS_SINKS=True
         ),
         "norm": compile_for_gpu(triton_rows._norm, "bf16", N=4000, PAD=4096),
+        "add+norm": compile_for_gpu(triton_rows._add_norm, "bf16", N=4000, PAD=4096, HAS_AFTER=True),
+        "rotation": rotation("bf16", 20, 96),
+        "normed rotation": rotation("bf16", 128, 128, HAS_Q_NORM=True, HAS_K_NORM=True),
         "gated": compile_for_gpu(triton_rows._gated, "bf16", GELU=True, BLOCK=1024),
     }
     print(taken)

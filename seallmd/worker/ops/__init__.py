@@ -1,9 +1,11 @@
 """Fast operations on a CPU or a GPU, and what stands in for them where they cannot be had.
 
-For a CPU `build` compiles the C++ beside it, `native` calls it, `modules`, `layers` and `stack` put it into a
-module tree. For a GPU `triton_attention` and `triton_rows` hold the operations, `kernels` says which of them
-are in use, `gpu_model` puts them into a module tree. `reference` says in plain torch what each operation
-means. Must not know messages, requests or devices.
+For a CPU `build` compiles the C++ beside it, `native` calls it. For a GPU `triton_attention`, `triton_store`
+and `triton_rows` hold the operations and `flash` somebody else's attention; `trials` finds out which of them
+are right, `kernels` is what is in use. Into a module tree they come by one way: `modules` recognises norms,
+activations and linear layers, `layers` whole decoder layers, `stack` all of them; what runs these is in
+`native_layers` and `model` on a CPU, in `gpu_layers` and `gpu_model` on a GPU. `reference` says in plain
+torch what each operation means. Must not know messages, requests or devices.
 
 A process decides once, with `start` or `start_kernels`; before that, and where there is no compiler,
 `compiled()` and `gpu_kernels()` are None and every model runs as transformers wrote it.
@@ -44,9 +46,9 @@ def start(cache: Path, say: Callable[[str], None]) -> str:
 
 
 def start_kernels(device: torch.device, cache: Path, say: Callable[[str], None]) -> None:
-    """Try the Triton operations on a GPU; those that agree are in use from here on (see `kernels.start`)."""
+    """Try the operations on a GPU; those that agree are in use from here on (see `trials.start`)."""
     global _kernels
-    from seallmd.worker.ops.kernels import start
+    from seallmd.worker.ops.trials import start
 
     say("trying the Triton operations (compiled once per machine)")
     _kernels = start(device, cache, say)
@@ -55,7 +57,7 @@ def start_kernels(device: torch.device, cache: Path, say: Callable[[str], None])
 def summary() -> str:
     """What there is, in a few words for a device's label."""
     if _kernels is not None:
-        return f"Triton {', '.join(_kernels.names())}"
+        return _kernels.summary()
     if _native is None:
         return "plain torch"
     return "compiled, bfloat16 products" if _native.rounds else "compiled"
@@ -68,7 +70,7 @@ def stop() -> None:
 
 
 def gpu_kernels() -> Kernels | None:
-    """The Triton operations in use on the GPU, None without any."""
+    """The operations in use on the GPU, None without any."""
     return _kernels
 
 

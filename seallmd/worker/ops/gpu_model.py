@@ -1,8 +1,9 @@
-"""Puts the Triton operations into a module tree, and tries its attention with them.
+"""Puts the operations of a GPU into a module tree, and tries its attention with them.
 
-Owns what is replaced in a model on a GPU and why it may be: norms and gated units that compute what the
-operations compute, on random input with the weights at hand. Its attention uses the kernels where every layer
-gave what plain torch gives, for a prompt and for a token behind it. Must not know requests or messages.
+Owns the order: norms and gated units that compute what the operations compute, then attention, then decoder
+layers and their stack. Attention uses the kernels where every layer gave what plain torch gives, for a
+prompt, for a token behind it and for one behind a long text, in pages as long as the service's own. Must not
+know requests or messages.
 
 On a GPU it is unmeasured.
 """
@@ -10,7 +11,7 @@ On a GPU it is unmeasured.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +19,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from seallmd.core.messages import LayerShape
-from seallmd.worker.attention import Call, answered_by
-from seallmd.worker.kv import Span
-from seallmd.worker.ops.kernels import TOLERANCES, Kernels, difference
-from seallmd.worker.ops.layers import probe_kv
-from seallmd.worker.ops.modules import recognise_activation, recognise_norm
+from seallmd.worker.attention import Call
+from seallmd.worker.kv import KvView, Span
+from seallmd.worker.ops.gpu_layers import KernelBackend, KernelLayer, KernelStack
+from seallmd.worker.ops.kernels import Kernels
+from seallmd.worker.ops.layers import hooked, probe_kv, run_probe
+from seallmd.worker.ops.modules import KnownNorm, KnownNorms, known_norms, recognise_activation
+from seallmd.worker.ops.stack import install_layers
+from seallmd.worker.ops.trials import TOLERANCES, difference
 from seallmd.worker.paged import PagedBatch
 from seallmd.worker.process import one_line
 from seallmd.worker.table_batch import TableBatch
@@ -33,30 +36,61 @@ _PROMPT = 7
 _LONG = 600  # tokens: so many that the keys are read in parts
 
 
-def install(model: nn.Module, kernels: Kernels) -> None:
-    """Replace the forward of what is recognised. The weights must be bound, and real."""
-    for module in model.modules():
-        if kernels.norm is not None and (norm := recognise_norm(module)) is not None:
-            module.forward = KernelNorm(module, kernels.norm, *norm)
-        elif kernels.gated is not None and (unit := recognise_gated(module, kernels.gated)) is not None:
-            module.forward = unit
+def install(
+    model: PreTrainedModel, kv: KvView, context: int, kernels: Kernels, say: Callable[[str], None]
+) -> Kernels | None:
+    """Replace what is recognised in `model`; returns what its attention runs on, None for plain torch.
+
+    kv: of its service. context: its limit in tokens. The weights must be bound, and real. This also compiles
+    what its steps will need.
+    """
+    norms = _install_modules(model, kernels)
+    fitted = _fitted(model, kv, context, kernels, say)
+    backend = KernelBackend(fitted, next(model.parameters()).device, kv.dtype)
+    if fitted.add_norm is not None or backend.rotates:
+        try:
+            install_layers(model, kv.shapes, norms, backend)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # noqa: BLE001 - compilers fail in many ways; the stock layers always run
+            _restore_layers(model)
+            say(f"layers of {model.config.model_type} run as they are: {one_line(error)}")
+    return fitted if fitted.attention is not None else None
+
+
+def replaced(model: PreTrainedModel, attention: Kernels | None, layers: int) -> tuple[tuple[str, int], ...]:
+    """(kind of module, how many of it run on the operations). attention: what its `layers` run on."""
+    found = Counter(type(module.__dict__.get("forward")) for module in model.modules())
+    kinds: dict[str, type] = {
+        "stack of all layers": KernelStack,
+        "decoder layers": KernelLayer,
+        "norms": KernelNorm,
+        "gates": KernelGated,
+    }
+    counts = {f"{name} (Triton)": found[kind] for name, kind in kinds.items()}
+    if attention is not None:
+        counts["attention (Triton)"] = layers
+        if attention.flash is not None:
+            counts[f"attention ({attention.flash.names()})"] = layers
+    return tuple((name, count) for name, count in counts.items() if count)
+
+
+# ---------------------------------------------------------------------------------------------- modules
 
 
 class KernelNorm:
     """A recognised RMSNorm."""
 
-    def __init__(
-        self, module: nn.Module, norm: Callable[..., torch.Tensor], eps: float, offset: float
-    ) -> None:
-        self._module, self._norm, self._eps, self._offset = module, norm, eps, offset
+    def __init__(self, norm: KnownNorm, operation: Callable[..., torch.Tensor]) -> None:
+        self._norm, self._operation = norm, operation
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n]."""
-        return self._norm(x, self._module._parameters["weight"], self._eps, self._offset)
+        return self._operation(x, *self._norm.bound)
 
 
 class KernelGated:
-    """A gated linear unit of three linear layers."""
+    """A gated linear unit of three linear layers, whose hooks run."""
 
     def __init__(self, module: Any, gated: Callable[..., torch.Tensor], activation: str) -> None:
         self._module, self._gated, self._activation = module, gated, activation
@@ -70,14 +104,24 @@ class KernelGated:
         return out
 
 
+def _install_modules(model: nn.Module, kernels: Kernels) -> KnownNorms:
+    norms = known_norms(model)
+    for module in model.modules():
+        if module in norms and kernels.norm is not None:
+            module.forward = KernelNorm(norms[module], kernels.norm)
+        elif kernels.gated is not None and (unit := recognise_gated(module, kernels.gated)) is not None:
+            module.forward = unit
+    return norms
+
+
 def recognise_gated(module: nn.Module, gated: Callable[..., torch.Tensor]) -> KernelGated | None:
     """The forward of `module` with the operation in it, where it gives the same."""
     linears = [module._modules.get(f"{name}_proj") for name in ("gate", "up", "down")]
     if any(type(linear) is not nn.Linear for linear in linears):
         return None
-    activation = recognise_activation(getattr(module, "act_fn", None))
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())  # tensor parallelism
-    if activation is None or hooked:
+    function = getattr(module, "act_fn", None)
+    activation = recognise_activation(function)
+    if activation is None or (isinstance(function, nn.Module) and hooked(function)):
         return None
     unit, weight = KernelGated(module, gated, activation), linears[0].weight  # type: ignore[union-attr]
     x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(1)).to(weight)
@@ -90,11 +134,13 @@ def recognise_gated(module: nn.Module, gated: Callable[..., torch.Tensor]) -> Ke
     return unit if agrees else None
 
 
-def replaced(model: PreTrainedModel, layers: int) -> tuple[tuple[str, int], ...]:
-    """(kind of module, how many of it run on the operations). layers: those whose attention does."""
-    found = Counter(type(module.__dict__.get("forward")) for module in model.modules())
-    counts = (("attention", layers), ("norms", found[KernelNorm]), ("gates", found[KernelGated]))
-    return tuple((f"{name} (Triton)", count) for name, count in counts if count)
+def _restore_layers(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), KernelLayer | KernelStack):
+            del module.forward
+
+
+# -------------------------------------------------------------------------------------------- attention
 
 
 class _Comparing:
@@ -111,45 +157,45 @@ class _Comparing:
         return expected
 
 
-def fitted(
-    model: PreTrainedModel,
-    shapes: Sequence[LayerShape],
-    dtype: torch.dtype,
-    context: int,
-    kernels: Kernels,
-    say: Callable[[str], None],
+def _fitted(
+    model: PreTrainedModel, kv: KvView, context: int, kernels: Kernels, say: Callable[[str], None]
 ) -> Kernels:
-    """`kernels`, less attention where a layer of `model` disagrees. shapes, dtype: of its layers' KV.
+    """`kernels`, less those that give another attention than plain torch in a layer of `model`."""
+    kind = model.config.model_type
+    if kernels.flash is not None and (problem := _problem(model, kv, context, kernels)):
+        say(f"attention of {kind} without {kernels.flash.names()}: {problem}")
+        kernels = replace(kernels, flash=None)
+    if kernels.attention is not None and (problem := _problem(model, kv, context, kernels)):
+        say(f"attention of {kind} in plain torch, the Triton operation failed: {problem}")
+        kernels = replace(kernels, attention=None)
+    return kernels
 
-    context: its limit in tokens. This also compiles what its steps will need.
-    """
-    if kernels.attention is None:
-        return kernels
-    device = next(model.parameters()).device
-    longest, worst = min(_LONG, context), 0.0
-    plain, ours = (probe_kv(shapes, dtype, device, longest) for _ in range(2))
+
+def _problem(model: PreTrainedModel, kv: KvView, context: int, kernels: Kernels) -> str:
+    """What is wrong with the kernels' attention in this model, nothing where it agrees."""
+    device, longest = next(model.parameters()).device, min(_LONG, context)
+    longest -= longest > 1 and longest % kv.page.tokens == 0  # the last page has an end that is not written
+    plain, ours = (probe_kv(kv.shapes, kv.dtype, device, longest, kv.page.tokens) for _ in range(2))
     table = list(range(plain.page.holding(longest)))[::-1]
+    _spoil(ours, table[-1], (longest - 1) % plain.page.tokens + 1)
     steps = [(tokens, end) for tokens, end in ((_PROMPT, _PROMPT), (1, _PROMPT + 1)) if end <= longest]
+    worst = 0.0
     try:
-        for tokens, end in (*steps, (1, longest)):  # what nobody wrote is zeros
+        for tokens, end in (*steps, (1, longest)):  # what nobody wrote before that is zeros
             spans = [Span(0, tokens, end, table)]
             kernel_batch = TableBatch(ours, tables_of(spans, ours.page, device), kernels)
             answerer = _Comparing(PagedBatch(plain, spans, device), kernel_batch)
-            positions = torch.arange(end - tokens, end, device=device)[None]
-            with torch.inference_mode(), answered_by(answerer):
-                model(input_ids=positions * 31 % _vocabulary(model), position_ids=positions, use_cache=False)
+            run_probe(model, answerer, device, tokens, end)
             worst = max(worst, answerer.worst)
     except torch.AcceleratorError:
         raise
     except Exception as error:  # noqa: BLE001 - compilers fail in many ways, and plain torch always runs
-        problem = one_line(error)
-    else:
-        problem = "" if worst <= TOLERANCES[dtype] else f"it is off by {worst:.1e}"
-    if not problem:
-        return kernels
-    say(f"attention of {model.config.model_type} in plain torch, the Triton operation failed: {problem}")
-    return replace(kernels, attention=None)
+        return one_line(error)
+    return "" if worst <= TOLERANCES[kv.dtype] else f"it is off by {worst:.1e}"
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])
+def _spoil(kv: KvView, block: int, used: int) -> None:
+    """NaN behind the tokens of a block: what reads keys that nobody wrote shows it."""
+    for layer in range(kv.layers):
+        for view in kv.views(layer):
+            view[block, used:] = float("nan")

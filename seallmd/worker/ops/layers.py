@@ -1,166 +1,195 @@
-"""Whole decoder layers in one call: norm, attention, norm, gated MLP, each with its residual.
+"""Finds the decoder layers that can run as a whole: norm, attention, norm, MLP, each with its residual.
 
-Owns the recognition: a layer consists of exactly the parts of that form, and in a forward pass with the
-weights at hand it gave what the compiled layer gives on the same input. Whatever else transformers' code
-may do (multipliers, clamps, other rotations) shows there, and the layer stays stock. Must not know requests.
+Owns the recognition, for every kind of device: a layer consists of exactly the parts of that form, and in a
+forward pass with the weights at hand it gave what a `Layer` made of these parts gives on the same input.
+Whatever else transformers' code may do (multipliers, clamps, other rotations) shows there, and the layer
+stays stock. What runs the parts is a `Backend`: `native_layers` on a CPU, `gpu_layers` on a GPU. Must not
+know requests.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from seallmd.core.messages import LayerShape
-from seallmd.worker.attention import Answerer, Call, answered_by, answering
+from seallmd.worker.attention import Answerer, Call, answered_by
 from seallmd.worker.kv import KvView, Span
-from seallmd.worker.ops import native as c
-from seallmd.worker.ops.modules import FastNorm, recognise_activation
+from seallmd.worker.ops.modules import KnownNorm, KnownNorms, recognise_activation
 from seallmd.worker.paged import PagedBatch
 
-_PROBE_TOKENS = 7
+PROBE_TOKENS = 7
 _PROBE_BLOCK_TOKENS = 4  # so that the probe crosses from one block to the next
-# Of a token's whole output: sums run in another order, and a layer is long.
-_TOLERANCE = 1e-4
+
+Rotation = tuple[torch.Tensor, torch.Tensor]  # cos and sin, each [..., tokens, width]
+
+
+class Unit(NamedTuple):
+    """A gated linear unit: down(activation(gate) * up)."""
+
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+    activation: str
 
 
 class Parts(NamedTuple):
-    """The modules of a layer; None for a norm that it has not."""
+    """The modules of a layer. unit: None where the MLP is something else."""
 
-    norms: dict[str, nn.Module | None]  # by their names in native.Layer
-    projections: dict[str, nn.Linear]
-    activation: str
+    before_attention: KnownNorm
+    q_norm: KnownNorm | None
+    k_norm: KnownNorm | None
+    after_attention: KnownNorm | None
+    before_mlp: KnownNorm
+    after_mlp: KnownNorm | None
+    q: nn.Linear
+    k: nn.Linear
+    v: nn.Linear
+    o: nn.Linear
+    mlp: nn.Module
+    unit: Unit | None
+
+
+class Layer(ABC):
+    """The forward of a recognised layer. `bind` must follow every binding of its weights."""
+
+    def __init__(self, module: nn.Module, call: Call) -> None:
+        self.module, self.layer = module, call.layer
+
+    def bind(self, kv: KvView) -> None:  # noqa: B027 - only where pointers are kept
+        """Take down where weights and KV lie."""
+
+    def unbind(self) -> None:  # noqa: B027
+        """The weights are gone."""
+
+    @abstractmethod
+    def __call__(self, hidden_states: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        """As the layer's own forward."""
+
+
+class Backend(Protocol):
+    """What runs recognised layers on one kind of device. dtype: of the activations that it takes.
+
+    tolerance: for a token's whole output, relative to its norm; sums run in another order.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    tolerance: float
+
+    def takes(self, parts: Parts) -> bool:
+        """Whether it can run such a layer at all."""
+
+    def called(self, parts: Parts) -> set[nn.Module]:
+        """What it calls as modules, so that their hooks run: those of tensor parallelism."""
+
+    def answerer(self, kv: KvView, spans: Sequence[Span]) -> Answerer:
+        """Attention of a step by its own operations."""
+
+    def layer(self, module: nn.Module, parts: Parts, call: Call) -> Layer:
+        """To replace the forward of `module`. call: what its attention was asked."""
 
 
 class _Seen(NamedTuple):
     """What a stock layer was given, what it asked of attention, what it gave."""
 
     x: torch.Tensor
-    rotation: tuple[torch.Tensor, torch.Tensor]
+    rotation: Rotation
     call: Call
     out: torch.Tensor
 
 
-class FastLayer:
-    """The forward of a recognised layer. `bind` must follow every binding of its weights.
-
-    Outside a step over the arena (see `PagedBatch.step`) the stock code runs.
-    """
-
-    def __init__(self, module: nn.Module, parts: Parts, call: Call, native: c.Native) -> None:
-        self.layer = call.layer
-        self.module, self._parts, self._call, self._native = module, parts, call, native
-        self._struct: c.Layer | None = None
-
-    def bind(self, kv: KvView) -> None:
-        """Take down where weights and KV lie."""
-        call, struct = self._call, c.Layer()
-        for name, norm in self._parts.norms.items():
-            if norm is not None:
-                fast = norm.__dict__["forward"]
-                setattr(struct, name, c.norm_struct(norm._parameters["weight"], fast.eps, fast.offset))
-        for name, linear in self._parts.projections.items():
-            setattr(struct, name, c.linear_struct(linear.weight, linear.bias))
-        struct.attention = c.Attention(
-            c.cache_struct(kv, self.layer),
-            None,
-            call.query.shape[1],
-            call.window or 0,
-            call.scale,
-            call.softcap or 0.0,
-        )
-        struct.activation = c.ACTIVATION_CODES[self._parts.activation]
-        self._struct = struct
-
-    def unbind(self) -> None:
-        """The weights are gone: nothing may follow the pointers."""
-        self._struct = None
-
-    @property
-    def struct(self) -> c.Layer | None:
-        """Where everything lies, while it is bound."""
-        return self._struct
-
-    def __call__(self, hidden_states: torch.Tensor, *rest: Any, **named: Any) -> Any:
-        """As the layer's own forward."""
-        batch = answering()
-        step = batch.step if isinstance(batch, PagedBatch) else None
-        if step is None or self._struct is None:
-            return type(self.module).forward(self.module, hidden_states, *rest, **named)
-        cos, sin = named["position_embeddings"]
-        return self._native.layer(self._struct, step, cos, sin, hidden_states)
-
-
-def find_layers(model: nn.Module, shapes: Sequence[LayerShape], native: c.Native) -> list[FastLayer]:
-    """The layers of `model` that can run in one call. Weights must be bound, norms installed.
+def find_layers(
+    model: nn.Module, shapes: Sequence[LayerShape], norms: KnownNorms, backend: Backend
+) -> list[Layer]:
+    """The layers of `model` that `backend` can run. Weights must be bound, modules installed.
 
     shapes: of every layer's KV.
     """
-    modules = {m: parts for m in model.modules() if (parts := _parts(m)) is not None}
+    found = {m: parts for m in model.modules() if (parts := _parts(m, norms)) is not None}
+    modules = {
+        m: p for m, p in found.items() if backend.takes(p) and hooked(*m.modules()) <= backend.called(p)
+    }
     if not modules:
         return []
-    kv = probe_kv(shapes)
-    found = []
-    for module, seen in _watch(model, modules, kv).items():
-        fast = FastLayer(module, modules[module], seen.call, native)
-        if _suits(seen) and _agrees(fast, seen, kv, native):
-            found.append(fast)
-    return found
+    kv = probe_kv(shapes, backend.dtype, backend.device)
+    layers = []
+    for module, seen in _watch(model, modules, kv, backend.device).items():
+        if _suits(seen, backend.dtype) and _fits(modules[module], seen):
+            layer = backend.layer(module, modules[module], seen.call)
+            if _agrees(layer, seen, kv, backend):
+                layers.append(layer)
+    return layers
 
 
-def _parts(layer: nn.Module) -> Parts | None:
+def hooked(*modules: nn.Module) -> set[nn.Module]:
+    """Those with hooks: tensor parallelism's are part of what they compute."""
+    return {module for module in modules if module._forward_hooks or module._forward_pre_hooks}
+
+
+def _parts(layer: nn.Module, norms: KnownNorms) -> Parts | None:
     """The parts of a module that has the form of a decoder layer, and nothing besides."""
-    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-    get = layer._modules.get
+    attention, mlp = layer._modules.get("self_attn"), layer._modules.get("mlp")
     if attention is None or mlp is None:
         return None
     sandwich = "pre_feedforward_layernorm" in layer._modules  # Gemma 2 and 3: norms behind both halves
-    norms = {
-        "before_attention": get("input_layernorm"),
-        "after_attention": get("post_attention_layernorm") if sandwich else None,
-        "before_mlp": get("pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"),
-        "after_mlp": get("post_feedforward_layernorm"),
-        "q_norm": getattr(attention, "q_norm", None),
-        "k_norm": getattr(attention, "k_norm", None),
+    names = {
+        "before_attention": (layer, "input_layernorm"),
+        "after_attention": (layer, "post_attention_layernorm" if sandwich else ""),
+        "before_mlp": (layer, "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"),
+        "after_mlp": (layer, "post_feedforward_layernorm"),
+        "q_norm": (attention, "q_norm"),
+        "k_norm": (attention, "k_norm"),
     }
-    projections = {name: getattr(attention, f"{name}_proj", None) for name in "qkvo"}
-    projections |= {name: getattr(mlp, f"{name}_proj", None) for name in ("gate", "up", "down")}
-    activation = recognise_activation(getattr(mlp, "act_fn", None))
-    if activation is None or any(type(linear) is not nn.Linear for linear in projections.values()):
+    present = {name: owner._modules.get(leaf) for name, (owner, leaf) in names.items()}
+    known = {name: norms.get(module) for name, module in present.items() if module is not None}
+    linears = {name: attention._modules.get(f"{name}_proj") for name in "qkvo"}
+    if any(type(linear) is not nn.Linear for linear in linears.values()) or None in known.values():
         return None
-    if norms["before_attention"] is None or norms["before_mlp"] is None:
+    if "before_attention" not in known or "before_mlp" not in known:
         return None
-    present = [norm for norm in norms.values() if norm is not None]
-    if any(not isinstance(norm.__dict__.get("forward"), FastNorm) for norm in present):
-        return None
-    owned = {id(p) for module in (*present, *projections.values()) for p in module.parameters()}
+    own = [*linears.values(), mlp, *(module for module in present.values() if module is not None)]
+    owned = {id(p) for module in own for p in module.parameters()}  # type: ignore[union-attr]
     if {id(p) for p in layer.parameters()} != owned:
         return None
-    if any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules()):  # tensor parallelism
+    optional = dict.fromkeys(("q_norm", "k_norm", "after_attention", "after_mlp"))
+    return Parts(**optional | known, **linears, mlp=mlp, unit=_unit(mlp))  # type: ignore[arg-type]
+
+
+def _unit(mlp: nn.Module) -> Unit | None:
+    linears = [mlp._modules.get(f"{name}_proj") for name in ("gate", "up", "down")]
+    activation = recognise_activation(getattr(mlp, "act_fn", None))
+    if activation is None or any(type(linear) is not nn.Linear for linear in linears):
         return None
-    return Parts(norms, projections, activation)  # type: ignore[arg-type]
+    if {id(p) for p in mlp.parameters()} != {id(p) for linear in linears for p in linear.parameters()}:  # type: ignore[union-attr]
+        return None
+    gate, up, down = linears
+    return Unit(gate, up, down, activation)
 
 
 def probe_kv(
     shapes: Sequence[LayerShape],
-    dtype: torch.dtype = torch.float32,
-    device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
-    tokens: int = _PROBE_TOKENS,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: int = PROBE_TOKENS,
+    block_tokens: int = _PROBE_BLOCK_TOKENS,
 ) -> KvView:
-    """A small arena of our own; in float32 nothing is lost by storing."""
+    """A small arena of our own, of zeros; in float32 nothing is lost by storing."""
     token_bytes = dtype.itemsize * sum(s.kv_heads * (s.k_dim + s.v_dim) for s in shapes)
-    block_bytes = token_bytes * _PROBE_BLOCK_TOKENS
-    blocks = -(-tokens // _PROBE_BLOCK_TOKENS)
+    block_bytes = token_bytes * block_tokens
+    blocks = -(-tokens // block_tokens)
     arena = torch.zeros(blocks * block_bytes, dtype=torch.uint8, device=device)
     return KvView(arena, block_bytes, shapes, dtype)
 
 
-def probe_batch(kv: KvView, native: c.Native | None) -> PagedBatch:
+def probe_spans() -> list[Span]:
     """The step of `run_probe`."""
-    table = list(range(-(-_PROBE_TOKENS // _PROBE_BLOCK_TOKENS)))[::-1]
-    return PagedBatch(kv, [Span(0, _PROBE_TOKENS, _PROBE_TOKENS, table)], torch.device("cpu"), native)
+    table = list(range(-(-PROBE_TOKENS // _PROBE_BLOCK_TOKENS)))[::-1]
+    return [Span(0, PROBE_TOKENS, PROBE_TOKENS, table)]
 
 
 class _Witness:
@@ -176,9 +205,11 @@ class _Witness:
         return self._answerer.attend(call)
 
 
-def _watch(model: nn.Module, modules: dict[nn.Module, Parts], kv: KvView) -> dict[nn.Module, _Seen]:
+def _watch(
+    model: nn.Module, modules: dict[nn.Module, Parts], kv: KvView, device: torch.device
+) -> dict[nn.Module, _Seen]:
     """Run a few tokens through the stock layers, and see what each of `modules` did."""
-    witness, seen = _Witness(probe_batch(kv, None)), {}
+    witness, seen = _Witness(PagedBatch(kv, probe_spans(), device)), {}
 
     def look(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
         rotation, call = named.get("position_embeddings"), witness.call
@@ -188,56 +219,65 @@ def _watch(model: nn.Module, modules: dict[nn.Module, Parts], kv: KvView) -> dic
 
     hooks = [module.register_forward_hook(look, with_kwargs=True) for module in modules]
     try:
-        run_probe(model, witness)
+        run_probe(model, witness, device)
     finally:
         for hook in hooks:
             hook.remove()
     return seen
 
 
-def run_probe(model: nn.Module, answerer: Answerer) -> Any:
-    """A forward pass of a few tokens; whatever it gives."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.arange(_PROBE_TOKENS)[None] * 31 % vocabulary
+def run_probe(
+    model: nn.Module, answerer: Answerer, device: torch.device, tokens: int = PROBE_TOKENS, end: int = 0
+) -> Any:
+    """A forward pass of a few arbitrary tokens, the last of which is number `end`; whatever it gives."""
+    end = end or tokens
+    # Not the rows of its table: those of a tensor-parallel rank are fewer, and hold none of the lowest ids.
+    vocabulary = model.get_input_embeddings().num_embeddings
+    positions = torch.arange(end - tokens, end, device=device)[None]
     with torch.inference_mode(), answered_by(answerer):
-        return model(input_ids=ids, position_ids=torch.arange(_PROBE_TOKENS)[None], use_cache=False)
+        return model(input_ids=positions * 31 % vocabulary, position_ids=positions, use_cache=False)
 
 
-def _suits(seen: _Seen) -> bool:
-    """Whether the compiled layer can take these inputs at all."""
+def _suits(seen: _Seen, dtype: torch.dtype) -> bool:
+    """Whether a layer can take these inputs at all."""
     call, (cos, sin) = seen.call, seen.rotation
-    tensors = (seen.x, seen.out, cos, sin)
     return (
-        all(t.dtype is torch.float32 and t.is_contiguous() for t in tensors)
+        all(t.dtype is dtype and t.is_contiguous() for t in (seen.x, seen.out, cos, sin))
         and cos.shape == sin.shape
-        and cos.numel() == _PROBE_TOKENS * cos.shape[-1]
+        and cos.numel() == PROBE_TOKENS * cos.shape[-1]
         and cos.shape[-1] <= call.query.shape[-1]
         and cos.shape[-1] % 2 == 0
         and call.sinks is None
     )
 
 
-def _agrees(fast: FastLayer, seen: _Seen, kv: KvView, native: c.Native) -> bool:
-    parts, call = fast._parts, seen.call
+def _fits(parts: Parts, seen: _Seen) -> bool:
+    """Whether all weights have the shapes that attention and input ask for."""
+    call, hidden = seen.call, seen.x.shape[-1]
     kv_heads, k_dim, v_dim = call.key.shape[1], call.key.shape[3], call.value.shape[3]
-    heads, hidden, inner = call.query.shape[1], seen.x.shape[-1], parts.projections["gate"].weight.shape[0]
+    heads = call.query.shape[1]
     expected = {
-        "q": (heads * k_dim, hidden),
-        "k": (kv_heads * k_dim, hidden),
-        "v": (kv_heads * v_dim, hidden),
-        "o": (hidden, heads * v_dim),
-        "gate": (inner, hidden),
-        "up": (inner, hidden),
-        "down": (hidden, inner),
+        parts.q: (heads * k_dim, hidden),
+        parts.k: (kv_heads * k_dim, hidden),
+        parts.v: (kv_heads * v_dim, hidden),
+        parts.o: (hidden, heads * v_dim),
     }
-    if any(parts.projections[name].weight.shape != shape for name, shape in expected.items()):
+    if parts.unit is not None:
+        gate, up, down, _ = parts.unit
+        inner = gate.weight.shape[0]
+        expected |= {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
+    if any(linear.weight.shape != shape for linear, shape in expected.items()):
         return False
-    for name, norm in parts.norms.items():
-        if norm is not None and norm.weight.numel() != (k_dim if name in ("q_norm", "k_norm") else hidden):
-            return False
-    fast.bind(kv)
-    with torch.inference_mode(), answered_by(probe_batch(kv, native)):
-        ours = fast(seen.x, position_embeddings=seen.rotation)
-    fast.unbind()
-    error, size = (ours - seen.out).norm(dim=-1), seen.out.norm(dim=-1)
-    return bool((error <= _TOLERANCE * size).all())
+    wide = (parts.before_attention, parts.after_attention, parts.before_mlp, parts.after_mlp)
+    return all(norm is None or norm.bound.weight.numel() == hidden for norm in wide) and all(
+        norm is None or norm.bound.weight.numel() == k_dim for norm in (parts.q_norm, parts.k_norm)
+    )
+
+
+def _agrees(layer: Layer, seen: _Seen, kv: KvView, backend: Backend) -> bool:
+    layer.bind(kv)
+    with torch.inference_mode(), answered_by(backend.answerer(kv, probe_spans())):
+        ours = layer(seen.x, position_embeddings=seen.rotation)
+    layer.unbind()
+    error, size = (ours.float() - seen.out.float()).norm(dim=-1), seen.out.float().norm(dim=-1)
+    return bool((error <= backend.tolerance * size).all())

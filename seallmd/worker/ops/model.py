@@ -16,10 +16,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from seallmd.core.messages import LayerShape
 from seallmd.worker.attention import run_recorded
 from seallmd.worker.kv import KvView
-from seallmd.worker.ops.layers import FastLayer, find_layers
+from seallmd.worker.ops.layers import Layer
 from seallmd.worker.ops.modules import FastLinear, FastNorm, WideEmbedding, install, widen_embeddings
 from seallmd.worker.ops.native import Native
-from seallmd.worker.ops.stack import FastStack, find_stack
+from seallmd.worker.ops.native_layers import FastLayer, FastStack, NativeBackend
+from seallmd.worker.ops.stack import Stack, install_layers
 from seallmd.worker.skeleton import build_skeleton
 
 _KINDS: dict[type, str] = {
@@ -36,19 +37,14 @@ class FastModel:
 
     def __init__(self, model: PreTrainedModel, native: Native) -> None:
         self._model, self._native = model, native
-        self.layers: list[FastLayer] | None = None
-        self.stack: FastStack | None = None
+        self.layers: list[Layer] | None = None
+        self.stack: Stack | None = None
 
     def install(self, shapes: Sequence[LayerShape]) -> None:
         """Replace what is recognised. Weights must be bound."""
         with self._native.exactly():  # two ways to compute the same may round to different neighbours
-            install(self._model, self._native)
-            self.layers = find_layers(self._model, shapes, self._native)
-            for layer in self.layers:
-                layer.module.forward = layer
-            self.stack = find_stack(self._model, self.layers, shapes, self._native)
-        if self.stack is not None:
-            self.stack.module.forward = self.stack
+            norms = install(self._model, self._native)
+            self.layers, self.stack = install_layers(self._model, shapes, norms, NativeBackend(self._native))
 
     def bind(self, kv: KvView) -> None:
         """After every binding of the weights."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,13 +24,37 @@ from seallmd.worker.ops.native import DTYPE_CODES, Native, linear_struct, norm_s
 TOLERANCE = 1e-5
 
 
-def install(model: nn.Module, native: Native) -> None:
-    """Replace the forward of what is recognised. The weights must be bound, and real."""
+class KnownNorm(NamedTuple):
+    """A module that was recognised as an RMSNorm."""
+
+    module: nn.Module
+    eps: float
+    offset: float
+
+    @property
+    def bound(self) -> reference.Norm:
+        """As operations take it, with the weight that is bound now."""
+        return reference.Norm(self.module._parameters["weight"], self.eps, self.offset)  # type: ignore[arg-type]
+
+
+KnownNorms = dict[nn.Module, KnownNorm]
+
+
+def install(model: nn.Module, native: Native) -> KnownNorms:
+    """Replace the forward of what is recognised; returns its norms. The weights must be bound, and real."""
+    norms = known_norms(model)
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype in DTYPE_CODES:
             module.forward = FastLinear(module, native)
-        elif (norm := recognise_norm(module)) is not None:
-            module.forward = FastNorm(module, native, *norm)
+        elif module in norms:
+            module.forward = FastNorm(norms[module], native)
+    return norms
+
+
+def known_norms(model: nn.Module) -> KnownNorms:
+    """The RMSNorms of a model. The weights must be bound, and real."""
+    found = {module: recognise_norm(module) for module in model.modules()}
+    return {module: KnownNorm(module, *norm) for module, norm in found.items() if norm is not None}
 
 
 def widen_embeddings(model: nn.Module) -> None:
@@ -111,15 +135,15 @@ class FastLinear:
 class FastNorm:
     """A recognised RMSNorm; inputs other than float32 on a CPU go to the module itself."""
 
-    def __init__(self, module: nn.Module, native: Native, eps: float, offset: float) -> None:
-        self.module, self.eps, self.offset, self._native = module, eps, offset, native
+    def __init__(self, norm: KnownNorm, native: Native) -> None:
+        self._norm, self._native = norm, native
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n]."""
-        weight = self.module._parameters["weight"]
-        if x.dtype is not torch.float32 or x.device.type != "cpu" or weight.device.type != "cpu":
-            return type(self.module).forward(self.module, x)
-        return self._native.norm(x.contiguous(), norm_struct(weight, self.eps, self.offset))
+        norm, module = self._norm.bound, self._norm.module
+        if x.dtype is not torch.float32 or x.device.type != "cpu" or norm.weight.device.type != "cpu":
+            return type(module).forward(module, x)
+        return self._native.norm(x.contiguous(), norm_struct(*norm))
 
 
 class WideEmbedding:

@@ -1,25 +1,34 @@
-"""All decoder layers of a model in one call: no Python runs between the embedding and the last norm.
+"""All decoder layers of a model as one: from the embedding to the last norm without transformers' loop.
 
-Owns the recognition: the model without its output layer has embeddings, rotations, layers that are all
-compiled, and a norm, and these one after the other gave what the model's own forward gives. Whatever else
-that may do shows there; the layers are then called one by one. Must not know requests.
+Owns the recognition: the model without its output layer has embeddings, rotations, layers that were all
+recognised, and a norm, and these one after the other gave what the model's own forward gives. Whatever else
+that may do shows there; the layers are then called one by one. How they are run is a `StackBackend`'s
+business. Must not know requests.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import ModelOutput
 
 from seallmd.core.messages import LayerShape
-from seallmd.worker.attention import answering
-from seallmd.worker.ops import native as c
-from seallmd.worker.ops.layers import FastLayer, probe_batch, probe_kv, run_probe
-from seallmd.worker.ops.modules import FastNorm, close
-from seallmd.worker.paged import PagedBatch
+from seallmd.worker.attention import Answerer
+from seallmd.worker.ops.layers import (
+    Backend,
+    Layer,
+    Rotation,
+    find_layers,
+    hooked,
+    probe_kv,
+    probe_spans,
+    run_probe,
+)
+from seallmd.worker.ops.modules import KnownNorm, KnownNorms, close
 
 
 class _Turn(NamedTuple):
@@ -27,62 +36,89 @@ class _Turn(NamedTuple):
 
     given: tuple[Any, ...]
     named: dict[str, Any]
-    rotation: c.Rotation
+    rotation: Rotation
 
 
-class FastStack:
-    """The forward of a recognised model without its output layer. `bind` must follow the layers' own."""
+class Stack(ABC):
+    """The forward of a recognised model without its output layer. `bind` must follow the layers' own.
 
-    def __init__(self, module: nn.Module, layers: Sequence[FastLayer], native: c.Native) -> None:
-        self.module, self._layers, self._native = module, layers, native
+    layers: by the same backend.
+    """
+
+    def __init__(self, module: Any, layers: Sequence[Any]) -> None:
+        self.module, self.layers = module, layers
         self._turns: list[_Turn] = []  # the different ones
         self._turn_of: list[int] = []  # by layer
-        self._structs: Any = None
+        self._output: type[ModelOutput] = ModelOutput
 
-    def bind(self) -> None:
+    def bind(self) -> None:  # noqa: B027 - only where pointers are kept
         """Take down where the layers' weights and KV lie."""
-        structs = [layer.struct for layer in self._layers if layer.struct is not None]
-        self._structs = (c.Layer * len(self._layers))(*structs)
 
-    def unbind(self) -> None:
-        """The weights are gone: nothing may follow the pointers."""
-        self._structs = None
+    def unbind(self) -> None:  # noqa: B027
+        """The weights are gone."""
 
-    def turn_by(self, turns: list[_Turn], seen: Sequence[c.Rotation]) -> bool:
-        """Learn which rotation each layer gets. seen: those they got, in order. False: it cannot be told."""
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether `run` can answer the forward pass under way."""
+
+    @abstractmethod
+    def run(self, x: torch.Tensor, rotations: Sequence[Rotation]) -> torch.Tensor:
+        """Embeddings x [1, tokens, hidden] through all layers, each with its rotation, and the last norm."""
+
+    def learn(self, turns: list[_Turn], seen: Sequence[Rotation], output: ModelOutput) -> bool:
+        """Which rotation each layer gets, and what the module returns. False: it cannot be told.
+
+        turns: calls of the rotary module. seen: what the layers got, in order. output: the module's own.
+        """
         pointers = [turn.rotation[0].data_ptr() for turn in turns]
-        if any(cos.data_ptr() not in pointers for cos, _ in seen):
+        if any(cos.data_ptr() not in pointers for cos, _ in seen) or list(output) != ["last_hidden_state"]:
             return False
-        self._turns = turns
+        self._turns, self._output = turns, type(output)
         self._turn_of = [pointers.index(cos.data_ptr()) for cos, _ in seen]
         return len({turn.rotation[0].shape for turn in turns}) == 1
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         """As the module's own forward."""
-        batch = answering()
-        step = batch.step if isinstance(batch, PagedBatch) else None
-        if step is None or self._structs is None or given or named.get("inputs_embeds") is not None:
+        if given or named.get("inputs_embeds") is not None or not self.ready():
             return type(self.module).forward(self.module, *given, **named)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self._run(step, named["input_ids"], named["position_ids"])
-        )
-
-    def _run(self, step: c.Step, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        module: Any = self.module
-        x = module.embed_tokens(ids)
-        turned = [module.rotary_emb(x, positions, *turn.given, **turn.named) for turn in self._turns]
-        rotations = [turned[number] for number in self._turn_of]
-        normed: torch.Tensor = module.norm(self._native.layers(self._structs, step, rotations, x))
-        return normed
+        x, positions = self.module.embed_tokens(named["input_ids"]), named["position_ids"]
+        turned = [self.module.rotary_emb(x, positions, *turn.given, **turn.named) for turn in self._turns]
+        return self._output(last_hidden_state=self.run(x, [turned[number] for number in self._turn_of]))
 
 
-def find_stack(
-    model: nn.Module, layers: Sequence[FastLayer], shapes: Sequence[LayerShape], native: c.Native
-) -> FastStack | None:
-    """What runs all of `layers` at once, where that is all that the model does. They must be installed.
+class StackBackend(Backend, Protocol):
+    """A backend that runs whole stacks too. stack_tolerance: relative to their output's largest element."""
 
-    shapes: of every layer's KV.
+    stack_tolerance: float
+
+    def stack(self, module: Any, layers: Sequence[Any], norm: KnownNorm) -> Stack:
+        """To replace the forward of `module`. layers: its own, made by `layer`; norm: its last one."""
+
+
+def install_layers(
+    model: nn.Module, shapes: Sequence[LayerShape], norms: KnownNorms, backend: StackBackend
+) -> tuple[list[Layer], Stack | None]:
+    """Replace the forward of every layer that is recognised, and of what runs them if that is all it does.
+
+    shapes: of every layer's KV. Weights must be bound, modules installed.
     """
+    layers = find_layers(model, shapes, norms, backend)
+    for layer in layers:
+        layer.module.forward = layer
+    stack = _find_stack(model, layers, shapes, norms, backend)
+    if stack is not None:
+        stack.module.forward = stack
+    return layers, stack
+
+
+def _find_stack(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    shapes: Sequence[LayerShape],
+    norms: KnownNorms,
+    backend: StackBackend,
+) -> Stack | None:
+    """What runs all of `layers` at once, where that is all that the model does. They must be installed."""
     base: Any = getattr(model, getattr(model, "base_model_prefix", ""), None)
     modules = list(getattr(base, "layers", ()))
     if not modules or modules != [layer.module for layer in layers]:
@@ -90,24 +126,25 @@ def find_stack(
     if [layer.layer for layer in layers] != list(range(len(shapes))):
         return None
     parts = [getattr(base, name, None) for name in ("embed_tokens", "rotary_emb", "norm")]
-    if None in parts or not isinstance(base.norm.__dict__.get("forward"), FastNorm):
+    if None in parts or base.norm not in norms or hooked(base.norm, *modules):
         return None
-    kv, stack = probe_kv(shapes), FastStack(base, layers, native)
+    kv = probe_kv(shapes, backend.dtype, backend.device)
+    stack = backend.stack(base, layers, norms[base.norm])
     for layer in layers:
         layer.bind(kv)
     stack.bind()
     try:
-        return stack if _agrees(stack, probe_batch(kv, native)) else None
+        return stack if _agrees(stack, backend.answerer(kv, probe_spans()), backend) else None
     finally:
         stack.unbind()
         for layer in layers:
             layer.unbind()
 
 
-def _agrees(stack: FastStack, batch: PagedBatch) -> bool:
+def _agrees(stack: Stack, answerer: Answerer, backend: StackBackend) -> bool:
     base: Any = stack.module
     turns: list[_Turn] = []
-    seen: list[c.Rotation] = []
+    seen: list[Rotation] = []
 
     def turned(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], out: Any) -> None:
         others = {name: value for name, value in named.items() if name not in ("x", "position_ids")}
@@ -119,15 +156,15 @@ def _agrees(stack: FastStack, batch: PagedBatch) -> bool:
     hooks = [base.rotary_emb.register_forward_hook(turned, with_kwargs=True)]
     hooks += [m.register_forward_pre_hook(looked, with_kwargs=True) for m in base.layers]
     try:
-        expected = run_probe(base, batch).last_hidden_state
+        expected = run_probe(base, answerer, backend.device)
     finally:
         for hook in hooks:
             hook.remove()
-    if len(seen) != len(base.layers) or not stack.turn_by(turns, seen):
+    if len(seen) != len(base.layers) or not stack.learn(turns, seen, expected):
         return False
     base.forward = stack
     try:
-        ours = run_probe(base, batch).last_hidden_state
+        ours = run_probe(base, answerer, backend.device).last_hidden_state
     finally:
         del base.forward
-    return close(ours, expected)
+    return close(ours, expected.last_hidden_state, backend.stack_tolerance)

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from seallmd.worker.attention import Call
 from seallmd.worker.kv import KvView
+from seallmd.worker.ops.triton_store import rows_of
 from seallmd.worker.tables import Tables, Tiles
 
 _LEAST_DOT = 16  # rows and columns of the smallest matrix product
@@ -30,51 +31,12 @@ _MOST_SPLITS = 64
 _SPLIT_TOKENS = 256  # a part of the keys is not worth less than this
 _WAVES = 2  # programs wanted per multiprocessor
 
-# What differs from step to step is not specialised: a variant more is seconds of compiling, amid a step.
+# What differs from step to step is not specialised, neither numbers nor where a tensor of indices begins: a
+# variant more is seconds of compiling, amid a step.
+_INDICES = ["blocks", "contexts", "firsts", "counts", "tile_spans", "tile_starts"]
 
 
-@triton.jit(do_not_specialize=["table_stride"])
-def _write(
-    key,
-    value,
-    keys,
-    values,
-    blocks,
-    span_of,
-    positions,
-    key_token,
-    key_head,
-    value_token,
-    value_head,
-    keys_block,
-    keys_token,
-    values_block,
-    values_token,
-    table_stride,
-    page_tokens,
-    page_blocks,
-    block_of_page,
-    K_DIM: tl.constexpr,
-    V_DIM: tl.constexpr,
-    K_PAD: tl.constexpr,
-    V_PAD: tl.constexpr,
-):
-    """One token and KV head: its K and V into the place that the table names."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    span, position = tl.load(span_of + token).to(tl.int64), tl.load(positions + token)
-    entry = (position // page_tokens) * page_blocks + block_of_page
-    block = tl.load(blocks + span * table_stride + entry).to(tl.int64)
-    offset = position % page_tokens
-    k, v = tl.arange(0, K_PAD), tl.arange(0, V_PAD)
-    new_key = tl.load(key + token * key_token + head * key_head + k, mask=k < K_DIM)
-    to_key = keys + block * keys_block + offset * keys_token + head * K_DIM + k
-    tl.store(to_key, new_key.to(keys.dtype.element_ty), mask=k < K_DIM)
-    new_value = tl.load(value + token * value_token + head * value_head + v, mask=v < V_DIM)
-    to_value = values + block * values_block + offset * values_token + head * V_DIM + v
-    tl.store(to_value, new_value.to(values.dtype.element_ty), mask=v < V_DIM)
-
-
-@triton.jit(do_not_specialize=["table_stride", "splits"])
+@triton.jit(do_not_specialize=["table_stride", "splits"], do_not_specialize_on_alignment=_INDICES)
 def _attend(
     query,
     keys,
@@ -190,7 +152,7 @@ def _attend(
         tl.store(out + row[:, None] * V_DIM + v[None, :], result.to(out.dtype.element_ty), mask=fits)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=_INDICES[2:])
 def _combine(
     sinks,
     out,
@@ -233,41 +195,12 @@ def _combine(
         tl.store(out + row * V_DIM + v, result.to(out.dtype.element_ty), mask=v < V_DIM)
 
 
-def write(kv: KvView, tables: Tables, call: Call) -> None:
-    """Store the step's new K and V of a layer."""
-    keys, values = kv.views(call.layer)
-    key, value = _rows(call.key), _rows(call.value)
-    k_dim, v_dim = key.shape[2], value.shape[2]
-    _write[(key.shape[0], key.shape[1])](
-        key,
-        value,
-        keys,
-        values,
-        tables.blocks,
-        tables.span_of,
-        tables.positions,
-        *key.stride()[:2],
-        *value.stride()[:2],
-        keys.stride(0),
-        keys.stride(1),
-        values.stride(0),
-        values.stride(1),
-        tables.blocks.stride(0),
-        *kv.page,
-        kv.block_of_page(call.layer),
-        K_DIM=k_dim,
-        V_DIM=v_dim,
-        K_PAD=triton.next_power_of_2(k_dim),
-        V_PAD=triton.next_power_of_2(v_dim),
-    )
-
-
 def attend(kv: KvView, tables: Tables, call: Call, processors: int) -> torch.Tensor:
-    """Attention of a layer over what `write` and earlier steps have stored: [tokens, query heads, value dim].
+    """Attention of a layer over what is stored, the step's own K and V too: [tokens, query heads, value dim].
 
     processors: multiprocessors of the device.
     """
-    query = _rows(call.query)
+    query = rows_of(call.query)
     out = query.new_empty(query.shape[0], query.shape[1], call.value.shape[-1])
     group = query.shape[1] // call.key.shape[1]
     singles = tables.singles()
@@ -296,12 +229,6 @@ class Sizes(NamedTuple):
 def sizes_of(rows: int, dim: int, exact: bool) -> Sizes:
     """What fits into fast memory beside a tile of so many rows. dim: of the larger of K and V."""
     return Sizes(32 if exact or dim > 128 else 64, 8 if rows >= 128 else 4)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """[1, heads, tokens, dim] -> [tokens, heads, dim], its last dimension contiguous."""
-    rows = x[0].transpose(0, 1)
-    return rows if rows.stride(2) == 1 else rows.contiguous()
 
 
 def _chunk_rows(call: Call) -> int:

@@ -1,0 +1,116 @@
+"""What each operation of a GPU takes beside plain torch; `tools/bench_gpu.py` prints it.
+
+A decode step of 64 rows of an 8B model's shapes. On a GPU the calls run from a captured graph, so that the
+device is timed and not Python; that each can be captured shows here too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from seallmd.worker.ops import reference, trials
+from seallmd.worker.ops.kernels import Kernels
+from seallmd.worker.ops.reference import Norm
+from seallmd.worker.table_batch import TableBatch
+from seallmd.worker.tables import tables_of
+
+_CALLS = 50  # in one graph
+
+
+class Sizes(NamedTuple):
+    """rows: tokens of the step. context: of each. heads share kv_heads; inner: of the gated unit."""
+
+    rows: int
+    context: int
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    dim: int
+
+
+FULL = Sizes(64, 1024, 4096, 14336, 32, 8, 128)
+SMALL = Sizes(2, 20, 64, 96, 4, 2, 16)
+
+
+class _Pair(NamedTuple):
+    name: str
+    ours: Callable[[], object]
+    plain: Callable[[], object]
+
+
+def time_operations(device: torch.device, kernels: Kernels | None, sizes: Sizes) -> None:
+    """Print a line for each operation in use."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
+    for name, ours, plain in () if kernels is None else _pairs(device, kernels, sizes, dtype):
+        mine, theirs = _seconds(device, ours), _seconds(device, plain)
+        print(f"{name:52} {mine * 1e6:8.1f} us, plain torch {theirs * 1e6:.1f}: {theirs / mine:.2f} times")
+
+
+def _pairs(device: torch.device, kernels: Kernels, sizes: Sizes, dtype: torch.dtype) -> Iterator[_Pair]:
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    x, y, weight = some(sizes.rows, sizes.hidden), some(sizes.rows, sizes.hidden), some(sizes.hidden)
+    gate, up = some(sizes.rows, sizes.inner), some(sizes.rows, sizes.inner)
+    before = Norm(weight, 1e-6, 0.0)
+    for name, operation, plain, given in (
+        ("norm", kernels.norm, reference.norm, (x, *before)),
+        ("add+norm", kernels.add_norm, reference.add_norm, (x, y, before)),
+        ("norm+add+norm", kernels.add_norm, reference.add_norm, (x, y, before, before)),
+        ("gated", kernels.gated, reference.gated, (gate, up, "silu")),
+    ):
+        if operation is not None:
+            yield _Pair(f"{name}, {sizes.rows} rows", _call(operation, *given), _call(plain, *given))
+    if kernels.attention is not None:
+        yield from _attentions(device, kernels, sizes, dtype)
+
+
+def _attentions(device: torch.device, kernels: Kernels, sizes: Sizes, dtype: torch.dtype) -> Iterator[_Pair]:
+    case = trials.Case("decode", ((1, sizes.context),) * sizes.rows)
+    scene = trials.scene_of(case, device, dtype, sizes.heads, sizes.dim, sizes.kv_heads)
+    tables, call = tables_of(scene.spans, scene.kv.page, device), scene.call
+    plain = TableBatch(scene.kv, tables, None)
+    ways = {"Triton": replace(kernels, flash=None)}
+    if kernels.flash is not None and kernels.flash.takes(scene.kv, tables, call):
+        ways[kernels.flash.names()] = kernels
+    for way, chosen in ways.items():
+        name = f"attention, {sizes.rows} rows behind {sizes.context}, {way}"
+        yield _Pair(name, _call(chosen.attend, scene.kv, tables, call), _call(plain.attend, call))
+    if kernels.rotate is not None:
+        cos = torch.randn(sizes.rows, sizes.dim, device=device).to(dtype)
+        norm = Norm(torch.ones(sizes.dim, device=device, dtype=dtype), 1e-6, 0.0)
+
+        def turned() -> None:
+            for states in (call.query, call.key):
+                reference.rotate_normed(states[0].transpose(0, 1), cos, cos, norm)
+
+        ours = _call(kernels.rotate, scene.kv, tables, call, cos, cos, norm, norm)
+        yield _Pair("norms, rotation and storing (plain: without storing)", ours, turned)
+
+
+def _call(function: Callable[..., object], *arguments: object) -> Callable[[], object]:
+    return lambda: function(*arguments)
+
+
+def _seconds(device: torch.device, function: Callable[[], object]) -> float:
+    """Of one call."""
+    if device.type != "cuda":
+        begun = time.perf_counter()
+        function()
+        return time.perf_counter() - begun
+    from seallmd.worker.cuda_graphs import CudaRecorder
+
+    graph = CudaRecorder(device).capture(lambda: [function() for _ in range(_CALLS)])
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / _CALLS
