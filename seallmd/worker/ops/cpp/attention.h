@@ -15,15 +15,27 @@
 constexpr int SEGMENT = 64;     // keys
 constexpr int ITEM_QUERIES = 24;  // query tokens times heads of one work item, if there is a choice
 
+// Values, and those that will be in use after them, as many, if any.
+template <class T> struct Values {
+    const T *const *rows, *const *next;
+    const T* operator[](int t) const { return rows[t]; }
+    template <int N> void ask(int t, int at) const {
+        if (next)
+#pragma GCC unroll 8
+            for (int i = 0; i < N; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(next[t] + at + i);
+    }
+};
+
 // out[b] += sum over t of p[b][t] v[t], for NV vectors of the value dimension, from element `at` on.
 template <class T, int B, int NV>
-inline void mix_tile(const float* p, int keys, const T* const* v, int at, float* out, ptrdiff_t os) {
+inline void mix_tile(const float* p, int keys, const Values<T>& v, int at, float* out, ptrdiff_t os) {
     V acc[B][NV];
     for (int b = 0; b < B; b++)
         for (int j = 0; j < NV; j++) acc[b][j] = load(out + b * os + j * W);
     for (int t = 0; t < keys; t++) {
         V value[NV];
         for (int j = 0; j < NV; j++) value[j] = load(v[t] + at + j * W);
+        v.template ask<NV * W>(t, at);
         for (int b = 0; b < B; b++) {
             V weight = splat(p[b * SEGMENT + t]);
             for (int j = 0; j < NV; j++) acc[b][j] += weight * value[j];
@@ -35,7 +47,7 @@ inline void mix_tile(const float* p, int keys, const T* const* v, int at, float*
 
 // The n elements at the end of a row that is no whole vector; `out` is padded.
 template <class T>
-inline void mix_tail(const float* p, int m, int keys, const T* const* v, int at, int n, float* out, ptrdiff_t os) {
+inline void mix_tail(const float* p, int m, int keys, const Values<T>& v, int at, int n, float* out, ptrdiff_t os) {
     for (int b = 0; b < m; b++) {
         V acc = load(out + b * os);
         for (int t = 0; t < keys; t++) acc += splat(p[b * SEGMENT + t]) * load_part(v[t] + at, n);
@@ -44,7 +56,7 @@ inline void mix_tail(const float* p, int m, int keys, const T* const* v, int at,
 }
 
 template <class T, int B>
-inline void mix_rows(const float* p, int keys, const T* const* v, int dim, float* out, ptrdiff_t os) {
+inline void mix_rows(const float* p, int keys, const Values<T>& v, int dim, float* out, ptrdiff_t os) {
     int j = 0;
     for (; j + 4 * W <= dim; j += 4 * W) mix_tile<T, B, 4>(p, keys, v, j, out + j, os);
     for (; j + W <= dim; j += W) mix_tile<T, B, 1>(p, keys, v, j, out + j, os);
@@ -52,10 +64,10 @@ inline void mix_rows(const float* p, int keys, const T* const* v, int dim, float
 }
 
 template <class T>
-inline void mix(const float* p, int m, int keys, const T* const* v, int dim, float* out, ptrdiff_t os) {
+inline void mix(const float* p, int m, int keys, Values<T> v, int dim, float* out, ptrdiff_t os) {
     constexpr int B = W == 16 ? 6 : 2;
     int b = 0;
-    for (; b + B <= m; b += B) mix_rows<T, B>(p + b * SEGMENT, keys, v, dim, out + b * os, os);
+    for (; b + B <= m; b += B, v.next = nullptr) mix_rows<T, B>(p + b * SEGMENT, keys, v, dim, out + b * os, os);
     p += b * SEGMENT;
     out += b * os;
     switch (m - b) {
@@ -108,11 +120,11 @@ struct Scratch {
     std::vector<float> query, score, out, most, total;
 };
 
-// Where the K and V of a segment's keys lie; they are asked for, so that they come while another is computed.
+// Where the K and V of a segment's keys lie.
 template <class T> struct Segment {
     const T *keys[SEGMENT], *values[SEGMENT];
 
-    // Keys [from, to) of those from `position` on.
+    // Keys [from, to) of those from `position` on; the last one stands for those that follow.
     void find(const Cache& c, const int32_t* table, int kv_head, int position, int from, int to) {
         const ptrdiff_t ks = static_cast<ptrdiff_t>(c.kv_heads) * c.k_dim;
         const ptrdiff_t vs = static_cast<ptrdiff_t>(c.kv_heads) * c.v_dim;
@@ -121,12 +133,10 @@ template <class T> struct Segment {
             const int64_t block = block_of(c, table, position + t);
             const T* k = static_cast<const T*>(c.key) + block + token * ks + kv_head * c.k_dim;
             const T* v = static_cast<const T*>(c.value) + block + token * vs + kv_head * c.v_dim;
-            for (; t < stop; t++, k += ks, v += vs) {
-                keys[t] = k, values[t] = v;
-                for (int i = 0; i < c.k_dim; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(k + i);
-                for (int i = 0; i < c.v_dim; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(v + i, 0, 2);
-            }
+            for (; t < stop; t++, k += ks, v += vs) keys[t] = k, values[t] = v;
         }
+        std::fill(keys + to, keys + SEGMENT, keys[to - 1]);
+        std::fill(values + to, values + SEGMENT, values[to - 1]);
     }
 };
 
@@ -159,8 +169,10 @@ void attend_item(const Attention& a, const Step& step, const Item& item, const f
     for (int position = first_key / SEGMENT * SEGMENT; position < end; position += SEGMENT) {
         const int keys = std::min(SEGMENT, end - position), skipped = std::max(0, first_key - position);
         const Segment<T>& at_hand = segments[position / SEGMENT % 2];
+        // What comes next is asked for key by key, so that memory is read while this is computed.
+        const Segment<T>* next = position + SEGMENT < end ? &segments[(position / SEGMENT + 1) % 2] : nullptr;
         find(position + SEGMENT);
-        dot_block(Scattered<T>{at_hand.keys + skipped}, keys - skipped, at.query.data(), c.k_dim, m, c.k_dim,
+        dot_block(Scattered<T>{at_hand.keys + skipped, next ? next->keys + skipped : nullptr}, keys - skipped, at.query.data(), c.k_dim, m, c.k_dim,
                   at.score.data() + skipped, SEGMENT);
         for (int i = 0; i < m; i++) {
             const int own = start + i / group - position;  // its own key, seen from this segment
@@ -176,7 +188,8 @@ void attend_item(const Attention& a, const Step& step, const Item& item, const f
             if (shrink != 1.0f)
                 for (int j = 0; j < os; j += W) store(&at.out[i * os + j], load(&at.out[i * os + j]) * shrink);
         }
-        mix(at.score.data() + skipped, m, keys - skipped, at_hand.values + skipped, c.v_dim, at.out.data(), os);
+        const Values<T> values = {at_hand.values + skipped, next ? next->values + skipped : nullptr};
+        mix(at.score.data() + skipped, m, keys - skipped, values, c.v_dim, at.out.data(), os);
     }
     for (int i = 0; i < m; i++) {
         const int head = item.kv_head * group + i % group;

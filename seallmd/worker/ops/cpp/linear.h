@@ -38,13 +38,17 @@ template <class T> struct Matrix {
     }
 };
 
-// Rows that lie anywhere.
+// Rows that lie anywhere. next: those that will be in use after these, as many, if any.
 template <class T> struct Scattered {
     using Element = T;
-    const T* const* rows;
+    const T *const *rows, *const *next = nullptr;
     const T* operator[](int r) const { return rows[r]; }
-    Scattered from(int r, const Pass&) const { return {rows + r}; }
-    template <int R, int STEP, int B> void ask(int) const {}
+    Scattered from(int r, const Pass& pass) const { return {rows + r, pass.first && next ? next + r : nullptr}; }
+    template <int R, int STEP, int B> void ask(int i) const {
+        if (next && i * sizeof(T) % 64 == 0)
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) __builtin_prefetch(next[r] + i);
+    }
 };
 
 // out[b][r] = w[r] . x[b] over k elements, for R rows of weights and B of activations held in registers.
