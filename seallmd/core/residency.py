@@ -123,10 +123,17 @@ class Residency:
         for ranks in choices:
             misfit = self._misfit(service, ranks)
             if not misfit:
+                self._guess_costs(service)
                 self._look_at_image(service)
                 return
             reason = reason or misfit
         self._loads.refuse(service, reason)
+
+    def _guess_costs(self, service: Service) -> None:
+        """Expect of its ranks what the roofline says, until steps teach better."""
+        if service.profile is not None and service.shape is not None and not service.profile.costs.steps:
+            roofline = self._state.settings.roofline
+            service.profile.costs = StepCosts.guess(roofline, service.shape, service.ranks)
 
     def _misfit(self, service: Service, ranks: int) -> str:
         """Why no place can ever hold the service split over so many ranks; empty when one can."""
