@@ -358,9 +358,9 @@ def _by_yielding(
     running: list[Request], waiting: list[Request]
 ) -> list[tuple[tuple[str, ...], list[Request], list[Request]]]:
     """Both in order of seniority, cut where tiers begin that yield to those before."""
-    last = {request.tier for request in (*running[-1:], *waiting[-1:])}
-    if last.issubset(YIELDING[0]):  # as in most steps
-        return [(YIELDING[0], running, waiting)]
+    first = YIELDING[0]
+    if (not running or running[-1].tier in first) and (not waiting or waiting[-1].tier in first):
+        return [(first, running, waiting)]  # as in most steps
     return [
         (tiers, [r for r in running if r.tier in tiers], [r for r in waiting if r.tier in tiers])
         for tiers in YIELDING

@@ -185,8 +185,8 @@ class Node:
 
     def _with_threads(self, device: Device, step: msg.Step) -> msg.Step:
         """The same step on as many threads as there are for it now."""
-        threads, own = threads_for(self._state, device), self._state.settings.threads
-        if threads <= own:
+        own = self._state.settings.threads
+        if not own or (threads := threads_for(self._state, device)) <= own:
             return step
         sent, profile = device.inflight[step.step], self._state.services[step.service].profile
         assert profile is not None
