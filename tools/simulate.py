@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--context", type=int, default=CONTEXT_TOKENS, help="longer requests are cut to so many tokens")
     add("--step-tokens", type=int, default=PolicySettings().step_tokens)
     add("--max-rows", type=int, default=PolicySettings().max_rows)
+    add("--split-efficiency", type=float, default=PolicySettings().split_efficiency)
     add("--no-replicate", action="store_true", help="no service comes in on a second device")
     add("--host-kv", type=_bytes, metavar="SIZE", help="[devices] host_kv, like '4 GiB'")
     add("--drain-seconds", type=float, default=600.0, help="who is not done then counts as failed")
@@ -134,7 +135,10 @@ def _run_all(options: argparse.Namespace, console: Console, recorded: Sequence[S
     if strangers := profiles.keys() - shapes.keys():
         raise SimError(f"profiles of {', '.join(sorted(strangers))}, which --models does not name")
     limits = PolicySettings(
-        step_tokens=options.step_tokens, max_rows=options.max_rows, replicate=not options.no_replicate
+        step_tokens=options.step_tokens,
+        max_rows=options.max_rows,
+        replicate=not options.no_replicate,
+        split_efficiency=options.split_efficiency,
     )
     plots = options.plots is not None
     middle = options.seconds / 2

@@ -22,6 +22,7 @@ from seallmd.core.messages import MoveBlocks
 from seallmd.core.ranks import Ranks
 from seallmd.core.room import Room, missed
 from seallmd.core.service import Image, Replica, Service, Stage
+from seallmd.core.splitting import worthwhile_ranks
 from seallmd.core.state import Claim, Device, NodeState
 from seallmd.core.tiers import is_deferred
 from seallmd.core.worth import asks_at, drain_seconds, loss
@@ -123,11 +124,25 @@ class Residency:
         for ranks in choices:
             misfit = self._misfit(service, ranks)
             if not misfit:
+                if not wanted and not service.waiting and not dedicated.is_dedicated(self._state):
+                    self._split_further(service)
                 self._guess_costs(service)
                 self._look_at_image(service)
                 return
             reason = reason or misfit
         self._loads.refuse(service, reason)
+
+    def _split_further(self, service: Service) -> None:
+        """Over more devices than it needs, where there are enough and as far as that is worth it."""
+        assert service.shape is not None
+        settings, fewest = self._state.settings, service.ranks
+        if len(self._state.services) > settings.devices:
+            return
+        efficiency = settings.policy.split_efficiency
+        for ranks in worthwhile_ranks(service.shape, settings.roofline, fewest, efficiency):
+            if not self._misfit(service, ranks):
+                return
+        service.split_over(fewest, settings)
 
     def _guess_costs(self, service: Service) -> None:
         """Expect of its ranks what the roofline says, until steps teach better."""
