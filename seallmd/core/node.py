@@ -170,8 +170,8 @@ class Node:
             if device.replicas.get(replica.service) is not replica:
                 continue
             group = self._state.group(replica)
-            if len(group) > 1 and any(self._is_full(member) for member in group):
-                self._reserve(replica, group)
+            if len(group) > 1 and not all(self._takes(member, replica, device) for member in group):
+                self._reserve(replica, group, device)
                 return False
             steps = self._batcher.form(replica)
             for member, formed in steps:
@@ -211,11 +211,28 @@ class Node:
             order = [device.reserved, *(replica for replica in order if replica is not device.reserved)]
         return order
 
-    def _reserve(self, replica: Replica, group: list[Device]) -> None:
+    def _takes(self, device: Device, replica: Replica, chooser: Device) -> bool:
+        """Whether a device takes the next step of a replica that another of its devices has chosen."""
+        if self._is_full(device):
+            return False
+        return device is chooser or device.reserved is replica or not self._owes_turn(device, replica)
+
+    def _reserve(self, replica: Replica, group: list[Device], chooser: Device) -> None:
         """Have a replica go next on all its devices, so that a busy one is waited for by a step at most."""
         for device in group:
-            if device.reserved is None:
+            if device.reserved is None and (device is chooser or not self._owes_turn(device, replica)):
                 device.reserved = replica
+
+    def _owes_turn(self, device: Device, replica: Replica) -> bool:
+        """Whether a device has to be asked before a replica goes there once more, because others have work.
+
+        They would never get a turn, as long as another of the replica's devices has nothing else to do. An
+        idle device is not asked: groups that overlap in a ring might all wait for each other's.
+        """
+        if not device.inflight:
+            return False
+        others = (other for other in device.replicas.values() if other is not replica)
+        return device.last_served == replica.service and any(map(self._batcher.has_work, others))
 
     # ------------------------------------------------------------------------------------ events
 
