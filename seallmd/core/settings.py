@@ -75,12 +75,12 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     step that serves others too longer by this factor at most. pipeline_depth: steps a device may hold,
     running one included. prefix_reuse: share KV blocks of equal prefixes. replicate: a busy service may come
     in on an idle device too, when its steps would be faster. replicate_gain: faster by this factor at least.
-    replicate_seconds: and so for this long already. split_efficiency: where there are at least as many devices
-    as services, one whose tensor_parallel is 0 comes in on more devices than hold it as long as so large a
-    share of their speed is kept (`core.splitting`); 1 = never. min_residency_seconds: how long a service that
-    was brought in stays before another may push it out. patience_seconds: how long a request of an absent
-    service waits before a busy service is asked to make room. max_waiting_tokens: tokens of all requests that
-    wait, of all services together, before new ones are refused.
+    replicate_seconds: and so for this long already. split_efficiency: where there are at least as many
+    devices as services, one whose tensor_parallel is 0 comes in on more devices than hold it as long as so
+    large a share of their speed is kept (`core.splitting`); 1 = never. min_residency_seconds: how long a
+    service that was brought in stays before another may push it out. patience_seconds: how long a request of
+    an absent service waits before a busy service is asked to make room. max_waiting_tokens: tokens of all
+    requests that wait, of all services together, before new ones are refused.
     """
 
     scheduler: Literal["budget", "round-robin", "fcfs", "adbs", "dedicated"] = "budget"
