@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from seallmd.config import Size
 from seallmd.core.cost import ROOFLINES
 from seallmd.core.settings import PolicySettings, ReplacementSettings
 from seallmd.sim import comparison, experiment, metrics
@@ -95,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--context", type=int, default=CONTEXT_TOKENS, help="longer requests are cut to so many tokens")
     add("--step-tokens", type=int, default=PolicySettings().step_tokens)
     add("--max-rows", type=int, default=PolicySettings().max_rows)
+    add("--split-efficiency", type=float, default=PolicySettings().split_efficiency)
     add("--no-replicate", action="store_true", help="no service comes in on a second device")
+    add("--host-kv", type=_bytes, metavar="SIZE", help="[devices] host_kv, like '4 GiB'")
     add("--drain-seconds", type=float, default=600.0, help="who is not done then counts as failed")
     add("--no-replacement", action="store_true", help="services come and go by demand alone")
     add("--services", action="store_true", help="print the services of every run as well")
@@ -106,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _names(text: str) -> list[str]:
     return text.split(",")
+
+
+def _bytes(text: str) -> int:
+    if not Size(text).bytes_ and text.split()[:1] != ["0"]:
+        raise ValueError("a size is like 4 GiB")
+    return Size(text).bytes_
 
 
 def _rates(text: str) -> list[float]:
@@ -126,7 +135,10 @@ def _run_all(options: argparse.Namespace, console: Console, recorded: Sequence[S
     if strangers := profiles.keys() - shapes.keys():
         raise SimError(f"profiles of {', '.join(sorted(strangers))}, which --models does not name")
     limits = PolicySettings(
-        step_tokens=options.step_tokens, max_rows=options.max_rows, replicate=not options.no_replicate
+        step_tokens=options.step_tokens,
+        max_rows=options.max_rows,
+        replicate=not options.no_replicate,
+        split_efficiency=options.split_efficiency,
     )
     plots = options.plots is not None
     middle = options.seconds / 2
@@ -146,6 +158,7 @@ def _run_all(options: argparse.Namespace, console: Console, recorded: Sequence[S
                 replacement=ReplacementSettings(enabled=not options.no_replacement),
                 placement=placement or "plans",
                 drain_seconds=options.drain_seconds,
+                host_kv_bytes=options.host_kv,
                 profiles=profiles,
                 threads=options.threads,
                 span_window=(middle, middle + _GANTT_SECONDS) if plots else (0.0, 0.0),

@@ -119,9 +119,9 @@ class Arena:
                 self._set(block, FREE)
 
     def _uncache(self, block: int) -> None:
+        """Forget what a cached block holds; the caller says whose it is now."""
         del self._cached[block]
         self.prefix.remove(block)
-        self._set(block, FREE)
 
     def _set(self, block: int, state: int) -> None:
         self._counts[self._state[block]] -= 1

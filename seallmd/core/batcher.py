@@ -101,22 +101,28 @@ class Batcher:
 
     def _form_for_all(self, replica: Replica) -> list[tuple[Device, Step]]:
         former = _StepFormer(self._state, self._room, self._admits, replica)
+        rows = sorted(replica.running.values(), key=_ORDER)
         # A copy: who is admitted waits no longer. There may be thousands, of which few are looked at.
         queue = list(self._state.services[replica.service].waiting.values())
-        rows = sorted(replica.running.values(), key=_ORDER)
         admitting = True
         # Whoever waits gets in before what yields to it gets its rows: what has a row keeps its memory.
-        for tiers, running, waiting in zip(YIELDING, _by_yielding(rows), _by_yielding(queue), strict=True):
+        for tiers, running, waiting in _by_yielding(rows, queue):
             if tiers == DEFERRED:
                 former.bound_deferred()
             for request in running:
                 if not request.suspect:
                     former.add(request)
-            for request in self._admissible(replica, waiting) if admitting and former.has_place else ():
-                if not request.suspect and not former.admit(request):
-                    admitting = False
-                    break
+            if waiting and admitting:
+                admitting = self._admit(former, replica, waiting)
         return former.steps()
+
+    def _admit(self, former: _StepFormer, replica: Replica, waiting: list[Request]) -> bool:
+        """Take in those of the waiting that the step has place for. False: none behind is to be tried."""
+        if former.has_place:
+            for request in self._admissible(replica, waiting):
+                if not request.suspect and not former.admit(request):
+                    return False
+        return True
 
 
 class _StepFormer:
@@ -174,9 +180,9 @@ class _StepFormer:
         if not count:
             return
         if fresh <= 0:  # most tokens go where the last one went
-            self._append(request, count, ((),) * len(self._rows))
+            self._append(request, count, pending, ((),) * len(self._rows))
         elif self._had(fresh, request):
-            self._append(request, count, self._take(request, fresh))
+            self._append(request, count, pending, self._take(request, fresh))
 
     @property
     def has_place(self) -> bool:
@@ -220,7 +226,7 @@ class _StepFormer:
         request.scheduled = request.computed = done
         if not request.emitted:
             request.cached = done
-        self._append(request, count, _joined(shared, taken))
+        self._append(request, count, pending, _joined(shared, taken))
         return True
 
     def _belongs_elsewhere(self, request: Request) -> bool:
@@ -228,7 +234,7 @@ class _StepFormer:
         service, state = self._service, self._state
         room = state.most_kv_blocks_of(self._replica)
         if service.blocks_for(len(request.tokens) + 1) > room:
-            service.stranded = True
+            state.stranded.add(service.name)
             return True
         if len(service.replicas) == 1:
             return False
@@ -304,9 +310,12 @@ class _StepFormer:
             table += more
         return taken
 
-    def _append(self, request: Request, count: int, fresh: Sequence[Sequence[int]]) -> None:
-        """Note a request's row. fresh: blocks, by rank, that its table has gained for it."""
-        pending, start = request.pending, request.scheduled
+    def _append(self, request: Request, count: int, pending: int, fresh: Sequence[Sequence[int]]) -> None:
+        """Note a row of the next `count` of a request's `pending` tokens.
+
+        fresh: blocks, by rank, that its table has gained for it.
+        """
+        start = request.scheduled
         sample = count == pending and not request.pools
         for rows, blocks in zip(self._rows, fresh, strict=True):
             rows[request.id] = Row(request.id, start, count, sample, tuple(blocks))
@@ -345,8 +354,14 @@ def _joined(first: Tables, second: Tables) -> Tables:
     return tuple([*a, *b] for a, b in zip(first, second, strict=True))
 
 
-def _by_yielding(requests: list[Request]) -> list[list[Request]]:
-    """Requests in order of seniority, cut where tiers begin that yield to those before."""
-    if not requests or requests[-1].tier in YIELDING[0]:
-        return [requests, *([] for _ in YIELDING[1:])]
-    return [[request for request in requests if request.tier in tiers] for tiers in YIELDING]
+def _by_yielding(
+    running: list[Request], waiting: list[Request]
+) -> list[tuple[tuple[str, ...], list[Request], list[Request]]]:
+    """Both in order of seniority, cut where tiers begin that yield to those before."""
+    first = YIELDING[0]
+    if (not running or running[-1].tier in first) and (not waiting or waiting[-1].tier in first):
+        return [(first, running, waiting)]  # as in most steps
+    return [
+        (tiers, [r for r in running if r.tier in tiers], [r for r in waiting if r.tier in tiers])
+        for tiers in YIELDING
+    ]

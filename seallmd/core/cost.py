@@ -195,24 +195,44 @@ class StepCosts(msgspec.Struct):
         gain = wrong / denominator
         fixed, per_row, per_context = self.decode
         fixed, per_row, per_context = fixed + gain * p0, per_row + gain * p1, per_context + gain * p2
-        if fixed < 0 or per_row < 0 or per_context < 0:  # would make larger batches look free
-            fixed, per_row, per_context = max(0.0, fixed), max(0.0, per_row), max(0.0, per_context)
-        self.decode = (fixed, per_row, per_context)
         q0, q1, q2 = p0 / denominator, p1 / denominator, p2 / denominator
+        c00, c11, c22 = c00 - p0 * q0, c11 - p1 * q1, c22 - p2 * q2
         c01, c02, c12 = c01 - p0 * q1, c02 - p0 * q2, c12 - p1 * q2
+        if fixed < 0 or per_row < 0 or per_context < 0:  # would make larger batches look free
+            covariance = [[c00, c01, c02], [c01, c11, c12], [c02, c12, c22]]
+            fixed, per_row, per_context = _not_negative([fixed, per_row, per_context], covariance)
+        self.decode = (fixed, per_row, per_context)
         # Drift adds doubt at a steady rate. Forgetting by a factor would let it explode in the directions of
         # which steps that are all alike teach nothing.
         drift = _drift(fixed)
         self.covariance = [
-            [c00 - p0 * q0 + drift, c01, c02],
-            [c01, c11 - p1 * q1 + (drift if per_row <= fixed else _drift(per_row)), c12],
-            [c02, c12, c22 - p2 * q2 + (drift if per_context <= fixed else _drift(per_context))],
+            [c00 + drift, c01, c02],
+            [c01, c11 + (drift if per_row <= fixed else _drift(per_row)), c12],
+            [c02, c12, c22 + (drift if per_context <= fixed else _drift(per_context))],
         ]
 
     def _learn_prompt(self, x: float, wrong: float) -> None:
         gain = self.variance * x / (1 + self.variance * x * x)
         self.prompt = max(0.0, self.prompt + gain * wrong)
         self.variance += _drift(max(self.prompt, self.decode[0])) - gain * x * self.variance
+
+
+def _not_negative(state: list[float], covariance: list[list[float]]) -> tuple[float, float, float]:
+    """The likeliest state with no coefficient below 0 (Simon, Kalman filtering with state constraints, 2010).
+
+    What one coefficient is raised by, the others answer for as the covariance says, so that predictions for
+    steps like those seen stay right. Raising it alone made them wrong, and the next step's correction, along
+    the same direction, more so.
+    """
+    for _ in state:
+        low = min(range(3), key=lambda i: state[i])
+        if state[low] >= 0 or covariance[low][low] <= 0:
+            break
+        share = [covariance[i][low] / covariance[low][low] for i in range(3)]
+        state = [value - state[low] * share[i] for i, value in enumerate(state)]
+        state[low] = 0.0
+        covariance = [[covariance[i][j] - share[i] * covariance[low][j] for j in range(3)] for i in range(3)]
+    return max(0.0, state[0]), max(0.0, state[1]), max(0.0, state[2])
 
 
 def _drift(coefficient: float) -> float:

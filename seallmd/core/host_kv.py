@@ -1,11 +1,19 @@
 """The ledger of one device's host memory for preempted KV.
 
-Owns which slots are free; a slot holds one block. Must not know requests, nor why a block is saved.
+Owns how many slots there are and which are free; a slot holds one block. Must not know requests, nor why a
+block is saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+_GPU_BYTES = 4 << 30
+
+
+def default_bytes(arena_bytes: int, *, gpu: bool) -> int:
+    """Host memory for a device's KV where nobody has chosen; a CPU device's is the machine's own too."""
+    return _GPU_BYTES if gpu else arena_bytes // 4
 
 
 class HostSlots:

@@ -23,9 +23,9 @@ class IdleLimits:
         """Limits are no longer what they were: look again."""
         self._look_at = 0.0
 
-    def next_wakeup(self) -> float | None:
+    def next_wakeups(self) -> list[float]:
         """When somebody may be due."""
-        return self._look_at
+        return [] if self._look_at is None else [self._look_at]
 
     def settle(self) -> None:
         """Evict who is due. Cheap while nobody can be: most events end here."""

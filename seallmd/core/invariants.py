@@ -17,6 +17,7 @@ from seallmd.core.state import Device, NodeState
 def check_node(state: NodeState) -> None:
     """Raise AssertionError on the first broken invariant."""
     _check_requests(state)
+    _check_places(state)
     for device in state.devices.values():
         _check_device(state, device)
     for service in state.services.values():
@@ -31,6 +32,14 @@ def check_node(state: NodeState) -> None:
                 assert device.replicas.get(service.name) is replica
             if (known := service.outlooks.get(replica.copy)) is not None:
                 assert known == look(state, replica), f"{service.name} has changed, and nobody was told"
+
+
+def _check_places(state: NodeState) -> None:
+    """What is kept of who is where is what would be found anew."""
+    assert state.absent == [service for service in state.services.values() if not service.replicas]
+    for device in state.devices.values():
+        beside = state.devices_of(r for name in device.replicas for r in state.services[name].replicas)
+        assert state.beside(device.index) == beside, "somebody came or went, and nobody was told"
 
 
 def _check_requests(state: NodeState) -> None:

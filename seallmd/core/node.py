@@ -7,8 +7,8 @@ numbers: the same (now, event) list gives the same actions, in the daemon, in th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from copy import deepcopy
+from math import inf
 
 from msgspec.structs import replace
 
@@ -35,6 +35,7 @@ from seallmd.core.report import node_status
 from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
+from seallmd.core.scaling import Scaling
 from seallmd.core.scheduler import POLICIES, charge
 from seallmd.core.service import Image, Replica, Service
 from seallmd.core.settings import NodeSettings
@@ -61,6 +62,7 @@ class Node:
         self._images = Images(self._state)
         self._loads = Loads(self._state, self._room)
         self._residency = Residency(self._state, self._room, self._images, self._loads)
+        self._scaling = Scaling(self._state, self._residency, self._images)
         self._recovery = Recovery(self._state, self._room, self._residency, self._loads)
         self._planner = Planner(self._state, self._room, self._residency, self._images)
         self._operators = Operators(self._state, self._room, self._residency, self._planner, self._probe)
@@ -93,18 +95,12 @@ class Node:
         have replicas: what they share of their requests, and whom their claims keep waiting.
         """
         state = self._state
-        names: Iterable[str]
         match event:
             case ev.FromDevice(message=msg.StepDone()):
-                names, indexes = state.devices[event.device].replicas, {event.device}
+                return state.beside(event.device)
             case ev.Arrived() if event.service in state.services:
-                names, indexes = (event.service,), set[int]()
-            case _:
-                return list(state.devices.values())
-        for name in names:
-            for replica in state.services[name].replicas:
-                indexes.update(replica.devices)
-        return [state.devices[index] for index in sorted(indexes)]
+                return state.devices_of(state.services[event.service].replicas)
+        return list(state.devices.values())
 
     def _settle(self, devices: list[Device]) -> bool:
         """Move services and send steps on some devices. True when things moved: look at all of them."""
@@ -116,6 +112,7 @@ class Node:
         self._idle.settle()
         self._outgrown.settle()
         self._residency.bring_in_wanted()
+        self._scaling.settle()
         self._planner.settle()
         for device in devices:
             self._fill(device)
@@ -125,24 +122,19 @@ class Node:
 
     def next_wakeup(self) -> float | None:
         """When the node wants a Tick although nothing happens; None: only when something does."""
-        state, patience = self._state, self._state.settings.policy
-        times = self._room.next_deadlines()
-        for service in state.services.values():
-            if service.pressed_since is not None:
-                times.append(service.pressed_since + patience.replicate_seconds)
-            if not service.replicas and not service.refused and service.demand:
-                times.append(service.retry_at)
-                times.append(service.asks_at)
-                times.extend(
-                    r.since + patience.min_residency_seconds
-                    for d in state.devices.values()
-                    for r in d.replicas.values()
-                )
-        for wakeup in (self._planner.next_wakeup(), self._idle.next_wakeup(), self._recovery.next_wakeup()):
-            if wakeup is not None:
-                times.append(wakeup)
-        times = [time for time in times if time > state.now]
-        return min(times) if times else None
+        now, found = self._state.now, inf
+        for times in (
+            self._room.next_wakeups(),
+            self._residency.next_wakeups(),
+            self._scaling.next_wakeups(),
+            self._planner.next_wakeups(),
+            self._idle.next_wakeups(),
+            self._recovery.next_wakeups(),
+        ):
+            for time in times:
+                if now < time < found:
+                    found = time
+        return None if found == inf else found
 
     def profiles(self) -> dict[str, ServiceProfile]:
         """What was learnt of each service, for a later run's `NodeSettings.profiles`."""
@@ -178,8 +170,8 @@ class Node:
             if device.replicas.get(replica.service) is not replica:
                 continue
             group = self._state.group(replica)
-            if len(group) > 1 and any(self._is_full(member) for member in group):
-                self._reserve(replica, group)
+            if len(group) > 1 and not all(self._takes(member, replica, device) for member in group):
+                self._reserve(replica, group, device)
                 return False
             steps = self._batcher.form(replica)
             for member, formed in steps:
@@ -193,8 +185,8 @@ class Node:
 
     def _with_threads(self, device: Device, step: msg.Step) -> msg.Step:
         """The same step on as many threads as there are for it now."""
-        threads, own = threads_for(self._state, device), self._state.settings.threads
-        if threads <= own:
+        own = self._state.settings.threads
+        if not own or (threads := threads_for(self._state, device)) <= own:
             return step
         sent, profile = device.inflight[step.step], self._state.services[step.service].profile
         assert profile is not None
@@ -219,11 +211,28 @@ class Node:
             order = [device.reserved, *(replica for replica in order if replica is not device.reserved)]
         return order
 
-    def _reserve(self, replica: Replica, group: list[Device]) -> None:
+    def _takes(self, device: Device, replica: Replica, chooser: Device) -> bool:
+        """Whether a device takes the next step of a replica that another of its devices has chosen."""
+        if self._is_full(device):
+            return False
+        return device is chooser or device.reserved is replica or not self._owes_turn(device, replica)
+
+    def _reserve(self, replica: Replica, group: list[Device], chooser: Device) -> None:
         """Have a replica go next on all its devices, so that a busy one is waited for by a step at most."""
         for device in group:
-            if device.reserved is None:
+            if device.reserved is None and (device is chooser or not self._owes_turn(device, replica)):
                 device.reserved = replica
+
+    def _owes_turn(self, device: Device, replica: Replica) -> bool:
+        """Whether a device has to be asked before a replica goes there once more, because others have work.
+
+        They would never get a turn, as long as another of the replica's devices has nothing else to do. An
+        idle device is not asked: groups that overlap in a ring might all wait for each other's.
+        """
+        if not device.inflight:
+            return False
+        others = (other for other in device.replicas.values() if other is not replica)
+        return device.last_served == replica.service and any(map(self._batcher.has_work, others))
 
     # ------------------------------------------------------------------------------------ events
 

@@ -15,7 +15,7 @@ from seallmd.core.worth import drain_seconds
 
 
 class Outgrown:
-    """Looks after `Service.stranded`."""
+    """Looks after `NodeState.stranded`."""
 
     def __init__(self, state: NodeState, room: Room, residency: Residency) -> None:
         self._state = state
@@ -24,9 +24,11 @@ class Outgrown:
 
     def settle(self) -> None:
         """Have services leave the devices that a waiting request of theirs has outgrown."""
-        for service in self._state.services.values():
-            if service.stranded:
-                service.stranded = False
+        if not self._state.stranded:
+            return
+        stranded, self._state.stranded = self._state.stranded, set()
+        for name, service in self._state.services.items():
+            if name in stranded:
                 self._move(service)
 
     def _move(self, service: Service) -> None:

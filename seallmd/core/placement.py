@@ -18,7 +18,7 @@ where whole plans are predicted quickly, single services may leave the cells in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import isinf
 from typing import NamedTuple
 
@@ -118,24 +118,29 @@ class _Predictor:
 
     def _solve(self, arena: int, inside: list[_Guest]) -> float:
         self.tries += 1
-        works = [self.works[guest.service, guest.ranks] for guest in inside]
-        residents = [work for work, guest in zip(works, inside, strict=True) if not guest.visiting]
-        names = [guest.service for guest in inside if not guest.visiting]
-        if any((one, other) in self._apart for one in names for other in names):
+        loads = [
+            Load(self.works[service, ranks], 1 / replicas, (0,), visiting)
+            for service, ranks, replicas, visiting, _ in inside
+        ]
+        residents = [guest.service for guest in inside if not guest.visiting]
+        if self._apart and any((one, other) in self._apart for one in residents for other in residents):
             return float("inf")
-        weights = sum(work.weights_bytes for work in residents)
-        if weights + max((work.spare_bytes for work in residents), default=0) > arena:
+        weights = spare = 0.0
+        for work, _, _, visiting in loads:
+            if not visiting:
+                weights, spare = weights + work.weights_bytes, max(spare, work.spare_bytes)
+            elif work.weights_bytes + work.spare_bytes > arena:
+                return float("inf")
+        if weights + spare > arena:
             return float("inf")
-        if any(
-            g.visiting and w.weights_bytes + w.spare_bytes > arena for w, g in zip(works, inside, strict=True)
-        ):
-            return float("inf")
-        loads = [Load(w, 1 / g.replicas, (0,), g.visiting) for w, g in zip(works, inside, strict=True)]
         outcomes = solve(loads, (arena,), self._max_rows)
         return sum(
             load.work.weight * load.share / guest.touched * outcome.seconds
             for load, guest, outcome in zip(loads, inside, outcomes, strict=True)
         )
+
+
+_Choices = Callable[["_Layout", int], Iterator[dict[int, Spot]]]  # changes of one kind for a service
 
 
 class _Layout:
@@ -157,6 +162,8 @@ class _Layout:
         self._lost = {s: predictor.weight(s) * NOWHERE_SECONDS for s in order}
         self._least = _LEAST_GAIN * sum(predictor.alone(s) for s in order)
         self.objective = sum(self._costs) + sum(self._lost.values())
+        self._changes = 0
+        self._vain: dict[tuple[_Choices, int], int] = {}  # when a service's choices last gained too little
 
     # ----------------------------------------------------------------------------- changing spots
 
@@ -191,14 +198,21 @@ class _Layout:
             self._contents[cell] = inside
             self._costs[cell] = self._predictor.cost(self._arenas[cell], inside)
         self.spots.update(changes)
+        self._changes += 1
 
-    def _take_best(self, choices: Iterator[dict[int, Spot]], least: float) -> bool:
-        """Make the best of these changes if it gains more than `least`."""
+    def _take_best(self, choices: _Choices, service: int, least: float) -> bool:
+        """Make the best of a service's changes of a kind if it gains more than `least`.
+
+        What has gained too little is not tried again before anything has changed; `least` never falls.
+        """
+        if self._vain.get((choices, service)) == self._changes:
+            return False
         best, most = None, least
-        for changes in choices:
+        for changes in choices(self, service):
             if (gain := self.gain(changes)) > most:
                 best, most = changes, gain
         if best is None:
+            self._vain[choices, service] = self._changes
             return False
         self.change(best)
         return True
@@ -256,12 +270,12 @@ class _Layout:
         if isinf(self.objective):
             return  # what the operator placed does not fit the smallest device of a cell
         for service in self._order:
-            self._take_best(self._alone(service), 0.0)
+            self._take_best(_Layout._alone, service, 0.0)
         helped = True
         while helped:
             helped = False
             for service in self._order:
-                helped |= self._take_best(self._replicas(service), self._least)
+                helped |= self._take_best(_Layout._replicas, service, self._least)
 
     def polish(self) -> None:
         """Stage 2's second part: change one spot, or swap two, while it helps and the effort lasts."""
@@ -271,8 +285,8 @@ class _Layout:
             for service in self._order:
                 if self._predictor.tries - start > _EFFORT:
                     return
-                for choices in (self._alone, self._replicas, self._swaps):
-                    helped |= self._take_best(choices(service), self._least)
+                for choices in (_Layout._alone, _Layout._replicas, _Layout._swaps):
+                    helped |= self._take_best(choices, service, self._least)
 
 
 # --------------------------------------------------------------------------------------- partitions
@@ -340,7 +354,9 @@ class _Planner:
     def _finish(self, plan: Plan) -> Plan:
         """Let single services leave the cells, while it helps. Only where predicting whole plans is cheap."""
         left = _FINISH // (len(self._demands) * len(self._machine.arena_bytes))
-        best, helped = self._latency(plan), left > len(self._free)
+        if left <= len(self._free):
+            return plan
+        best, helped = self._latency(plan), True
         while helped:
             helped = False
             for i in self._free:

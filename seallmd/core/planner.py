@@ -63,13 +63,13 @@ class Planner:
             self._tick_at = self._state.now + TICK_SECONDS
             self._tick(self._replacement or self._begin())
 
-    def next_wakeup(self) -> float | None:
+    def next_wakeups(self) -> list[float]:
         """When a Tick is wanted; an idle node wants none."""
         if not self.enabled or self._state.draining:
-            return None
+            return []
         if self._steps:
-            return self._step_ends
-        return self._tick_at if self._state.requests else None
+            return [self._step_ends]
+        return [self._tick_at] if self._state.requests else []
 
     def forget(self) -> None:
         """The configuration has changed: begin anew. What has been moved so far stays."""

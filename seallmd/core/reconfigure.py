@@ -60,6 +60,7 @@ class Reconfigure:
                 self._add(settings)
         names = [*wanted, *(name for name in state.services if name not in wanted)]
         state.services = {name: state.services[name] for name in names}
+        state.moved()
         self._part_strangers()
 
     def settle(self) -> None:
@@ -136,6 +137,7 @@ class Reconfigure:
         if service.successor is not None:
             self._add(service.successor)
             state.services = {n: state.services[n] for n in names}
+        state.moved()
 
     # ------------------------------------------------------------------------------- groups
 

@@ -59,6 +59,7 @@ class Recovery:
                     state.drop_saved(request)
         state.note("", f"device {index} lost: {reason}")
         state.devices[index] = Device(index, device.label, state="lost", closed=device.closed)
+        state.moved()
         if cause is not None and not guilty:
             self._crashed(cause, f"its worker process died ({reason})")
 
@@ -74,9 +75,9 @@ class Recovery:
             if service.waiting and not service.replicas and not self._residency.places(service):
                 self._loads.pause(service, "no device that it could run on is up", DOWN_RETRY_SECONDS)
 
-    def next_wakeup(self) -> float | None:
+    def next_wakeups(self) -> list[float]:
         """When `settle` may have something to do."""
-        return max(self._lost_at.values()) + DOWN_SECONDS if self._lost_at else None
+        return [max(self._lost_at.values()) + DOWN_SECONDS] if self._lost_at else []
 
     def _cause(self, device: Device, step: SentStep | None) -> Service | None:
         """The service that the worker was busy with, as far as is known here."""

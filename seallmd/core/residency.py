@@ -21,8 +21,8 @@ from seallmd.core.loads import Loads
 from seallmd.core.messages import MoveBlocks
 from seallmd.core.ranks import Ranks
 from seallmd.core.room import Room, missed
-from seallmd.core.scaling import is_idle, wants_replica, watch_pressure
 from seallmd.core.service import Image, Replica, Service, Stage
+from seallmd.core.splitting import worthwhile_ranks
 from seallmd.core.state import Claim, Device, NodeState
 from seallmd.core.tiers import is_deferred
 from seallmd.core.worth import asks_at, drain_seconds, loss
@@ -38,7 +38,6 @@ class Residency:
         self._loads = loads
         self._room = room
         self._images = images
-        self._look_at = 0.0
 
     # ------------------------------------------------------------------------------- what could fit
 
@@ -73,7 +72,7 @@ class Residency:
         assert service.shape is not None
         return service.blocks_for(service.settings.context or min(service.shape.context, 256))
 
-    def _need(self, service: Service) -> int:
+    def need(self, service: Service) -> int:
         """Blocks that a service needs on each of its devices at least."""
         return self._state.weights_blocks(service) + self._least_kv_blocks(service)
 
@@ -125,10 +124,31 @@ class Residency:
         for ranks in choices:
             misfit = self._misfit(service, ranks)
             if not misfit:
+                if not wanted and not service.waiting and not dedicated.is_dedicated(self._state):
+                    self._split_further(service)
+                self._guess_costs(service)
                 self._look_at_image(service)
                 return
             reason = reason or misfit
         self._loads.refuse(service, reason)
+
+    def _split_further(self, service: Service) -> None:
+        """Over more devices than it needs, where there are enough and as far as that is worth it."""
+        assert service.shape is not None
+        settings, fewest = self._state.settings, service.ranks
+        if len(self._state.services) > settings.devices:
+            return
+        efficiency = settings.policy.split_efficiency
+        for ranks in worthwhile_ranks(service.shape, settings.roofline, fewest, efficiency):
+            if not self._misfit(service, ranks):
+                return
+        service.split_over(fewest, settings)
+
+    def _guess_costs(self, service: Service) -> None:
+        """Expect of its ranks what the roofline says, until steps teach better."""
+        if service.profile is not None and service.shape is not None and not service.profile.costs.steps:
+            roofline = self._state.settings.roofline
+            service.profile.costs = StepCosts.guess(roofline, service.shape, service.ranks)
 
     def _misfit(self, service: Service, ranks: int) -> str:
         """Why no place can ever hold the service split over so many ranks; empty when one can."""
@@ -146,7 +166,7 @@ class Residency:
         places = self.places(service, closed=True)
         if not places:
             return f"it needs {ranks} devices, and this machine has {len(self._state.devices)} to offer it"
-        need = self._need(service)
+        need = self.need(service)
         most = max(min(device.arena.capacity for device in place if device.arena) for place in places)
         if need <= most:
             return ""
@@ -157,50 +177,23 @@ class Residency:
 
     def bring_in_wanted(self) -> None:
         """Start what is wanted and can be started; ask for room where somebody has waited long enough."""
-        wanted = [s for s in self._state.services.values() if not s.replicas and self._is_wanted(s)]
+        wanted = [service for service in self._state.absent if self._is_wanted(service)]
         for service in sorted(wanted, key=self._order):
             if service.image is not Image.READY:
                 self._images.want(service)
             else:
                 self._bring_in(service)
-        self._replicate_wanted()
 
-    def _replicate_wanted(self) -> None:
-        """Give idle devices to services for which one more would pay."""
-        state, limits = self._state, self._state.settings.policy
-        if not limits.replicate or state.now < self._look_at:
-            return
-        # Often enough to tell for how long a replica would have paid.
-        self._look_at = state.now + limits.replicate_seconds / 8
-        if not any(is_idle(device) for device in state.devices.values()):
-            return
-        for service in self._state.services.values():
-            watch_pressure(self._state, service)
-            if wants_replica(self._state, service):
-                self._replicate(service)
-
-    def _replicate(self, service: Service) -> None:
-        """Bring a busy service in on idle devices too, taking nothing from anybody."""
-        need = self._need(service)
-        idle = [
-            place
-            for place in self.places(service)
-            if _available(place) >= need
-            and all(
-                service.name not in device.replicas
-                and not self._state.strangers(device, service.name)
-                and is_idle(device)
-                and self._state.claim_on(device) is None
-                for device in place
-            )
-        ]
-        if not idle:
-            return
-        if service.image is not Image.READY:
-            self._images.want(service)
-            return
-        if self._start(service, max(idle, key=_available)):
-            service.pressed_since = None
+    def next_wakeups(self) -> list[float]:
+        """When something may change for services that are absent and asked for."""
+        state, times = self._state, list[float]()
+        for service in state.absent:
+            if service.demand and not service.refused:
+                times.append(service.retry_at)
+                times.append(service.asks_at)
+                stay = state.settings.policy.min_residency_seconds
+                times.extend(r.since + stay for d in state.devices.values() for r in d.replicas.values())
+        return times
 
     def _is_wanted(self, service: Service) -> bool:
         return (
@@ -236,7 +229,7 @@ class Residency:
         if dedicated.is_dedicated(self._state):
             self._take_turn(service)
             return
-        need, able = self._need(service), self.able_places(service)
+        need, able = self.need(service), self.able_places(service)
         able = [place for place in able if self.holds_waiting(service, place)] or able
         free = [place for place in able if not any(self._promised(device, service) for device in place)]
         # Where it fits as things are; where only idle services must leave, the least missed first.
@@ -246,15 +239,15 @@ class Residency:
 
         def order(place: Place) -> tuple[bool, int, int]:
             neighbours = sum(len(device.replicas) for device in place)
-            return tuple(d.index for d in place) not in planned, neighbours, -_available(place)
+            return tuple(d.index for d in place) not in planned, neighbours, -available(place)
 
         for place in sorted(free, key=order):
-            if _available(place) >= need and self._start(service, place):
+            if available(place) >= need and self.start(service, place):
                 return
         if not service.waiting and not service.load_tickets:
             return  # nobody asks for it now: it takes room, but nobody's
         for place in sorted(free, key=lambda p: max(map(self._missed, p))):
-            if self._evict_idle_for(service, place, need) and self._start(service, place):
+            if self._evict_idle_for(service, place, need) and self.start(service, place):
                 return
         if self._state.now >= service.asks_at or service.load_tickets:
             self._ask_for_room(service, need, able)
@@ -265,7 +258,7 @@ class Residency:
             if any(self._loads_another(device, service) for device in place):
                 return
             others = dedicated.in_the_way(place, service)
-            if not others and self._start(service, place):
+            if not others and self.start(service, place):
                 return
             if not service.waiting and not service.load_tickets:
                 return  # nobody asks for it now: the others stay
@@ -339,8 +332,8 @@ class Residency:
         for device in place:
             if service.demand:  # else it was given up on the device before
                 self._drain_enough(device, service, need)
-        if service.demand and _available(place) >= need:
-            self._start(service, place)  # room that was promised to somebody who goes behind
+        if service.demand and available(place) >= need:
+            self.start(service, place)  # room that was promised to somebody who goes behind
 
     def _movable(self, device: Device, service: Service) -> list[Replica]:
         """Replicas that can be made to leave, those that are leaving first, then the least missed."""
@@ -418,9 +411,9 @@ class Residency:
         """Start a replica at a place of the caller's choice, if only idle services have to leave for it."""
         if any(self._promised(device, service) for device in place):
             return False
-        if _available(place) >= self._need(service) and self._start(service, place):
+        if available(place) >= self.need(service) and self.start(service, place):
             return True
-        return self._evict_idle_for(service, place, self._need(service)) and self._start(service, place)
+        return self._evict_idle_for(service, place, self.need(service)) and self.start(service, place)
 
     def set_ranks(self, service: Service, ranks: int) -> None:
         """Have an absent service come in on so many devices; its host image is built anew."""
@@ -437,7 +430,7 @@ class Residency:
         if service.image is Image.READY and service.image_ranks != service.ranks:
             self._images.drop(service)
 
-    def _start(self, service: Service, place: Place) -> bool:
+    def start(self, service: Service, place: Place) -> bool:
         """Take the blocks and send the weights on their way. False when no run of blocks is long enough, or
         somebody is there that it may not be beside."""
         if any(self._state.strangers(device, service.name) for device in place):
@@ -450,10 +443,9 @@ class Residency:
         indexes = tuple(device.index for device in place)
         ranks = Ranks([device.arena for device in place if device.arena is not None])
         replica = Replica(service.name, indexes, ranks, starts, state.copies, state.now)
-        service.replicas.append(replica)
+        state.enter(replica)
         service.image_used = state.now
         for rank, device in enumerate(place):
-            device.replicas[service.name] = replica
             if device.claim is not None and device.claim.service == service.name:
                 device.claim = None
             state.send(device.index, copy_in(service, replica, rank, state.settings.block_bytes))
@@ -488,7 +480,7 @@ class Residency:
         self._state.send(device.index, MoveBlocks(tuple(renamed), tuple(renamed.values())))
 
 
-def _available(place: Place) -> int:
+def available(place: Place) -> int:
     """Blocks that can be had at once on each device of a place."""
     return min(device.arena.available for device in place if device.arena is not None)
 

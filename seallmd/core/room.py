@@ -97,7 +97,7 @@ class Room:
             copying = any(r.stage is Stage.COPYING for r in device.replicas.values())
             if not copying and request.life is Life.RUNNING:
                 self._state.preempt(request, "it has outgrown its device")
-                self._state.services[request.service].stranded = True
+                self._state.stranded.add(request.service)
         return False
 
     def displace(self, device: Device, blocks: int, request: Request, kept: Container[int]) -> None:
@@ -174,8 +174,10 @@ class Room:
             if replica.copy in self._draining:
                 self._settle(self._state.services[replica.service], replica)
 
-    def next_deadlines(self) -> list[float]:
+    def next_wakeups(self) -> list[float]:
         """When what still runs on draining replicas is to be preempted."""
+        if not self._draining:
+            return []
         return [r.drain_until for r in self._draining.values() if r.drain_until is not None]
 
     def _settle(self, service: Service, replica: Replica) -> None:
@@ -219,12 +221,11 @@ class Room:
         """Take a replica that runs nothing off the books and out of its devices; returns the service."""
         assert not replica.running, f"{replica.service} still runs requests"
         service = self._state.services[replica.service]
-        service.replicas.remove(replica)
+        self._state.exit(replica)
         self._draining.pop(replica.copy, None)
         service.progress = None
         service.left_at = self._state.now
         for device, arena in zip(self._state.group(replica), replica.ranks.arenas, strict=True):
-            del device.replicas[service.name]
             if device.reserved is replica:
                 device.reserved = None
             arena.free_weights(service.name)

@@ -1,33 +1,86 @@
 """When one replica of a service is not enough.
 
-Owns the judgement alone; `residency` brings the replica in. A replica more is worth having when the service's
-requests, spread over one device more, would get their steps faster by `replicate_gain`, as the learnt costs
-predict, and when that has been so for `replicate_seconds`. It only ever takes memory and devices that are
-idle, and leaves again as soon as anybody else wants them.
+Owns this judgement and its clock. Must not know how a service comes in (`residency`). A replica more is worth
+having when the service's requests, spread over one device more, would get their steps faster by
+`replicate_gain`, as the learnt costs predict, and when that has been so for `replicate_seconds`. It only ever
+takes memory and devices that are idle, and leaves again as soon as anybody else wants them.
 """
 
 from __future__ import annotations
 
+from seallmd.core.images import Images
 from seallmd.core.lending import speedup
-from seallmd.core.service import Service, Stage
+from seallmd.core.residency import Residency, available
+from seallmd.core.service import Image, Service, Stage
 from seallmd.core.state import Device, NodeState
 
 
-def watch_pressure(state: NodeState, service: Service) -> None:
-    """Note since when another replica would have paid; to be called after every event."""
-    if not _would_pay(state, service):
+class Scaling:
+    """Gives idle devices to services for which one more would pay, on the shared state."""
+
+    def __init__(self, state: NodeState, residency: Residency, images: Images) -> None:
+        self._state = state
+        self._residency = residency
+        self._images = images
+        self._look_at = 0.0
+        self._pressed: list[Service] = []  # at the last look
+
+    def settle(self) -> None:
+        """Look who is pressed, often enough to tell for how long a replica would have paid."""
+        state, limits = self._state, self._state.settings.policy
+        if not limits.replicate or state.now < self._look_at:
+            return
+        self._look_at = state.now + limits.replicate_seconds / 8
+        if not (idle := self._idle_devices()):
+            return
+        for service in state.services.values():
+            if not _would_pay(state, service, idle):
+                service.pressed_since = None
+                continue
+            if service.pressed_since is None:
+                service.pressed_since = state.now
+            if state.now >= service.pressed_since + limits.replicate_seconds and self._replicate(service):
+                idle = self._idle_devices()
+        self._pressed = [s for s in state.services.values() if s.pressed_since is not None]
+
+    def next_wakeups(self) -> list[float]:
+        """When services that are pressed will have been so for long enough."""
+        if not self._pressed:
+            return []
+        seconds = self._state.settings.policy.replicate_seconds
+        return [s.pressed_since + seconds for s in self._pressed if s.pressed_since is not None]
+
+    def _idle_devices(self) -> int:
+        return sum(map(is_idle, self._state.devices.values()))
+
+    def _replicate(self, service: Service) -> bool:
+        """Bring a busy service in on idle devices too, taking nothing from anybody. Whether that is begun."""
+        need = self._residency.need(service)
+        idle = [
+            place
+            for place in self._residency.places(service)
+            if available(place) >= need
+            and all(
+                service.name not in device.replicas
+                and not self._state.strangers(device, service.name)
+                and is_idle(device)
+                and self._state.claim_on(device) is None
+                for device in place
+            )
+        ]
+        if not idle:
+            return False
+        if service.image is not Image.READY:
+            self._images.want(service)
+            return False
+        if not self._residency.start(service, max(idle, key=available)):
+            return False
         service.pressed_since = None
-    elif service.pressed_since is None:
-        service.pressed_since = state.now
+        return True
 
 
-def wants_replica(state: NodeState, service: Service) -> bool:
-    """Whether another replica has paid for long enough."""
-    since = service.pressed_since
-    return since is not None and state.now >= since + state.settings.policy.replicate_seconds
-
-
-def _would_pay(state: NodeState, service: Service) -> bool:
+def _would_pay(state: NodeState, service: Service, idle: int) -> bool:
+    """Whether another replica would, where so many devices are idle."""
     replicas, limits = service.replicas, state.settings.policy
     if not replicas or (len(replicas) + 1) * service.ranks > len(state.devices):
         return False
@@ -38,8 +91,7 @@ def _would_pay(state: NodeState, service: Service) -> bool:
     if requests <= len(replicas) or profile is None:
         return False
     costs, context = profile.costs, profile.prompt_tokens + profile.output_tokens / 2
-    own, idle = state.settings.threads, sum(map(is_idle, state.devices.values()))
-    at_hand = len(replicas) * service.ranks + idle
+    own, at_hand = state.settings.threads, len(replicas) * service.ranks + idle
 
     def round_seconds(replicas: int) -> float:
         """One token for every request: what does not fit into one step takes several."""

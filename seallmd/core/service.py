@@ -106,8 +106,7 @@ class Service:
     at next whether others are to leave for it. former: where its weights lay last, by device. tickets:
     operators that wait for it. suspects: requests that were in a step that failed. crashes: how often in a
     row a process died of it, lastly at crashed_at. breaks: how often its ranks fell apart or changed;
-    prefixes from before are not found again. stranded: a waiting request has outgrown a device that it is on.
-    restarts: of its requests, after failures. closed: an operator
+    prefixes from before are not found again. restarts: of its requests, after failures. closed: an operator
     wants no new requests for it. idle_since: when its last request ended. keep_seconds: what a client wants
     instead of `idle_seconds`. outgoing: it has left the configuration, and goes when its requests have ended;
     successor: what then takes its name. outlooks: of its replicas, by copy, since it last changed.
@@ -155,7 +154,6 @@ class Service:
     crashes: int = 0
     crashed_at: float = 0.0
     breaks: int = 0
-    stranded: bool = False
     cached_tokens: int = 0
     swaps_in: int = 0
     swap_seconds: float = 0.0

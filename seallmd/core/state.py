@@ -6,7 +6,10 @@ Owns these structs; `service` and `request` have theirs. Must not decide anythin
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+import msgspec
 
 from seallmd.core.arena import Arena
 from seallmd.core.events import Action, Answer, Embedded, Finish, Note, Scored, ToDevice
@@ -21,8 +24,7 @@ from seallmd.core.tiers import FIRST_ORDER
 # -------------------------------------------------------------------------------------------- devices
 
 
-@dataclass(slots=True)
-class SentRow:
+class SentRow(msgspec.Struct):
     """A row on its way: enough to account for its result."""
 
     request: Request
@@ -31,8 +33,7 @@ class SentRow:
     sample: bool
 
 
-@dataclass(slots=True)
-class SentStep:
+class SentStep(msgspec.Struct):
     """A step on its way, noted on each device of its group.
 
     copy: of the replica that runs it. leader: the device whose answer counts. drawing: rows that draw a
@@ -93,7 +94,11 @@ class NodeState:
     """Everything, and the actions that the event at hand has led to so far.
 
     planned: the groups of each service's replicas by the best plan known. sharing: who may not be on one
-    device. draining: no new requests are taken; stopping: for good.
+    device. draining: no new requests are taken; stopping: for good. stranded: services of which a waiting
+    request has outgrown a device.
+
+    Who is where is asked for after every event and seldom changes: `absent` and `beside` are kept until
+    `moved`.
     """
 
     settings: NodeSettings
@@ -111,6 +116,50 @@ class NodeState:
     steps: int = 0
     copies: int = 0
     leaves: int = 0
+    stranded: set[str] = field(default_factory=set)
+    _absent: list[Service] | None = None
+    _beside: dict[int, list[Device]] = field(default_factory=dict)
+
+    # --------------------------------------------------------------------------- who is where
+
+    @property
+    def absent(self) -> list[Service]:
+        """Services without a replica, in the order of configuration."""
+        if self._absent is None:
+            self._absent = [service for service in self.services.values() if not service.replicas]
+        return self._absent
+
+    def beside(self, index: int) -> list[Device]:
+        """All devices, in order, on which the services of one of them have replicas."""
+        found = self._beside.get(index)
+        if found is None:
+            services = (self.services[name] for name in self.devices[index].replicas)
+            found = self._beside[index] = self.devices_of(r for s in services for r in s.replicas)
+        return found
+
+    def devices_of(self, replicas: Iterable[Replica]) -> list[Device]:
+        """All devices, in order, that any of the replicas is on."""
+        indexes = {index for replica in replicas for index in replica.devices}
+        return [self.devices[index] for index in sorted(indexes)]
+
+    def moved(self) -> None:
+        """Replicas are no longer where they were, or services or devices are others."""
+        self._absent = None
+        self._beside.clear()
+
+    def enter(self, replica: Replica) -> None:
+        """A replica is on its devices from now on."""
+        self.services[replica.service].replicas.append(replica)
+        for device in self.group(replica):
+            device.replicas[replica.service] = replica
+        self.moved()
+
+    def exit(self, replica: Replica) -> None:
+        """It is there no longer."""
+        self.services[replica.service].replicas.remove(replica)
+        for device in self.group(replica):
+            del device.replicas[replica.service]
+        self.moved()
 
     # --------------------------------------------------------------------------- common deeds
 

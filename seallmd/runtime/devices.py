@@ -15,6 +15,7 @@ import pynvml
 
 from seallmd.config import DeviceSettings, Size
 from seallmd.core.cost import ROOFLINES, Roofline
+from seallmd.core.host_kv import default_bytes
 from seallmd.core.messages import WorkerSettings
 from seallmd.errors import ConfigError
 from seallmd.runtime import rendezvous
@@ -51,7 +52,7 @@ def plan(settings: DeviceSettings) -> DevicePlan:
     memory = machine_bytes()
     cache = settings.cache or str(Path("~/.cache/seallmd").expanduser())
     workers = _gpu_workers(settings, gpus, block) if gpus else _cpu_workers(settings, block, memory)
-    host_kv = 4 << 30 if gpus else workers[0].arena_bytes // 4
+    host_kv = default_bytes(workers[0].arena_bytes, gpu=bool(gpus))
     if settings.host_kv:  # "0 B" is a choice too
         host_kv = Size(settings.host_kv).bytes_
     meeting = rendezvous.directory_of(Path(cache))

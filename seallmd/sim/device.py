@@ -217,13 +217,13 @@ class SimDevice:
             self._queue.append(message)
             self._work()
 
-    def _later(self, seconds: float, do: Callable[[], None]) -> None:
-        self._clock.after(seconds, partial(self._unless_dead, self.generation, do))
+    def _later(self, seconds: float, do: Callable[..., None], *what: object) -> None:
+        self._clock.after(seconds, partial(self._unless_dead, self.generation, do, *what))
 
-    def _unless_dead(self, generation: int, do: Callable[[], None]) -> None:
+    def _unless_dead(self, generation: int, do: Callable[..., None], *what: object) -> None:
         """Do what the process of a generation was to do, if it still lives."""
         if self.generation == generation:
-            do()
+            do(*what)
 
     def _say(self, message: msg.CopyDone | msg.CopyFailed | msg.StepDone | msg.StepFailed) -> None:
         self._clock.happen(ev.FromDevice(self.index, message))
@@ -271,7 +271,7 @@ class SimDevice:
             self._groups[message.service] = message.group
         seconds = self._take_link(sum(e.bytes_ for e in message.extents))
         ends = self._link_free_at
-        self._later(ends - self._clock.now, lambda: self._end_copy(message, ends - seconds, seconds))
+        self._later(ends - self._clock.now, self._end_copy, message, ends - seconds, seconds)
 
     def _take_link(self, bytes_: int) -> float:
         """Copy something, behind what is being copied: one link per device. Seconds of the copy itself."""
@@ -317,19 +317,15 @@ class SimDevice:
         if group is None:
             self._run_step(step, None, waits, seconds)
         else:
-            generation = self.generation
-
-            def start(seconds: float) -> None:
-                self._unless_dead(generation, partial(self._run_step, step, group, waits, seconds))
-
+            start = partial(self._unless_dead, self.generation, self._run_step, step, group, waits)
             self._meetings.join(group, step.step, seconds, start)
 
     def _run_step(self, step: msg.Step, group: msg.Group | None, waits: float, seconds: float) -> None:
         if self._contention.contends(self.index):
             ended = partial(self._end_step, step, group)
-            self._later(waits, partial(self._contention.run, self.index, seconds, ended))
+            self._later(waits, self._contention.run, self.index, seconds, ended)
         else:
-            self._later(waits + seconds, partial(self._end_step, step, group, seconds))
+            self._later(waits + seconds, self._end_step, step, group, seconds)
 
     def _copies_left(self, step: msg.Step) -> float:
         """Seconds until the blocks that a step is given have been saved or restored."""

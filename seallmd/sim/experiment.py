@@ -17,6 +17,7 @@ import msgspec
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.cost import Roofline, Work
+from seallmd.core.host_kv import default_bytes
 from seallmd.core.plan import Plan
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.scheduler import POLICIES
@@ -53,6 +54,7 @@ class Setup:
     which steps and copies are kept, for a Gantt chart. sample_seconds: how often arenas are looked at; 0 =
     never. profiles: of services that were measured: the node knows them, and steps take as long as they say.
     threads: of each CPU device, which idle ones lend; 0 = none does.
+    host_kv_bytes: of each device, for the KV of preempted requests; None = as in the daemon.
     """
 
     shapes: Mapping[str, msg.ModelShape]
@@ -70,6 +72,7 @@ class Setup:
     sample_seconds: float = 0.0
     profiles: Mapping[str, ServiceProfile] = field(default_factory=dict)
     threads: int = 0
+    host_kv_bytes: int | None = None
 
     def isolated(self) -> dict[str, metrics.Isolated]:
         """T_iso by service: on the device where it is shortest."""
@@ -97,6 +100,7 @@ class Outcome:
     """What came of a run. busy_seconds: of each device. refused: services that could not be served, and why.
 
     seconds: from the first arrival to the last end, virtual. cpu_seconds: of the processor, that it took.
+    saves: preemptions after which the KV went to host memory.
     cost_errors: by service, how far predicted step times were off in the end, as a share.
     """
 
@@ -108,6 +112,7 @@ class Outcome:
     events: int
     swaps: int
     preemptions: int
+    saves: int
     refused: dict[str, str] = field(default_factory=dict)
     cost_errors: dict[str, float] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
@@ -125,6 +130,7 @@ class Outcome:
             utilisation=sum(self.busy_seconds) / total if total else 0.0,
             swaps=self.swaps,
             preemptions=self.preemptions,
+            saves=self.saves,
         )
 
 
@@ -145,6 +151,14 @@ def run(setup: Setup, progress: Progress | None = None) -> Outcome:
     if not setup.arrivals:
         raise SimError("no requests arrive")
     return _Run(setup).run(progress or (lambda _: None))
+
+
+def _host_kv_bytes(setup: Setup, arena_bytes: int) -> int:
+    """What the set-up says, else what the daemon would take on such devices."""
+    if setup.host_kv_bytes is not None:
+        return setup.host_kv_bytes
+    kind, _, _ = setup.devices[0].name.partition(":")
+    return default_bytes(arena_bytes, gpu=kind != "cpu")
 
 
 class _Run:
@@ -175,6 +189,7 @@ class _Run:
             devices=len(setup.devices),
             block_bytes=self._block_bytes,
             host_bytes=setup.host_bytes,
+            host_kv_bytes=_host_kv_bytes(setup, arenas[0]),
             roofline=setup.devices[0],
             profiles=dict(setup.profiles),
             policy=policy,
@@ -225,6 +240,7 @@ class _Run:
             events=self._events,
             swaps=sum(service.swaps_in for service in status.services) - swaps_before,
             preemptions=sum(service.preemptions for service in status.services),
+            saves=sum(service.saves for service in status.services),
             refused={s.name: s.reason for s in status.services if s.state == "refused"},
             cost_errors={s.name: s.cost_error for s in status.services},
             spans=self._spans,

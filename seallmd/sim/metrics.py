@@ -114,7 +114,8 @@ class Report(msgspec.Struct, frozen=True):
     """One run. name: what served (a policy, a server). rate: requests per second that were sent.
 
     seconds: from the first arrival to the last end. utilisation: mean share of the time that devices stepped.
-    swaps: copies of a model to a device. None where the client cannot know.
+    swaps: copies of a model to a device. saves: preemptions whose KV went to host memory. None: the client
+    cannot know.
     """
 
     name: str
@@ -127,6 +128,7 @@ class Report(msgspec.Struct, frozen=True):
     utilisation: float | None = None
     swaps: int | None = None
     preemptions: int | None = None
+    saves: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -144,6 +146,7 @@ def report(
     utilisation: float | None = None,
     swaps: int | None = None,
     preemptions: int | None = None,
+    saves: int | None = None,
 ) -> Report:
     """All figures of a run. isolated: T_iso by service; the same for all runs that are to be compared."""
     served = list(served)
@@ -161,6 +164,7 @@ def report(
         utilisation=utilisation,
         swaps=swaps,
         preemptions=preemptions,
+        saves=saves,
     )
 
 
@@ -200,7 +204,7 @@ _COLUMNS = (
     "P99",
     f"SLO {TYPICAL_SCALE}x",
 )
-_RUN_COLUMNS = ("tok/s", "devices", "util.", "swaps", "preempt.")
+_RUN_COLUMNS = ("tok/s", "devices", "util.", "swaps", "preempt.", "saved")
 
 
 def table_of_runs(reports: Iterable[Report]) -> Table:
@@ -214,7 +218,7 @@ def table_of_runs(reports: Iterable[Report]) -> Table:
             f"{run.tokens_per_second:.0f}",
             "" if run.devices is None else str(run.devices),
             "" if run.utilisation is None else f"{run.utilisation:.0%}",
-            *("" if count is None else str(count) for count in (run.swaps, run.preemptions)),
+            *("" if count is None else str(count) for count in (run.swaps, run.preemptions, run.saves)),
         )
     return table
 

@@ -96,6 +96,27 @@ def test_a_busy_neighbour_delays_a_group_by_steps_not_for_ever() -> None:
     assert together.count("busy") <= 21, "the group waited for more than one step of its neighbour"
 
 
+def test_a_busy_group_does_not_keep_its_neighbour_from_stepping() -> None:
+    """A device where the group is alone asks for its next step first, every time; the neighbour on the other
+    device has its turns all the same."""
+    recorder = world(
+        {"wide": shape(ranks=(2,)), "a": shape()},
+        (60, 60),
+        tensor_parallel={"wide": 2},
+        groups={"wide": ((0, 1),), "a": ((1,),)},
+        preload=("wide", "a"),
+    )
+    recorder.arrive(1, "wide", (1, 2), 60)
+    recorder.world.run(until=recorder.world.now + 0.1)
+    assert recorder.outputs[1]
+    recorder.arrive(2, "a", (3, 4), 5)
+    recorder.world.run()
+    recorder.assert_output(1)
+    recorder.assert_output(2)
+    ends = list(recorder.finished)
+    assert ends == [2, 1], "the neighbour waited until the group had nothing left to do"
+
+
 def test_the_loss_of_one_rank_ends_the_group_and_it_comes_back() -> None:
     """Its requests start over; the other rank's memory is free again; the service returns by itself."""
     recorder = world({"a": shape(ranks=(2,))}, (40, 40), tensor_parallel={"a": 2})

@@ -48,6 +48,19 @@ def test_step_costs_are_learnt() -> None:
     assert costs.error < 0.08
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_one_answer_alone_teaches_step_costs(noise: float) -> None:
+    """Steps whose context grows by a token tell coefficients badly apart: none may run away for that."""
+    rng = random.Random(0)
+    costs = StepCosts.known(0.013, 0.0, 4.4e-7, 7e-5, unsure=50)  # guessed for one rank, run on two
+    for context in range(134, 1000):
+        seconds = 0.0088 + 2.2e-7 * context
+        if context > 140:
+            assert costs.predict(1, context) == pytest.approx(seconds, rel=0.01 + 2 * noise)
+        costs.learn(1, context, 1, seconds * rng.uniform(1 - noise, 1 + noise))
+    assert costs.predict(8, 4000) < 4 * seconds
+
+
 def test_step_costs_follow_a_change() -> None:
     """A device that gets slower (another process took a core) is noticed."""
     costs = StepCosts.guess(CPU, shape())

@@ -6,13 +6,17 @@ import math
 from array import array
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
+import msgspec
 import pytest
 
+from seallmd.config import DeviceSettings
 from seallmd.core.cost import ROOFLINES, Roofline, Work
 from seallmd.core.events import Action, Arrived, Event
 from seallmd.core.messages import LayerShape, ModelShape, Sampling
 from seallmd.core.settings import NodeSettings, PolicySettings, ServiceSettings
+from seallmd.runtime.devices import plan
 from seallmd.sim import experiment
 from seallmd.sim.device import STOP
 from seallmd.sim.experiment import Outcome, Setup
@@ -230,3 +234,35 @@ def test_budget_beats_turns_in_the_tail_and_in_the_mean() -> None:
     assert budget.normalized_latency < 0.96 * turns.normalized_latency
     assert budget.overall.slowdown.p99 < turns.overall.slowdown.p99
     assert budget.overall.ms_per_token.mean < 0.9 * turns.overall.ms_per_token.mean
+
+
+# -------------------------------------------------------------------------------- KV in host memory
+
+
+def short_of_memory(host_kv_bytes: int | None) -> Outcome:
+    """Answers that outgrow the KV that there is beside the weights."""
+    shapes = parse_models("1*smollm2-135m")
+    device = msgspec.structs.replace(ROOFLINES["cpu"], memory_bytes=640 << 20)
+    lengths = Lengths(100, 60)
+    arrivals = synthetic(list(shapes), rate=4, seconds=8, alpha=0.9, seed=1, lengths=lengths)
+    return experiment.run(
+        Setup(shapes, (device,), arrivals, block_bytes=1 << 19, host_kv_bytes=host_kv_bytes)
+    )
+
+
+def test_preempted_kv_goes_to_host_memory_as_in_the_daemon(tmp_path: Path) -> None:
+    """By default as much of it as `[devices] host_kv` is by default; it comes back, and answers are whole."""
+    arena = round(640 * 0.9)
+    daemon = plan(DeviceSettings(kind="cpu", memory=f"{arena} MiB", cache=str(tmp_path)))
+    default, said = short_of_memory(None), short_of_memory(daemon.host_kv_bytes)
+    assert default.saves > 0
+    assert [s.times for s in default.served] == [s.times for s in said.served]
+    assert all(len(s.times) == s.output for s in default.served)
+
+
+def test_without_host_memory_kv_is_computed_again() -> None:
+    """Nothing is saved then, and the devices have more to do."""
+    without, with_it = short_of_memory(0), short_of_memory(None)
+    assert without.preemptions > 0
+    assert without.saves == 0
+    assert sum(without.busy_seconds) > sum(with_it.busy_seconds)
