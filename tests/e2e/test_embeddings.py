@@ -108,10 +108,13 @@ def test_after_forced_preemption(
     small_daemon: Daemon, reference: Reference, vectors: Vectors, model: str, host_kv: str
 ) -> None:
     """Too little memory for all: what was pooled before a preemption counts once."""
-    tokens, embedded = asyncio.run(_mixed(small_daemon, model))
-    assert tokens == reference[model]
-    same(embedded, vectors[model])
-    status = small_daemon.service(model)
+    for _ in range(10):  # who meets whom is up to the machine's speed
+        tokens, embedded = asyncio.run(_mixed(small_daemon, model))
+        assert tokens == reference[model]
+        same(embedded, vectors[model])
+        status = small_daemon.service(model)
+        if status["preemptions"]:
+            break
     assert status["preemptions"] > 0, "nothing was preempted: the test shows nothing"
     assert (status["saves"] > 0) == (host_kv != "0 B")
 
