@@ -186,13 +186,14 @@ class Residency:
 
     def next_wakeups(self) -> list[float]:
         """When something may change for services that are absent and asked for."""
-        state, times = self._state, list[float]()
-        for service in state.absent:
-            if service.demand and not service.refused:
-                times.append(service.retry_at)
-                times.append(service.asks_at)
-                stay = state.settings.policy.min_residency_seconds
-                times.extend(r.since + stay for d in state.devices.values() for r in d.replicas.values())
+        state = self._state
+        asked_for = [service for service in state.absent if service.demand and not service.refused]
+        if not asked_for:
+            return []
+        stay = state.settings.policy.min_residency_seconds
+        times = [r.since + stay for device in state.devices.values() for r in device.replicas.values()]
+        for service in asked_for:
+            times += (service.retry_at, service.asks_at)
         return times
 
     def _is_wanted(self, service: Service) -> bool:

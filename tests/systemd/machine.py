@@ -76,14 +76,24 @@ class Machine:
         )
 
     def __enter__(self) -> Machine:
-        self.until(lambda: self.systemctl("is-system-running").strip() in ("running", "degraded"), "the boot")
+        try:
+            self.until(
+                lambda: self.systemctl("is-system-running").strip() in ("running", "degraded"), "the boot"
+            )
+        except BaseException:  # nobody else ends it: there is no `with` yet
+            self._end()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.killpg(self._outer.pid, signal.SIGKILL)  # and with process 1 goes all that it started
-        self._outer.wait()
+        self._end()
+
+    def _end(self) -> None:
+        if self._outer.poll() is None:
+            os.killpg(self._outer.pid, signal.SIGKILL)  # and with process 1 goes all that it started
+            self._outer.wait()
 
     def run(self, command: str, *, user: str = "root", check: bool = True, seconds: float = 600) -> str:
         """What a command says, run by a shell inside. Raises Failed when it fails and `check` is set."""
@@ -120,7 +130,7 @@ class Machine:
                 raise Failed(f"{what} did not come within {seconds:.0f} s")
             if self._outer.poll() is not None:
                 raise Failed("the system has ended: is this root, with namespaces, overlayfs and cgroup v2?")
-            time.sleep(0.2)
+            time.sleep(0.2)  # another system's processes: there is nothing here that could be waited on
         return time.monotonic() - began
 
     def _first(self) -> int:

@@ -75,20 +75,10 @@ def attention(dtype: str, group: int, dim: int, tile: int, **kind: bool) -> int:
 
 def rotation(dtype: str, width: int, dim: int, **norms: bool) -> int:
     """As `triton_store.rotate` chooses."""
+    form = triton_store.rotation_form(20, dim, dim, width)
+    flags = {"HAS_Q_NORM": False, "HAS_K_NORM": False} | norms
     return compile_for_gpu(
-        triton_store._rotate,
-        dtype,
-        2,
-        Q_HEADS=20,
-        KV_HEADS=2,
-        K_DIM=dim,
-        V_DIM=dim,
-        V_PAD=triton.next_power_of_2(dim),
-        WIDTH=width,
-        HALF_PAD=triton.next_power_of_2(width // 2),
-        REST_PAD=triton.next_power_of_2(max(dim - width, 1)),
-        HEADS=8,
-        **{"HAS_Q_NORM": False, "HAS_K_NORM": False} | norms,
+        triton_store._rotate, dtype, form.pop("num_warps"), Q_HEADS=20, KV_HEADS=2, **form, **flags
     )
 
 

@@ -250,6 +250,20 @@ def write(kv: KvView, tables: Tables, call: Call) -> None:
     )
 
 
+def rotation_form(heads: int, k_dim: int, v_dim: int, width: int) -> dict[str, int]:
+    """What of `_rotate` is compiled in, besides the counts of heads and which norms there are."""
+    return {
+        "K_DIM": k_dim,
+        "V_DIM": v_dim,
+        "V_PAD": triton.next_power_of_2(v_dim),
+        "WIDTH": width,
+        "HALF_PAD": triton.next_power_of_2(width // 2),
+        "REST_PAD": triton.next_power_of_2(max(k_dim - width, 1)),
+        "HEADS": min(_HEADS, triton.next_power_of_2(heads)),
+        "num_warps": 2,
+    }
+
+
 def rotate(
     kv: KvView,
     tables: Tables,
@@ -269,7 +283,8 @@ def rotate(
     width = cos.shape[-1]
     cos, sin = cos.reshape(-1, width), sin.reshape(-1, width)
     out = torch.empty(tokens, heads, k_dim, dtype=query.dtype, device=query.device)
-    tile = min(_HEADS, triton.next_power_of_2(heads))
+    form = rotation_form(heads, k_dim, v_dim, width)
+    tile = form["HEADS"]
     _rotate[(tokens, triton.cdiv(heads, tile) + triton.cdiv(kv_heads, tile))](
         query,
         key,
@@ -298,16 +313,9 @@ def rotate(
         kv.block_of_page(call.layer),
         Q_HEADS=heads,
         KV_HEADS=kv_heads,
-        K_DIM=k_dim,
-        V_DIM=v_dim,
-        V_PAD=triton.next_power_of_2(v_dim),
-        WIDTH=width,
-        HALF_PAD=triton.next_power_of_2(width // 2),
-        REST_PAD=triton.next_power_of_2(max(k_dim - width, 1)),
-        HEADS=tile,
         HAS_Q_NORM=q_norm is not None,
         HAS_K_NORM=k_norm is not None,
-        num_warps=2,
+        **form,
     )
     return out.transpose(0, 1)[None]
 
