@@ -32,6 +32,11 @@ def prompts() -> list[str]:
     return [*text, " ".join(rng.choices(WORDS, k=1100))]
 
 
+def short_prompts() -> list[str]:
+    """All but the long one."""
+    return prompts()[:-1]
+
+
 @pytest.fixture(scope="session")
 def reference() -> dict[str, list[list[int]]]:
     """Greedy continuations by `generate`, float32, one prompt at a time; by model."""
@@ -67,12 +72,13 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 @pytest.fixture
 def small_daemon(tmp_path: Path, model: str, host_kv: str) -> Iterator[Daemon]:
-    """One device with little room for KV beside the model's weights: requests preempt each other."""
-    memory = {SMOL: "600 MiB", GEMMA: "1072 MiB"}[model]
+    """One device with room for little more than one of `short_prompts` beside the model's weights: two that
+    meet preempt each other, and they are in flight for several steps each, so they meet on any machine."""
+    memory = {SMOL: "536 MiB", GEMMA: "1034 MiB"}[model]
     config = f'[devices]\nkind = "cpu"\ncpu_workers = 1\nmemory = "{memory}"\n'
     config += f'host_kv = "{host_kv}"\n'
-    config += "[policy]\nstep_tokens = 256\n"
-    config += service(model, model, dtype="float32", preload=True, pooling=POOLINGS[model])
+    config += "[policy]\nstep_tokens = 32\n"
+    config += service(model, model, dtype="float32", preload=True, context=160, pooling=POOLINGS[model])
     yield from running(Daemon(tmp_path, config))
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.e2e.conftest import NEW_TOKENS, POOLINGS, prompts
+from tests.e2e.conftest import NEW_TOKENS, POOLINGS, prompts, short_prompts
 from tests.e2e.daemon import GEMMA, MODELS, SMOL, Daemon
 
 Reference = dict[str, list[list[int]]]
@@ -72,8 +72,8 @@ def test_parity(daemon: Daemon, vectors: Vectors, model: str) -> None:
         assert answer.usage.prompt_tokens == answer.usage.total_tokens > 1100
 
 
-async def _mixed(daemon: Daemon, model: str) -> tuple[list[list[int]], list[list[float]]]:
-    """Every prompt generates and is embedded at the same time, all of them at once."""
+async def _mixed(daemon: Daemon, model: str, texts: list[str]) -> tuple[list[list[int]], list[list[float]]]:
+    """Every text generates and is embedded at the same time, all of them at once."""
     async with daemon.async_client() as client:
 
         async def generate(prompt: str) -> list[int]:
@@ -90,7 +90,7 @@ async def _mixed(daemon: Daemon, model: str) -> tuple[list[list[int]], list[list
             answer = await client.embeddings.create(model=model, input=prompt)
             return answer.data[0].embedding
 
-        work = [asyncio.gather(generate(prompt), embed(prompt)) for prompt in prompts()]
+        work = [asyncio.gather(generate(prompt), embed(prompt)) for prompt in texts]
         tokens, embedded = zip(*await asyncio.gather(*work), strict=True)
         return list(tokens), list(embedded)
 
@@ -98,7 +98,7 @@ async def _mixed(daemon: Daemon, model: str) -> tuple[list[list[int]], list[list
 @both
 def test_beside_generation(daemon: Daemon, reference: Reference, vectors: Vectors, model: str) -> None:
     """Both kinds of rows in one step: neither changes the other."""
-    tokens, embedded = asyncio.run(_mixed(daemon, model))
+    tokens, embedded = asyncio.run(_mixed(daemon, model, prompts()))
     assert tokens == reference[model]
     same(embedded, vectors[model])
 
@@ -108,13 +108,11 @@ def test_after_forced_preemption(
     small_daemon: Daemon, reference: Reference, vectors: Vectors, model: str, host_kv: str
 ) -> None:
     """Too little memory for all: what was pooled before a preemption counts once."""
-    for _ in range(10):  # who meets whom is up to the machine's speed
-        tokens, embedded = asyncio.run(_mixed(small_daemon, model))
-        assert tokens == reference[model]
-        same(embedded, vectors[model])
-        status = small_daemon.service(model)
-        if status["preemptions"]:
-            break
+    texts = short_prompts()
+    tokens, embedded = asyncio.run(_mixed(small_daemon, model, texts))
+    assert tokens == reference[model][: len(texts)]
+    same(embedded, vectors[model][: len(texts)])
+    status = small_daemon.service(model)
     assert status["preemptions"] > 0, "nothing was preempted: the test shows nothing"
     assert (status["saves"] > 0) == (host_kv != "0 B")
 
