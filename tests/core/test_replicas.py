@@ -37,6 +37,15 @@ def test_a_busy_service_uses_an_idle_device() -> None:
         recorder.assert_output(request)
 
 
+def test_memory_for_few_requests_is_a_reason_too() -> None:
+    """A step of all of them would be as fast on one device, but there is KV for two at a time."""
+    recorder = world({"a": shape(), "b": shape()}, arenas=(30, 30), replicate_seconds=0.2, max_rows=64)
+    busy(recorder, count=12)
+    recorder.world.run()
+    steps = [device.steps for device in recorder.world.node.status(0).devices]
+    assert min(steps) > 0.3 * max(steps), "the second device hardly helped"
+
+
 def test_replication_can_be_switched_off() -> None:
     """The baseline."""
     recorder = two_devices(max_rows=8, replicate=False)

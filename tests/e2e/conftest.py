@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.e2e.daemon import GEMMA, MODELS, SMOL, Daemon, service
 
@@ -39,23 +39,29 @@ def short_prompts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def reference() -> dict[str, list[list[int]]]:
-    """Greedy continuations by `generate`, float32, one prompt at a time; by model."""
+    """Greedy continuations by `generate`, float32, by model: the long prompt alone, the others together."""
     torch.set_num_threads(2)
     return {name: _generate(name) for name in (SMOL, GEMMA)}
 
 
 def _generate(name: str) -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(MODELS / name)
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / name, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32).eval()
     found = []
-    with torch.inference_mode():
-        for prompt in prompts():
-            ids = tokenizer(prompt, return_tensors="pt").input_ids
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
-            )
-            found.append(out[0, ids.shape[1] :].tolist())
+    for together in (short_prompts(), prompts()[-1:]):
+        inputs = tokenizer(together, return_tensors="pt", padding=True)
+        with torch.inference_mode():
+            out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        found += [_until_the_end(row[inputs.input_ids.shape[1] :].tolist(), model) for row in out]
     return found
+
+
+def _until_the_end(tokens: list[int], model: PreTrainedModel) -> list[int]:
+    """Behind its end an answer is padded for as long as others of its batch go on."""
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    ends = [at + 1 for at, token in enumerate(tokens) if token in stops]
+    return tokens[: min(ends, default=len(tokens))]
 
 
 @pytest.fixture(scope="session")
