@@ -56,7 +56,7 @@ def queue_guess(state: NodeState, service: Service) -> float:
     free = sum(
         max(
             0.0,
-            min(_room_for(state, replica, profile), state.settings.policy.max_rows) - len(replica.running),
+            min(room_for(state, replica, profile), state.settings.policy.max_rows) - len(replica.running),
         )
         for replica in service.replicas
     )
@@ -78,7 +78,7 @@ def _begun_per_second(state: NodeState, service: Service, profile: ServiceProfil
     if not service.replicas:
         return _per_second(profile, profile.rows)
     return sum(
-        _per_second(profile, min(len(replica.running), _room_for(state, replica, profile)))
+        _per_second(profile, min(len(replica.running), room_for(state, replica, profile)))
         / _busy_on(state, replica)
         for replica in service.replicas
     )
@@ -92,7 +92,7 @@ def _per_second(profile: ServiceProfile, rows: float) -> float:
     return 1 / (profile.prefill_seconds(round(profile.prompt_tokens)) + decode)
 
 
-def _room_for(state: NodeState, replica: Replica, profile: ServiceProfile) -> float:
+def room_for(state: NodeState, replica: Replica, profile: ServiceProfile) -> float:
     """Requests of usual length that a replica's part of the memory holds to their end."""
     length = round(profile.prompt_tokens + profile.output_tokens)
     blocks = state.services[replica.service].blocks_for(length)

@@ -8,6 +8,7 @@ takes memory and devices that are idle, and leaves again as soon as anybody else
 
 from __future__ import annotations
 
+from seallmd.core.estimate import room_for
 from seallmd.core.images import Images
 from seallmd.core.lending import speedup
 from seallmd.core.residency import Residency, available
@@ -92,11 +93,12 @@ def _would_pay(state: NodeState, service: Service, idle: int) -> bool:
         return False
     costs, context = profile.costs, profile.prompt_tokens + profile.output_tokens / 2
     own, at_hand = state.settings.threads, len(replicas) * service.ranks + idle
+    most = max(1.0, min(limits.max_rows, *(room_for(state, replica, profile) for replica in replicas)))
 
     def round_seconds(replicas: int) -> float:
-        """One token for every request: what does not fit into one step takes several."""
+        """One token for every request: what does not fit into one step, or memory, takes several."""
         each = requests / replicas
-        rows = min(each, limits.max_rows)
+        rows = min(each, most)
         seconds = costs.predict(rows, rows * context)
         threads = own * (at_hand // (replicas * service.ranks))
         return seconds / speedup(threads, own, seconds, costs.predict(0, 0)) * each / rows
