@@ -1,7 +1,7 @@
-"""Speed of the engine alone, beside transformers and llama.cpp on the same work, in one run.
+"""Speed of the engine alone, beside transformers, llama.cpp and vLLM on the same work, in one run.
 
     python -m tools.bench_engine models/smollm2-135m-instruct --threads 1
-    ... --llama llama-batched-bench --gguf smollm2-f16.gguf
+    ... --llama llama-batched-bench --gguf smollm2-f16.gguf --vllm venv-of-vllm/bin/python
 
 No daemon, no HTTP: the worker's own code in this process, driven by the messages it gets in service. Every
 figure is taken `--repeats` times, the contestants taking turns, because machines drift; the table shows the
@@ -12,18 +12,16 @@ once a step), matrix products for prefill. Compare within one run only.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from seallmd.core import messages as msg
 from seallmd.worker import ops
@@ -35,18 +33,10 @@ from seallmd.worker.paged import PagedBatch
 from seallmd.worker.process import quiet_libraries
 from seallmd.worker.skeleton import DTYPES
 from seallmd.worker.worker import Worker
+from tools.engine_peers import STEP_TOKENS, Runner, Times, llama_runner, transformers_runner, vllm_runner
 
 _BLOCK_BYTES = 512 << 10
-_STEP_TOKENS = 512
 _PROBE_BYTES = 512 << 20
-
-
-class Times(NamedTuple):
-    """Seconds of one run: of the whole prefill, of one decode step (median). Decode nan: not told apart."""
-
-    prefill: float
-    decode: float
-    whole: float
 
 
 class Engine:
@@ -130,8 +120,8 @@ class Engine:
         for request, prompt in zip(ids, prompts, strict=True):
             need = self.page.holding(len(prompt) + new) * self.page.blocks
             tables.append([self.free.pop() for _ in range(need)])
-            for at in range(0, len(prompt), _STEP_TOKENS):
-                count = min(_STEP_TOKENS, len(prompt) - at)
+            for at in range(0, len(prompt), STEP_TOKENS):
+                count = min(STEP_TOKENS, len(prompt) - at)
                 greedy = msg.Sampling(temperature=0.0)
                 admit = (msg.Admit(request, tuple(prompt), len(prompt), greedy),) if at == 0 else ()
                 table = tuple(tables[-1]) if at == 0 else ()
@@ -174,42 +164,6 @@ class Engine:
         return found[0].float()
 
 
-def transformers_runner(directory: Path) -> Callable[[list[list[int]], int], Times]:
-    """`generate` of a static batch in float32."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-
-    def run(prompts: list[list[int]], new: int) -> Times:
-        ids = torch.tensor(prompts)
-        started = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                min_new_tokens=new,
-                max_new_tokens=new,
-            )
-        return Times(float("nan"), float("nan"), time.perf_counter() - started)
-
-    return run
-
-
-def llama_runner(program: Path, gguf: Path, threads: int) -> Callable[[list[list[int]], int], Times]:
-    """llama.cpp's own llama-batched-bench: as many streams, prompts and answers as long, by its clock."""
-
-    def run(prompts: list[list[int]], new: int) -> Times:
-        streams, prompt = len(prompts), len(prompts[0])
-        asked = {"-npp": prompt, "-ntg": new, "-npl": streams, "-c": streams * (prompt + new)}
-        command = [str(program), "-m", str(gguf), "-t", str(threads), "-tb", str(threads)]
-        command += [str(part) for pair in asked.items() for part in pair]
-        command += ["-ub", str(_STEP_TOKENS), "--output-format", "jsonl"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
-        return Times(found["t_pp"], found["t_tg"] / new, found["t_pp"] + found["t_tg"])
-
-    return run
-
-
 def read_bandwidth() -> float:
     """Bytes a second that this process's threads read from memory, best of a few."""
     data = torch.ones(_PROBE_BYTES // 4)
@@ -246,6 +200,8 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="without transformers")
     parser.add_argument("--llama", type=Path, help="llama.cpp's llama-batched-bench")
     parser.add_argument("--gguf", type=Path, nargs="+", default=[], help="the same model for llama.cpp")
+    parser.add_argument("--vllm", type=Path, help="an interpreter that has vLLM")
+    parser.add_argument("--vllm-dtypes", nargs="+", default=["float32"])
     options = parser.parse_args()
     if options.long:
         options.prompt = 1024
@@ -254,20 +210,24 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.set_num_interop_threads(1)
     quiet_libraries()
-    with tempfile.TemporaryDirectory() as cache:
-        _bench(options, Path(cache))
+    with tempfile.TemporaryDirectory() as cache, ExitStack() as peers:
+        _bench(options, Path(cache), peers)
 
 
-def _bench(options: argparse.Namespace, cache: Path) -> None:
+def _bench(options: argparse.Namespace, cache: Path, peers: ExitStack) -> None:
     tokens = max(options.batches) * (options.prompt + options.new + 64)
     engines: dict[str, Engine] = {}
     for dtype in options.dtypes:
         engines[f"seallmd {dtype}"] = Engine(options.model, dtype, tokens, cache, compiled=True)
         if options.torch:
             engines[f"seallmd {dtype}, torch"] = Engine(options.model, dtype, tokens, cache, compiled=False)
-    runners: dict[str, Callable[[list[list[int]], int], Times]] = {n: e.run for n, e in engines.items()}
+    runners: dict[str, Runner] = {n: e.run for n, e in engines.items()}
     for gguf in options.gguf:
         runners[f"llama.cpp {gguf.stem}"] = llama_runner(options.llama, gguf, options.threads)
+    for dtype in options.vllm_dtypes if options.vllm else ():
+        length = options.prompt + options.new
+        running = vllm_runner(options.vllm, options.model, dtype, options.threads, length)
+        runners[f"vllm {dtype}"] = peers.enter_context(running)
     if not options.alone:
         runners["transformers float32"] = transformers_runner(options.model)
     bandwidth, flops = read_bandwidth(), matrix_rate()
