@@ -110,7 +110,7 @@ class Batcher:
             if tiers == DEFERRED:
                 former.bound_deferred()
             for request in running:
-                if not request.suspect:
+                if not (request.alone_until and request.suspect):  # most were never in a step that failed
                     former.add(request)
             if waiting and admitting:
                 admitting = self._admit(former, replica, waiting)
@@ -141,14 +141,21 @@ class _StepFormer:
         self._admits: list[Admit] = []
         limits = state.settings.policy
         self._rows_left = limits.max_rows
-        # Decoding requests wait for one token each: they get theirs before prefill takes the rest.
-        decoding = 0
-        for request in replica.running.values():
-            decoding += request.pending == 1 and request.runnable
-        self._prefill_left = max(1, limits.step_tokens - min(decoding, limits.max_rows))
+        self._prefill_tokens: int | None = None  # that are left; None: nobody has asked
         self._slowdown = limits.batch_slowdown
         self._most_seconds = inf
         self._tokens = self._context = self._drawing = 0
+
+    def _prefill_left(self) -> int:
+        """Tokens of prompts that the step has place for. Most steps only decode, and nobody asks."""
+        if self._prefill_tokens is None:
+            # Decoding requests wait for one token each: they get theirs before prefill takes the rest.
+            limits, given = self._state.settings.policy, self._rows[0]
+            decoding = len(given)
+            for request in self._replica.running.values():
+                decoding += request.pending == 1 and request.runnable and request.id not in given
+            self._prefill_tokens = max(1, limits.step_tokens - min(decoding, limits.max_rows))
+        return self._prefill_tokens
 
     def bound_deferred(self) -> None:
         """The rows so far are not to wait much longer for those that follow, which are batch work."""
@@ -174,20 +181,20 @@ class _StepFormer:
         if request.life is not _RUNNING or not request.runnable or not self._rows_left:
             return
         pending = request.pending
-        count = 1 if pending == 1 else min(pending, self._prefill_left)
+        count = 1 if pending == 1 else min(pending, self._prefill_left())
         count = self._within_bound(count, request.scheduled, pending)
         fresh = self._service.blocks_for(request.scheduled + count) - len(request.tables[0])
         if not count:
             return
         if fresh <= 0:  # most tokens go where the last one went
-            self._append(request, count, pending, ((),) * len(self._rows))
+            self._append(request, count, pending)
         elif self._had(fresh, request):
             self._append(request, count, pending, self._take(request, fresh))
 
     @property
     def has_place(self) -> bool:
         """Whether a request could be taken in, as far as the step's size and the other replicas' part go."""
-        fits = self._rows_left and self._prefill_left
+        fits = self._rows_left and self._prefill_left()
         return bool(fits) and len(self._replica.running) < self._service.share(self._replica)
 
     def admit(self, request: Request) -> bool:
@@ -207,7 +214,7 @@ class _StepFormer:
         if saved is not None:
             done = saved.tokens
         pending = len(request.tokens) - done
-        count = self._within_bound(min(pending, self._prefill_left), done, pending)
+        count = self._within_bound(min(pending, self._prefill_left()), done, pending)
         if not count:
             self._ranks.release(shared)
             return False
@@ -310,19 +317,26 @@ class _StepFormer:
             table += more
         return taken
 
-    def _append(self, request: Request, count: int, pending: int, fresh: Sequence[Sequence[int]]) -> None:
+    def _append(
+        self, request: Request, count: int, pending: int, fresh: Sequence[Sequence[int]] | None = None
+    ) -> None:
         """Note a row of the next `count` of a request's `pending` tokens.
 
-        fresh: blocks, by rank, that its table has gained for it.
+        fresh: blocks, by rank, that its table has gained for it, if any.
         """
         start = request.scheduled
         sample = count == pending and not request.pools
-        for rows, blocks in zip(self._rows, fresh, strict=True):
-            rows[request.id] = Row(request.id, start, count, sample, tuple(blocks))
+        if fresh is None:
+            row = Row(request.id, start, count, sample)
+            for rows in self._rows:
+                rows[request.id] = row
+        else:
+            for rows, blocks in zip(self._rows, fresh, strict=True):
+                rows[request.id] = Row(request.id, start, count, sample, tuple(blocks))
         self._sent.append(SentRow(request, request.epoch, count, sample))
         self._rows_left -= 1
         if pending > 1:
-            self._prefill_left -= count
+            self._prefill_tokens = self._prefill_left() - count
         self._drawing += sample
         self._tokens += count
         self._context += start + count

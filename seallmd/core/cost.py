@@ -170,7 +170,9 @@ class StepCosts(msgspec.Struct):
             rows = tokens
         seconds = fixed + per_row * rows / _ROWS + per_context * context / _CONTEXT
         seconds += self.prompt * (tokens - rows) / _PROMPT
-        return max(_LEAST_SECONDS, seconds)
+        if seconds < _LEAST_SECONDS:  # asked all the time: a call of max() takes as long as all of this
+            return _LEAST_SECONDS
+        return seconds
 
     def learn(self, tokens: int, context: int, rows: int, seconds: float) -> None:
         """A step took so long."""
@@ -237,4 +239,5 @@ def _not_negative(state: list[float], covariance: list[list[float]]) -> tuple[fl
 
 def _drift(coefficient: float) -> float:
     """Variance that a coefficient gains from one step to the next."""
-    return (_DRIFT * coefficient / _NOISE) ** 2
+    drift = _DRIFT / _NOISE * coefficient
+    return drift * drift

@@ -178,6 +178,8 @@ class Residency:
     def bring_in_wanted(self) -> None:
         """Start what is wanted and can be started; ask for room where somebody has waited long enough."""
         wanted = [service for service in self._state.absent if self._is_wanted(service)]
+        if not wanted:
+            return  # as after most events
         for service in sorted(wanted, key=self._order):
             if service.image is not Image.READY:
                 self._images.want(service)

@@ -302,10 +302,8 @@ class _Run:
         self._events += 1
         now = self._now
         for action in actions:
-            if isinstance(action, ev.Emit):
-                times = self._open[action.request].times
-                for _ in action.tokens:
-                    times.append(now)
+            if type(action) is ev.Emit:  # most are
+                self._open[action.request].times.extend((now,) * len(action.tokens))
             elif isinstance(action, ev.Finish):
                 record = self._open.pop(action.request)
                 del self._lengths[action.request]

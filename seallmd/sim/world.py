@@ -180,6 +180,8 @@ class World:
             if self._observe is not None:
                 self._observe(event, actions)
             for action in actions:
+                if type(action) is ev.Emit:
+                    continue  # most are
                 if isinstance(action, ev.ToDevice):
                     self.devices[action.device].receive(action.message)
                 elif isinstance(action, ev.ToHostProcess):
