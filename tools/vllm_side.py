@@ -2,9 +2,9 @@
 
     python -m tools.bench_engine MODEL --vllm PYTHON
 
-starts this file with another interpreter, one that has vLLM; so it imports nothing of seallmd. Each line is one
-JSON object: `{"prompts": [[token, ...], ...], "new": N}` is answered by `{"seconds": S}`; before the first comes
-`{"ready": VERSION}`.
+starts this file with another interpreter, one that has vLLM; so it imports nothing of seallmd. Each line is
+one JSON object: `{"prompts": [[token, ...], ...], "new": N}` is answered by `{"seconds": S}`, and before
+the first comes `{"ready": VERSION}`.
 """
 
 from __future__ import annotations
