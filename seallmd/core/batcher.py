@@ -110,7 +110,7 @@ class Batcher:
             if tiers == DEFERRED:
                 former.bound_deferred()
             for request in running:
-                if not (request.alone_until and request.suspect):  # most were never in a step that failed
+                if not request.suspect:
                     former.add(request)
             if waiting and admitting:
                 admitting = self._admit(former, replica, waiting)

@@ -2,8 +2,9 @@
 
 Owns this judgement and its clock. Must not know how a service comes in (`residency`). A replica more is worth
 having when the service's requests, spread over one device more, would get their steps faster by
-`replicate_gain`, as the learnt costs predict, and when that has been so for `replicate_seconds`. It only ever
-takes memory and devices that are idle, and leaves again as soon as anybody else wants them.
+`replicate_gain`, as the learnt costs and the room for their KV predict, and when that has been so for
+`replicate_seconds`. It only ever takes memory and devices that are idle, and leaves again as soon as anybody
+else wants them.
 """
 
 from __future__ import annotations
