@@ -113,7 +113,7 @@ ROOFLINES = {
 _ROWS, _CONTEXT, _PROMPT = 100.0, 1000.0, 100.0  # scales of the features: coefficients are of one size
 _NOISE = 0.1  # of one step, as a share
 _UNSURE = 50.0  # a first guess may be off by so many times itself
-_DRIFT = 0.003  # of a coefficient between two steps, as a share: about 30 steps are remembered
+_DRIFT = 0.003 / _NOISE  # of a coefficient from one step to the next: about 30 steps are remembered
 _ERROR_WEIGHT = 0.02
 _MANY = 1 << 20  # tokens whose cost is nothing but theirs
 _BATCH = 8  # rows of a decode step
@@ -176,7 +176,8 @@ class StepCosts(msgspec.Struct):
 
     def learn(self, tokens: int, context: int, rows: int, seconds: float) -> None:
         """A step took so long."""
-        seconds = max(seconds, _LEAST_SECONDS)
+        if seconds < _LEAST_SECONDS:
+            seconds = _LEAST_SECONDS
         wrong = 1 - self.predict(tokens, context, rows) / seconds
         weight = max(_ERROR_WEIGHT, 1 / (self.steps + 1))
         self.error += weight * (abs(wrong) - self.error)
@@ -239,5 +240,5 @@ def _not_negative(state: list[float], covariance: list[list[float]]) -> tuple[fl
 
 def _drift(coefficient: float) -> float:
     """Variance that a coefficient gains from one step to the next."""
-    drift = _DRIFT / _NOISE * coefficient
+    drift = _DRIFT * coefficient
     return drift * drift

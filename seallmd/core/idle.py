@@ -5,6 +5,8 @@ Owns the clock of idleness. Must not know why else a service comes or goes.
 
 from __future__ import annotations
 
+from math import inf
+
 from seallmd.core.room import Room
 from seallmd.core.service import Service, Stage
 from seallmd.core.state import NodeState
@@ -23,9 +25,9 @@ class IdleLimits:
         """Limits are no longer what they were: look again."""
         self._look_at = 0.0
 
-    def next_wakeups(self) -> list[float]:
-        """When somebody may be due."""
-        return [] if self._look_at is None else [self._look_at]
+    def next_wakeup(self) -> float:
+        """When somebody may be due; inf: never."""
+        return inf if self._look_at is None else self._look_at
 
     def settle(self) -> None:
         """Evict who is due. Cheap while nobody can be: most events end here."""

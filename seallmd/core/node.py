@@ -43,6 +43,7 @@ from seallmd.core.sharing import Sharing
 from seallmd.core.state import Device, NodeState, SentStep
 from seallmd.core.status import NodeStatus, PlanStatus
 from seallmd.core.tiers import seniority
+from seallmd.core.wakeup import soonest
 
 KNOWN_STEPS = 50  # of a service, before its steps' times count as known
 _RUNNING, _DONE = Life.RUNNING, Life.DONE  # asked for with every row, and slow to look up in their Enum
@@ -95,11 +96,10 @@ class Node:
         have replicas: what they share of their requests, and whom their claims keep waiting.
         """
         state = self._state
-        match event:
-            case ev.FromDevice(message=msg.StepDone()):
-                return state.beside(event.device)
-            case ev.Arrived() if event.service in state.services:
-                return state.devices_of(state.services[event.service].replicas)
+        if type(event) is ev.FromDevice and type(event.message) is msg.StepDone:
+            return state.beside(event.device)
+        if type(event) is ev.Arrived and event.service in state.services:
+            return state.devices_of(state.services[event.service].replicas)
         return list(state.devices.values())
 
     def _settle(self, devices: list[Device]) -> bool:
@@ -122,18 +122,15 @@ class Node:
 
     def next_wakeup(self) -> float | None:
         """When the node wants a Tick although nothing happens; None: only when something does."""
-        now, found = self._state.now, inf
-        for times in (
-            self._room.next_wakeups(),
-            self._residency.next_wakeups(),
-            self._scaling.next_wakeups(),
-            self._planner.next_wakeups(),
-            self._idle.next_wakeups(),
-            self._recovery.next_wakeups(),
-        ):
-            for time in times:
-                if now < time < found:
-                    found = time
+        times = (
+            self._room.next_wakeup(),
+            self._residency.next_wakeup(),
+            self._scaling.next_wakeup(),
+            self._planner.next_wakeup(),
+            self._idle.next_wakeup(),
+            self._recovery.next_wakeup(),
+        )
+        found = soonest(times, self._state.now)
         return None if found == inf else found
 
     def profiles(self) -> dict[str, ServiceProfile]:

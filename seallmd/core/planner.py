@@ -9,6 +9,7 @@ decide when to move (`replacement`). Demand goes before plans: what is asked for
 from __future__ import annotations
 
 from collections import deque
+from math import inf
 
 from seallmd.core.cost import StepCosts
 from seallmd.core.events import SearchPlan
@@ -63,13 +64,13 @@ class Planner:
             self._tick_at = self._state.now + TICK_SECONDS
             self._tick(self._replacement or self._begin())
 
-    def next_wakeups(self) -> list[float]:
-        """When a Tick is wanted; an idle node wants none."""
+    def next_wakeup(self) -> float:
+        """When a Tick is wanted; inf: never, as on an idle node."""
         if not self.enabled or self._state.draining:
-            return []
+            return inf
         if self._steps:
-            return [self._step_ends]
-        return [self._tick_at] if self._state.requests else []
+            return self._step_ends
+        return self._tick_at if self._state.requests else inf
 
     def forget(self) -> None:
         """The configuration has changed: begin anew. What has been moved so far stays."""

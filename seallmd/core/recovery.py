@@ -14,6 +14,8 @@ the next try, and each further death doubles the pause.
 
 from __future__ import annotations
 
+from math import inf
+
 from seallmd.core.loads import MAX_RETRY_SECONDS, Loads
 from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
@@ -75,9 +77,9 @@ class Recovery:
             if service.waiting and not service.replicas and not self._residency.places(service):
                 self._loads.pause(service, "no device that it could run on is up", DOWN_RETRY_SECONDS)
 
-    def next_wakeups(self) -> list[float]:
-        """When `settle` may have something to do."""
-        return [max(self._lost_at.values()) + DOWN_SECONDS] if self._lost_at else []
+    def next_wakeup(self) -> float:
+        """When `settle` may have something to do; inf: never."""
+        return max(self._lost_at.values()) + DOWN_SECONDS if self._lost_at else inf
 
     def _cause(self, device: Device, step: SentStep | None) -> Service | None:
         """The service that the worker was busy with, as far as is known here."""

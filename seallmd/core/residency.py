@@ -25,6 +25,7 @@ from seallmd.core.service import Image, Replica, Service, Stage
 from seallmd.core.splitting import worthwhile_ranks
 from seallmd.core.state import Claim, Device, NodeState
 from seallmd.core.tiers import is_deferred
+from seallmd.core.wakeup import soonest
 from seallmd.core.worth import asks_at, drain_seconds, loss
 
 Place = Sequence[Device]
@@ -186,17 +187,17 @@ class Residency:
             else:
                 self._bring_in(service)
 
-    def next_wakeups(self) -> list[float]:
-        """When something may change for services that are absent and asked for."""
+    def next_wakeup(self) -> float:
+        """When something may change for services that are absent and asked for; inf: never."""
         state = self._state
         asked_for = [service for service in state.absent if service.demand and not service.refused]
         if not asked_for:
-            return []
+            return inf
         stay = state.settings.policy.min_residency_seconds
         times = [r.since + stay for device in state.devices.values() for r in device.replicas.values()]
         for service in asked_for:
             times += (service.retry_at, service.asks_at)
-        return times
+        return soonest(times, state.now)
 
     def _is_wanted(self, service: Service) -> bool:
         return (

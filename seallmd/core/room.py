@@ -10,12 +10,14 @@ only by draining, not before it has run a step since it came, and not before it 
 from __future__ import annotations
 
 from collections.abc import Container
+from math import inf
 
 from seallmd.core.messages import DropWeights
 from seallmd.core.request import Life, Request
 from seallmd.core.service import Replica, Service, Stage
 from seallmd.core.state import Device, NodeState
 from seallmd.core.tiers import yields
+from seallmd.core.wakeup import soonest
 
 
 def missed(state: NodeState, replica: Replica) -> tuple[float, float]:
@@ -174,11 +176,12 @@ class Room:
             if replica.copy in self._draining:
                 self._settle(self._state.services[replica.service], replica)
 
-    def next_wakeups(self) -> list[float]:
-        """When what still runs on draining replicas is to be preempted."""
+    def next_wakeup(self) -> float:
+        """When what still runs on a draining replica is to be preempted; inf: never."""
         if not self._draining:
-            return []
-        return [r.drain_until for r in self._draining.values() if r.drain_until is not None]
+            return inf
+        times = [r.drain_until for r in self._draining.values() if r.drain_until is not None]
+        return soonest(times, self._state.now)
 
     def _settle(self, service: Service, replica: Replica) -> None:
         claims = [self._state.claim_on(device) for device in self._state.group(replica)]

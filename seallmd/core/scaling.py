@@ -9,12 +9,15 @@ else wants them.
 
 from __future__ import annotations
 
+from math import inf
+
 from seallmd.core.estimate import room_for
 from seallmd.core.images import Images
 from seallmd.core.lending import speedup
 from seallmd.core.residency import Residency, available
 from seallmd.core.service import Image, Service, Stage
 from seallmd.core.state import Device, NodeState
+from seallmd.core.wakeup import soonest
 
 
 class Scaling:
@@ -45,12 +48,13 @@ class Scaling:
                 idle = self._idle_devices()
         self._pressed = [s for s in state.services.values() if s.pressed_since is not None]
 
-    def next_wakeups(self) -> list[float]:
-        """When services that are pressed will have been so for long enough."""
+    def next_wakeup(self) -> float:
+        """When a service that is pressed will have been so for long enough; inf: none is."""
         if not self._pressed:
-            return []
+            return inf
         seconds = self._state.settings.policy.replicate_seconds
-        return [s.pressed_since + seconds for s in self._pressed if s.pressed_since is not None]
+        times = [s.pressed_since + seconds for s in self._pressed if s.pressed_since is not None]
+        return soonest(times, self._state.now)
 
     def _idle_devices(self) -> int:
         return sum(map(is_idle, self._state.devices.values()))

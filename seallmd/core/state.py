@@ -97,8 +97,8 @@ class NodeState:
     device. draining: no new requests are taken; stopping: for good. stranded: services of which a waiting
     request has outgrown a device.
 
-    Who is where is asked for after every event and seldom changes: `absent` and `beside` are kept until
-    `moved`.
+    Who is where is asked for after every event and seldom changes: `absent`, `beside` and `group` are kept
+    until `moved`.
     """
 
     settings: NodeSettings
@@ -119,6 +119,7 @@ class NodeState:
     stranded: set[str] = field(default_factory=set)
     _absent: list[Service] | None = None
     _beside: dict[int, list[Device]] = field(default_factory=dict)
+    _groups: dict[tuple[int, ...], list[Device]] = field(default_factory=dict)
 
     # --------------------------------------------------------------------------- who is where
 
@@ -146,6 +147,7 @@ class NodeState:
         """Replicas are no longer where they were, or services or devices are others."""
         self._absent = None
         self._beside.clear()
+        self._groups.clear()
 
     def enter(self, replica: Replica) -> None:
         """A replica is on its devices from now on."""
@@ -181,8 +183,11 @@ class NodeState:
         return sum(service.segment_blocks)
 
     def group(self, replica: Replica) -> list[Device]:
-        """The devices of a replica, in rank order."""
-        return [self.devices[index] for index in replica.devices]
+        """The devices of a replica, in rank order; not to be changed."""
+        found = self._groups.get(replica.devices)
+        if found is None:
+            found = self._groups[replica.devices] = [self.devices[index] for index in replica.devices]
+        return found
 
     def strangers(self, device: Device, name: str) -> list[Replica]:
         """Who is on a device and may not be there beside the service of that name."""

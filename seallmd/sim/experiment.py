@@ -303,7 +303,9 @@ class _Run:
         now = self._now
         for action in actions:
             if type(action) is ev.Emit:  # most are
-                self._open[action.request].times.extend((now,) * len(action.tokens))
+                times = self._open[action.request].times
+                for _ in action.tokens:
+                    times.append(now)
             elif isinstance(action, ev.Finish):
                 record = self._open.pop(action.request)
                 del self._lengths[action.request]
