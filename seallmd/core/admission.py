@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from seallmd.core import events as ev
 from seallmd.core.estimate import queue_seconds, retry_seconds, wait_seconds
-from seallmd.core.residency import Residency
+from seallmd.core.places import Places
 from seallmd.core.service import Service
 from seallmd.core.state import NodeState
 
@@ -17,9 +17,9 @@ from seallmd.core.state import NodeState
 class Door:
     """Looks at arrivals."""
 
-    def __init__(self, state: NodeState, residency: Residency) -> None:
+    def __init__(self, state: NodeState, places: Places) -> None:
         self._state = state
-        self._residency = residency
+        self._places = places
 
     def refusal(self, event: ev.Arrived) -> ev.Finish | None:
         """Why a request is not even queued; None when it is."""
@@ -52,7 +52,7 @@ class Door:
             return failed(wait, "overloaded", 503, retry_seconds(state, service))
         if service.shape is None:
             return failed(f"model {service.name!r} is still being examined", "model_loading", 503, 1.0)
-        limit = self._residency.context_limit(service)
+        limit = self._places.context_limit(service)
         if limit < 1:
             error = f"pinned services leave no room for model {service.name!r} on any device"
             return failed(error, "model_unavailable", 503)

@@ -25,6 +25,11 @@ class IdleLimits:
         """Limits are no longer what they were: look again."""
         self._look_at = 0.0
 
+    @property
+    def calm_until(self) -> float:
+        """As `wakeup.Part`."""
+        return self.next_wakeup()
+
     def next_wakeup(self) -> float:
         """When somebody may be due; inf: never."""
         return inf if self._look_at is None else self._look_at

@@ -1,7 +1,7 @@
 """The node: the only place where decisions are made.
 
 Owns the one entry, `Node.handle(event, now) -> actions`, and the meaning of each event; `residency`,
-`batcher` and `scheduler` decide the rest on the same state. Must not read a clock, do IO or draw random
+`dispatch` and the other parts decide the rest on the same state. Must not read a clock, do IO or draw random
 numbers: the same (now, event) list gives the same actions, in the daemon, in the simulator and in a replay.
 """
 
@@ -16,17 +16,17 @@ from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.admission import Door
 from seallmd.core.arena import Arena
-from seallmd.core.batcher import Batcher
 from seallmd.core.cost import StepCosts
+from seallmd.core.dispatch import Dispatch
 from seallmd.core.estimate import queue_guess
 from seallmd.core.host_kv import HostSlots
 from seallmd.core.idle import IdleLimits
 from seallmd.core.images import Images
 from seallmd.core.invariants import check_node
-from seallmd.core.lending import speedup, threads_for
 from seallmd.core.loads import Loads
 from seallmd.core.operators import Operators
 from seallmd.core.outgrown import Outgrown
+from seallmd.core.places import Places
 from seallmd.core.planner import Planner
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.reconfigure import Reconfigure
@@ -36,16 +36,15 @@ from seallmd.core.request import Life, Request
 from seallmd.core.residency import Residency
 from seallmd.core.room import Room
 from seallmd.core.scaling import Scaling
-from seallmd.core.scheduler import POLICIES, charge
+from seallmd.core.scheduler import charge
 from seallmd.core.service import Image, Replica, Service
 from seallmd.core.settings import NodeSettings
 from seallmd.core.sharing import Sharing
 from seallmd.core.state import Device, NodeState, SentStep
 from seallmd.core.status import NodeStatus, PlanStatus
 from seallmd.core.tiers import seniority
-from seallmd.core.wakeup import soonest
+from seallmd.core.wakeup import Part, soonest
 
-KNOWN_STEPS = 50  # of a service, before its steps' times count as known
 _RUNNING, _DONE = Life.RUNNING, Life.DONE  # asked for with every row, and slow to look up in their Enum
 
 
@@ -59,20 +58,26 @@ class Node:
             services={s.name: Service(s, wanted=s.preload or s.pinned) for s in settings.services},
             sharing=Sharing(settings.groups),
         )
+        self._places = Places(self._state)
         self._room = Room(self._state)
         self._images = Images(self._state)
         self._loads = Loads(self._state, self._room)
-        self._residency = Residency(self._state, self._room, self._images, self._loads)
-        self._scaling = Scaling(self._state, self._residency, self._images)
-        self._recovery = Recovery(self._state, self._room, self._residency, self._loads)
-        self._planner = Planner(self._state, self._room, self._residency, self._images)
-        self._operators = Operators(self._state, self._room, self._residency, self._planner, self._probe)
+        self._residency = Residency(self._state, self._places, self._room, self._images, self._loads)
+        self._scaling = Scaling(self._state, self._places, self._residency, self._images)
+        self._recovery = Recovery(self._state, self._places, self._room, self._loads)
+        self._planner = Planner(self._state, self._places, self._room, self._residency, self._images)
+        self._operators = Operators(self._state, self._places, self._room, self._planner, self._probe)
         self._reconfigure = Reconfigure(self._state, self._room, self._images, self._probe)
-        self._outgrown = Outgrown(self._state, self._room, self._residency)
-        self._door = Door(self._state, self._residency)
+        self._outgrown = Outgrown(self._state, self._places, self._room)
+        self._door = Door(self._state, self._places)
         self._idle = IdleLimits(self._state, self._room)
-        self._policy = POLICIES[settings.policy.scheduler]()
-        self._batcher = Batcher(self._state, self._room, self._policy.admits)
+        # In the order in which they settle, before steps are sent.
+        self._parts: tuple[Part, ...] = (
+            *(self._room, self._recovery, self._reconfigure, self._idle, self._outgrown),
+            *(self._residency, self._scaling, self._planner),
+        )
+        self._calm_until, self._wakeup = -inf, inf
+        self._dispatch = Dispatch(self._state, self._room)
 
     @property
     def state(self) -> NodeState:
@@ -81,13 +86,43 @@ class Node:
 
     def handle(self, event: ev.Event, now: float) -> list[ev.Action]:
         """Take in what happened at `now` (seconds, never falling) and say what is to be done, in order."""
-        self._state.now = max(now, self._state.now)
-        self._state.actions = []
+        state = self._state
+        state.now = max(now, state.now)
+        state.actions = []
+        moves = state.moves
         self._on(event)
         devices = self._touched(event)
+        if self._is_calm(event, moves):
+            self._dispatch.fill(devices)
+            if self._is_calm(event, moves):
+                return state.actions
+            devices = list(state.devices.values())
         while self._settle(devices):
-            devices = list(self._state.devices.values())
-        return self._state.actions
+            devices = list(state.devices.values())
+        self._look_ahead()
+        return state.actions
+
+    def _is_calm(self, event: ev.Event, moves: int) -> bool:
+        """Whether an event was but a step that ended, and there have been no more moves than so many."""
+        state = self._state
+        if type(event) is not ev.FromDevice or type(event.message) is not msg.StepDone:
+            return False
+        return state.moves == moves and state.now < self._calm_until and not state.stranded
+
+    def _look_ahead(self) -> None:
+        """Note when a Tick is wanted, and until when the node is calm."""
+        wakeups = (
+            self._room.next_wakeup(),
+            self._residency.next_wakeup(),
+            self._scaling.next_wakeup(),
+            self._planner.next_wakeup(),
+            self._idle.next_wakeup(),
+            self._recovery.next_wakeup(),
+        )
+        self._wakeup = soonest(wakeups, self._state.now)
+        self._calm_until = min(
+            [self._wakeup, self._operators.calm_until, *[p.calm_until for p in self._parts]]
+        )
 
     def _touched(self, event: ev.Event) -> list[Device]:
         """Devices on which the event may let a step begin; there are many, and most events concern few.
@@ -104,34 +139,17 @@ class Node:
 
     def _settle(self, devices: list[Device]) -> bool:
         """Move services and send steps on some devices. True when things moved: look at all of them."""
-        state = self._state
-        moved = (self._room.evictions, self._room.kept, state.copies, state.leaves)
-        self._room.settle_drains()
-        self._recovery.settle()
-        self._reconfigure.settle()
-        self._idle.settle()
-        self._outgrown.settle()
-        self._residency.bring_in_wanted()
-        self._scaling.settle()
-        self._planner.settle()
-        for device in devices:
-            self._fill(device)
-        self._room.settle_drains()
+        moves = self._state.moves
+        for part in self._parts:
+            part.settle()
+        self._dispatch.fill(devices)
+        self._room.settle()
         self._operators.settle()
-        return moved != (self._room.evictions, self._room.kept, state.copies, state.leaves)
+        return moves != self._state.moves
 
     def next_wakeup(self) -> float | None:
         """When the node wants a Tick although nothing happens; None: only when something does."""
-        times = (
-            self._room.next_wakeup(),
-            self._residency.next_wakeup(),
-            self._scaling.next_wakeup(),
-            self._planner.next_wakeup(),
-            self._idle.next_wakeup(),
-            self._recovery.next_wakeup(),
-        )
-        found = soonest(times, self._state.now)
-        return None if found == inf else found
+        return None if self._wakeup == inf else self._wakeup
 
     def profiles(self) -> dict[str, ServiceProfile]:
         """What was learnt of each service, for a later run's `NodeSettings.profiles`."""
@@ -144,92 +162,7 @@ class Node:
 
     def context_limit(self, name: str) -> int:
         """Most tokens, prompt and output, that a request of a probed service may have."""
-        return self._residency.context_limit(self._state.services[name])
-
-    # ------------------------------------------------------------------------------------ steps
-
-    def _fill(self, device: Device) -> None:
-        """Send steps until the device holds as many as it may, or nothing can run."""
-        depth = self._state.settings.policy.pipeline_depth
-        while len(device.inflight) < depth and device.replicas and self._send_next(device):
-            pass
-
-    def _is_full(self, device: Device) -> bool:
-        return len(device.inflight) >= self._state.settings.policy.pipeline_depth
-
-    def _send_next(self, device: Device) -> bool:
-        """Send the step that goes next on a device; False when nothing can run there now."""
-        ready = [replica for replica in device.replicas.values() if self._batcher.has_work(replica)]
-        if not ready:
-            return False
-        for replica in self._in_turn(device, ready):
-            # Forming a step for one may have evicted the next.
-            if device.replicas.get(replica.service) is not replica:
-                continue
-            group = self._state.group(replica)
-            if len(group) > 1 and not all(self._takes(member, replica, device) for member in group):
-                self._reserve(replica, group, device)
-                return False
-            steps = self._batcher.form(replica)
-            for member, formed in steps:
-                step = self._with_threads(member, formed)
-                self._state.actions.append(ev.ToDevice(member.index, step, self._expected(member, step)))
-                if member.reserved is replica:
-                    member.reserved = None
-            if steps:
-                return True
-        return False
-
-    def _with_threads(self, device: Device, step: msg.Step) -> msg.Step:
-        """The same step on as many threads as there are for it now."""
-        own = self._state.settings.threads
-        if not own or (threads := threads_for(self._state, device)) <= own:
-            return step
-        sent, profile = device.inflight[step.step], self._state.services[step.service].profile
-        assert profile is not None
-        seconds = profile.costs.predict(sent.tokens, sent.context, sent.drawing)
-        sent.speedup = speedup(threads, own, seconds, profile.costs.predict(0, 0))
-        return replace(step, threads=threads)
-
-    def _expected(self, device: Device, step: msg.Step) -> float:
-        """Seconds that a step should take; 0 while too few of its service were seen to tell."""
-        sent, profile = device.inflight[step.step], self._state.services[step.service].profile
-        assert profile is not None
-        if profile.costs.steps < KNOWN_STEPS:
-            return 0.0
-        return profile.costs.predict(sent.tokens, sent.context, len(sent.rows))
-
-    def _in_turn(self, device: Device, ready: list[Replica]) -> list[Replica]:
-        """The policy's order; a replica on several devices that has been waiting for another goes first."""
-        order = self._policy.order(self._state, device, ready)
-        if len(order) > 1:  # batch work in the gaps that the others leave
-            order = sorted(order, key=self._batcher.only_deferred)
-        if device.reserved in ready:
-            order = [device.reserved, *(replica for replica in order if replica is not device.reserved)]
-        return order
-
-    def _takes(self, device: Device, replica: Replica, chooser: Device) -> bool:
-        """Whether a device takes the next step of a replica that another of its devices has chosen."""
-        if self._is_full(device):
-            return False
-        return device is chooser or device.reserved is replica or not self._owes_turn(device, replica)
-
-    def _reserve(self, replica: Replica, group: list[Device], chooser: Device) -> None:
-        """Have a replica go next on all its devices, so that a busy one is waited for by a step at most."""
-        for device in group:
-            if device.reserved is None and (device is chooser or not self._owes_turn(device, replica)):
-                device.reserved = replica
-
-    def _owes_turn(self, device: Device, replica: Replica) -> bool:
-        """Whether a device has to be asked before a replica goes there once more, because others have work.
-
-        They would never get a turn, as long as another of the replica's devices has nothing else to do. An
-        idle device is not asked: groups that overlap in a ring might all wait for each other's.
-        """
-        if not device.inflight:
-            return False
-        others = (other for other in device.replicas.values() if other is not replica)
-        return device.last_served == replica.service and any(map(self._batcher.has_work, others))
+        return self._places.context_limit(self._state.services[name])
 
     # ------------------------------------------------------------------------------------ events
 
@@ -306,8 +239,7 @@ class Node:
         self._idle.changed()
         self._operators.fail_misfits()
         if event.policy.scheduler != before:
-            self._policy = POLICIES[event.policy.scheduler]()
-            self._batcher = Batcher(self._state, self._room, self._policy.admits)
+            self._dispatch = Dispatch(self._state, self._room)
 
     # ------------------------------------------------------------------------------------ workers
 
@@ -472,4 +404,4 @@ class Node:
 
     def status(self, now: float) -> NodeStatus:
         """The report of this moment."""
-        return node_status(self._state, self._residency, now)
+        return node_status(self._state, self._places, now)

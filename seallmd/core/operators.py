@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 import msgspec
 
 from seallmd.core import events as ev
+from seallmd.core.places import Places
 from seallmd.core.planner import Planner
-from seallmd.core.residency import Residency
 from seallmd.core.room import Room
 from seallmd.core.service import Service, Stage
 from seallmd.core.state import NodeState
@@ -41,14 +42,14 @@ class Operators:
     def __init__(
         self,
         state: NodeState,
+        places: Places,
         room: Room,
-        residency: Residency,
         planner: Planner,
         probe: Callable[[Service], None],
     ) -> None:
         self._state = state
         self._room = room
-        self._residency = residency
+        self._places = places
         self._planner = planner
         self._probe = probe
         self._drains: list[_Drain] = []
@@ -71,6 +72,11 @@ class Operators:
             case ev.KeepWanted(name, seconds):
                 if name in self._state.services:
                     self._state.services[name].keep_seconds = seconds
+
+    @property
+    def calm_until(self) -> float:
+        """As `wakeup.Part`."""
+        return -inf if self._drains else inf
 
     def settle(self) -> None:
         """Answer the drains that are done."""
@@ -169,7 +175,7 @@ class Operators:
         if service.refused:
             return f"{service.name} cannot be served: {service.refused}"
         absent = service.shape is not None and not service.replicas
-        if absent and self._residency.places(service) and not self._residency.able_places(service):
+        if absent and self._places.of(service) and not self._places.able(service):
             return f"pinned services leave no room for {service.name} on any device"
         return ""
 
@@ -178,7 +184,7 @@ class Operators:
         for service in self._state.services.values():
             if not service.waiting or service.shape is None:
                 continue
-            limit = self._residency.context_limit(service)
+            limit = self._places.context_limit(service)
             for request in list(service.waiting.values()):
                 if request.prompt + request.max_tokens > limit:
                     error = f"pinned services leave model {service.name!r} a context of {limit} tokens"

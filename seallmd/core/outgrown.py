@@ -7,7 +7,9 @@ most end long before they reach theirs, and nobody would live on the smaller dev
 
 from __future__ import annotations
 
-from seallmd.core.residency import Residency
+from math import inf
+
+from seallmd.core.places import Places
 from seallmd.core.room import Room
 from seallmd.core.service import Service, Stage
 from seallmd.core.state import NodeState
@@ -17,10 +19,15 @@ from seallmd.core.worth import drain_seconds
 class Outgrown:
     """Looks after `NodeState.stranded`."""
 
-    def __init__(self, state: NodeState, room: Room, residency: Residency) -> None:
+    def __init__(self, state: NodeState, places: Places, room: Room) -> None:
         self._state = state
         self._room = room
-        self._residency = residency
+        self._places = places
+
+    @property
+    def calm_until(self) -> float:
+        """As `wakeup.Part`."""
+        return -inf if self._state.stranded else inf
 
     def settle(self) -> None:
         """Have services leave the devices that a waiting request of theirs has outgrown."""
@@ -36,7 +43,7 @@ class Outgrown:
         blocks = service.blocks_for(longest)
         if any(self._state.most_kv_blocks_of(replica) >= blocks for replica in service.replicas):
             return  # that one takes it
-        most = self._residency.most_kv_anywhere(service)
+        most = self._places.most_kv_anywhere(service)
         if most < blocks:
             self._fail_longer(service, most)
             return

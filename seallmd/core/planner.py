@@ -14,6 +14,7 @@ from math import inf
 from seallmd.core.cost import StepCosts
 from seallmd.core.events import SearchPlan
 from seallmd.core.images import Images
+from seallmd.core.places import Places
 from seallmd.core.plan import Demand, Devices, Machine, Plan, Split, broken
 from seallmd.core.replacement import Replacement
 from seallmd.core.residency import Residency
@@ -32,8 +33,11 @@ STEP_SECONDS = 30.0  # that a step may take before the plan is given up
 class Planner:
     """Has plans made and carries them out, on the shared state."""
 
-    def __init__(self, state: NodeState, room: Room, residency: Residency, images: Images) -> None:
+    def __init__(
+        self, state: NodeState, places: Places, room: Room, residency: Residency, images: Images
+    ) -> None:
         self._state = state
+        self._places = places
         self._room = room
         self._residency = residency
         self._images = images
@@ -63,6 +67,13 @@ class Planner:
         elif self._is_ready():
             self._tick_at = self._state.now + TICK_SECONDS
             self._tick(self._replacement or self._begin())
+
+    @property
+    def calm_until(self) -> float:
+        """As `wakeup.Part`."""
+        if not self.enabled or self._state.draining:
+            return inf
+        return -inf if self._steps else self._tick_at
 
     def next_wakeup(self) -> float:
         """When a Tick is wanted; inf: never, as on an idle node."""
@@ -295,7 +306,7 @@ class Planner:
         gone = bool(service.refused or service.evict_tickets or service.evicted or service.outgoing)
         if not self._is_ready() or busy or other_ranks or paused or gone:
             return False
-        return self._residency.holds_waiting(service, [self._state.devices[index] for index in devices])
+        return self._places.holds_waiting(service, [self._state.devices[index] for index in devices])
 
     def _drop(self, service: Service, devices: Devices) -> bool | None:
         """Whether the replica is gone; None when it cannot go."""

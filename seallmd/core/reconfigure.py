@@ -7,6 +7,7 @@ now ends what it has begun, leaves, and comes back as new. Must not know files (
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 import msgspec
 
@@ -62,6 +63,11 @@ class Reconfigure:
         state.services = {name: state.services[name] for name in names}
         state.moved()
         self._part_strangers()
+
+    @property
+    def calm_until(self) -> float:
+        """As `wakeup.Part`."""
+        return -inf if self._leaving else inf
 
     def settle(self) -> None:
         """Let services go that have left the configuration, once their last request has ended."""

@@ -17,8 +17,8 @@ from __future__ import annotations
 from math import inf
 
 from seallmd.core.loads import MAX_RETRY_SECONDS, Loads
+from seallmd.core.places import Places
 from seallmd.core.request import Life, Request
-from seallmd.core.residency import Residency
 from seallmd.core.room import Room
 from seallmd.core.service import Image, Service, Stage
 from seallmd.core.state import Device, NodeState, SentStep
@@ -32,10 +32,10 @@ FAILURES_ALLOWED = 3  # of steps in company, in a row, before a request ends all
 class Recovery:
     """Sorts out failures on the shared state."""
 
-    def __init__(self, state: NodeState, room: Room, residency: Residency, loads: Loads) -> None:
+    def __init__(self, state: NodeState, places: Places, room: Room, loads: Loads) -> None:
         self._state = state
         self._room = room
-        self._residency = residency
+        self._places = places
         self._loads = loads
         self._lost_at: dict[int, float] = {}  # devices that are down, and since when
 
@@ -74,8 +74,13 @@ class Recovery:
         if not self._lost_at or self._state.now < max(self._lost_at.values()) + DOWN_SECONDS:
             return
         for service in self._state.services.values():
-            if service.waiting and not service.replicas and not self._residency.places(service):
+            if service.waiting and not service.replicas and not self._places.of(service):
                 self._loads.pause(service, "no device that it could run on is up", DOWN_RETRY_SECONDS)
+
+    @property
+    def calm_until(self) -> float:
+        """As `wakeup.Part`."""
+        return -inf if self._lost_at else inf
 
     def next_wakeup(self) -> float:
         """When `settle` may have something to do; inf: never."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from seallmd.core.estimate import coming_seconds
 from seallmd.core.idle import expires_seconds, idle_since
+from seallmd.core.places import Places
 from seallmd.core.profile import Lengths
 from seallmd.core.request import Life, Request
-from seallmd.core.residency import Residency
 from seallmd.core.service import Image, Replica, Service, Stage
 from seallmd.core.state import Device, NodeState
 from seallmd.core.status import (
@@ -22,14 +22,14 @@ from seallmd.core.status import (
 )
 
 
-def node_status(state: NodeState, residency: Residency, now: float) -> NodeStatus:
+def node_status(state: NodeState, places: Places, now: float) -> NodeStatus:
     """The report at `now`."""
     return NodeStatus(
         policy=state.settings.policy.scheduler,
         draining=state.draining,
         block_bytes=state.settings.block_bytes,
         devices=tuple(_device(state, device) for device in state.devices.values()),
-        services=tuple(_service(state, residency, service, now) for service in state.services.values()),
+        services=tuple(_service(state, places, service, now) for service in state.services.values()),
     )
 
 
@@ -51,7 +51,7 @@ def _device(state: NodeState, device: Device) -> DeviceStatus:
     )
 
 
-def _service(state: NodeState, residency: Residency, service: Service, now: float) -> ServiceStatus:
+def _service(state: NodeState, places: Places, service: Service, now: float) -> ServiceStatus:
     shape = service.shape
     replica = service.replicas[0] if service.replicas else None
     fraction = None
@@ -74,7 +74,7 @@ def _service(state: NodeState, residency: Residency, service: Service, now: floa
         stage=fraction,
         weights_bytes=shape.weights_bytes if shape else 0,
         kv_bytes=len(blocks) * state.settings.block_bytes,
-        context=residency.context_limit(service) if shape else service.settings.context,
+        context=places.context_limit(service) if shape else service.settings.context,
         dtype=shape.dtype if shape else service.settings.dtype,
         running=sum(1 for _ in service.running),
         waiting=len(service.waiting),

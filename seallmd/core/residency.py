@@ -3,14 +3,10 @@
 Owns placing and the number of ranks. Must not form steps, nor know how room is made (`room`), how a load
 ends (`loads`) or why a service is wanted beyond the requests and tickets it has. All waiters of one model
 share one swap; busy services are asked to make room when that is worth it (`worth`).
-
-A place is a group of devices, in rank order; for most services a group of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from copy import copy
 from math import inf
 
 from seallmd.core import dedicated
@@ -19,6 +15,7 @@ from seallmd.core.cost import StepCosts
 from seallmd.core.images import Images
 from seallmd.core.loads import Loads
 from seallmd.core.messages import MoveBlocks
+from seallmd.core.places import Place, Places, available
 from seallmd.core.ranks import Ranks
 from seallmd.core.room import Room, missed
 from seallmd.core.service import Image, Replica, Service, Stage
@@ -28,80 +25,16 @@ from seallmd.core.tiers import is_deferred
 from seallmd.core.wakeup import soonest
 from seallmd.core.worth import asks_at, drain_seconds, loss
 
-Place = Sequence[Device]
-
 
 class Residency:
     """Moves services in and out on the shared state."""
 
-    def __init__(self, state: NodeState, room: Room, images: Images, loads: Loads) -> None:
+    def __init__(self, state: NodeState, places: Places, room: Room, images: Images, loads: Loads) -> None:
         self._state = state
+        self._places = places
         self._loads = loads
         self._room = room
         self._images = images
-
-    # ------------------------------------------------------------------------------- what could fit
-
-    def places(self, service: Service, ranks: int = 0, *, closed: bool = False) -> list[Place]:
-        """Groups of running devices that a service may come in on: those configured, else neighbours.
-
-        Neighbours alone, because neighbouring indexes are what machines connect best, and because all the
-        combinations of 32 devices are too many. closed: also those that an operator wants empty, for what
-        must not depend on that.
-        """
-        return list(self._places(service, ranks or service.ranks, closed=closed))
-
-    def _places(self, service: Service, ranks: int, *, closed: bool) -> Iterator[Place]:
-        for group in self._groups(service, ranks):
-            if len(group) == ranks and all(d.arena is not None and (closed or not d.closed) for d in group):
-                yield group
-
-    def _groups(self, service: Service, ranks: int) -> Iterator[Place]:
-        """Groups of devices, whatever state those are in."""
-        devices = self._state.devices
-        if dedicated.is_dedicated(self._state):
-            yield dedicated.own_devices(self._state, service, ranks)
-            return
-        wanted: Iterable[Sequence[int]] = service.settings.devices or (
-            range(first, first + ranks) for first in range(len(devices) - ranks + 1)
-        )
-        for group in wanted:
-            yield [devices[index] for index in group if index in devices]
-
-    def _least_kv_blocks(self, service: Service) -> int:
-        """KV that must fit beside the weights: one request of an explicit context, or a short one."""
-        assert service.shape is not None
-        return service.blocks_for(service.settings.context or min(service.shape.context, 256))
-
-    def need(self, service: Service) -> int:
-        """Blocks that a service needs on each of its devices at least."""
-        return self._state.weights_blocks(service) + self._least_kv_blocks(service)
-
-    def _most_kv(self, service: Service, place: Place) -> int:
-        """KV blocks that it could have on each device of a place if all left that can."""
-        return min(self._state.most_kv_blocks(device, service) for device in place)
-
-    def holds_waiting(self, service: Service, place: Place) -> bool:
-        """Whether a place could hold the longest request that waits, split over so many devices.
-
-        What was admitted by the limit of a larger group must not end up where it has no room.
-        """
-        split = service
-        if len(place) != service.ranks:
-            split = copy(service)
-            split.split_over(len(place), self._state.settings)
-        longest = max((r.prompt + r.max_tokens for r in service.waiting.values()), default=0)
-        return split.run_tokens > 0 and self._most_kv(split, place) >= split.blocks_for(longest)
-
-    def context_limit(self, service: Service) -> int:
-        """Most tokens (prompt and output) that a request of the service can ever have."""
-        assert service.shape is not None
-        most, longest = -1, service.shape.context
-        for place in self._places(service, service.ranks, closed=True):
-            most = max(most, self._most_kv(service, place) // service.run_blocks * service.run_tokens)
-            if most >= longest:  # asked for with every request, and on most machines of the first place
-                break
-        return longest if most < 0 else min(longest, most)
 
     def look_at_sizes(self) -> None:
         """Choose each service's ranks, and refuse what no place can ever hold.
@@ -123,7 +56,7 @@ class Residency:
         if service.waiting:  # these were admitted by the room that so many ranks have
             choices = (service.ranks, *choices)
         for ranks in choices:
-            misfit = self._misfit(service, ranks)
+            misfit = self._places.misfit(service, ranks)
             if not misfit:
                 if not wanted and not service.waiting and not dedicated.is_dedicated(self._state):
                     self._split_further(service)
@@ -141,7 +74,7 @@ class Residency:
             return
         efficiency = settings.policy.split_efficiency
         for ranks in worthwhile_ranks(service.shape, settings.roofline, fewest, efficiency):
-            if not self._misfit(service, ranks):
+            if not self._places.misfit(service, ranks):
                 return
         service.split_over(fewest, settings)
 
@@ -151,32 +84,9 @@ class Residency:
             roofline = self._state.settings.roofline
             service.profile.costs = StepCosts.guess(roofline, service.shape, service.ranks)
 
-    def _misfit(self, service: Service, ranks: int) -> str:
-        """Why no place can ever hold the service split over so many ranks; empty when one can."""
-        assert service.shape is not None
-        try:
-            service.split_over(ranks, self._state.settings)
-        except ValueError as error:
-            return str(error)
-        service.former.clear()
-        unit = self._state.settings.block_bytes
-        if service.run_tokens == 0:
-            return (
-                f"one token's KV takes {service.shape.kv_bytes_per_token // ranks} bytes, a block has {unit}"
-            )
-        places = self.places(service, closed=True)
-        if not places:
-            return f"it needs {ranks} devices, and this machine has {len(self._state.devices)} to offer it"
-        need = self.need(service)
-        most = max(min(device.arena.capacity for device in place if device.arena) for place in places)
-        if need <= most:
-            return ""
-        need_mib, most_mib = need * unit >> 20, most * unit >> 20
-        return f"needs {need_mib} MiB (weights and one context), the largest device has {most_mib} MiB"
-
     # ------------------------------------------------------------------------------- bringing in
 
-    def bring_in_wanted(self) -> None:
+    def settle(self) -> None:
         """Start what is wanted and can be started; ask for room where somebody has waited long enough."""
         wanted = [service for service in self._state.absent if self._is_wanted(service)]
         if not wanted:
@@ -187,10 +97,17 @@ class Residency:
             else:
                 self._bring_in(service)
 
+    @property
+    def calm_until(self) -> float:
+        """As `wakeup.Part`."""
+        return -inf if self._asked_for() else inf
+
+    def _asked_for(self) -> list[Service]:
+        return [service for service in self._state.absent if service.demand and not service.refused]
+
     def next_wakeup(self) -> float:
         """When something may change for services that are absent and asked for; inf: never."""
-        state = self._state
-        asked_for = [service for service in state.absent if service.demand and not service.refused]
+        state, asked_for = self._state, self._asked_for()
         if not asked_for:
             return inf
         stay = state.settings.policy.min_residency_seconds
@@ -211,30 +128,12 @@ class Residency:
         """Seniority of what the service is wanted for."""
         return next(iter(service.waiting), self._state.orders)
 
-    def able_places(self, service: Service) -> list[Place]:
-        """Places where the service has room once all have left that can, and nobody stays that bars it."""
-        least = self._least_kv_blocks(service)
-        return [
-            place
-            for place in self.places(service)
-            if self._most_kv(service, place) >= least and not any(self._barred(d, service) for d in place)
-        ]
-
-    def most_kv_anywhere(self, service: Service) -> int:
-        """KV blocks that it could have on each device of the best of those places."""
-        return max((self._most_kv(service, place) for place in self.able_places(service)), default=0)
-
-    def _barred(self, device: Device, service: Service) -> bool:
-        """Whether a pinned service that it may not be beside is on a device."""
-        strangers = self._state.strangers(device, service.name)
-        return any(self._state.services[replica.service].settings.pinned for replica in strangers)
-
     def _bring_in(self, service: Service) -> None:
         if dedicated.is_dedicated(self._state):
             self._take_turn(service)
             return
-        need, able = self.need(service), self.able_places(service)
-        able = [place for place in able if self.holds_waiting(service, place)] or able
+        need, able = self._places.need(service), self._places.able(service)
+        able = [place for place in able if self._places.holds_waiting(service, place)] or able
         free = [place for place in able if not any(self._promised(device, service) for device in place)]
         # Where it fits as things are; where only idle services must leave, the least missed first.
         # Fewest neighbours first: compute is what services share, and a larger device has no more of it.
@@ -258,7 +157,7 @@ class Residency:
 
     def _take_turn(self, service: Service) -> None:
         """Come in on the devices that a dedicated service may have, once those there have finished."""
-        for place in self.places(service):
+        for place in self._places.of(service):
             if any(self._loads_another(device, service) for device in place):
                 return
             others = dedicated.in_the_way(place, service)
@@ -407,7 +306,7 @@ class Residency:
         return not is_deferred(claim.order) or is_deferred(self._order(service))
 
     def _cannot(self, service: Service) -> None:
-        drained = not self.places(service) and self.places(service, closed=True)
+        drained = not self._places.of(service) and self._places.of(service, closed=True)
         reason = "pinned services leave no room for it on any device"
         self._loads.failed(service, "an operator has drained its devices" if drained else reason)
 
@@ -415,9 +314,9 @@ class Residency:
         """Start a replica at a place of the caller's choice, if only idle services have to leave for it."""
         if any(self._promised(device, service) for device in place):
             return False
-        if available(place) >= self.need(service) and self.start(service, place):
+        if available(place) >= self._places.need(service) and self.start(service, place):
             return True
-        return self._evict_idle_for(service, place, self.need(service)) and self.start(service, place)
+        return self._evict_idle_for(service, place, self._places.need(service)) and self.start(service, place)
 
     def set_ranks(self, service: Service, ranks: int) -> None:
         """Have an absent service come in on so many devices; its host image is built anew."""
@@ -482,11 +381,6 @@ class Residency:
                 table = request.tables[rank]
                 table[:] = [renamed.get(block, block) for block in table]
         self._state.send(device.index, MoveBlocks(tuple(renamed), tuple(renamed.values())))
-
-
-def available(place: Place) -> int:
-    """Blocks that can be had at once on each device of a place."""
-    return min(device.arena.available for device in place if device.arena is not None)
 
 
 def _kv_blocks(replica: Replica, device: Device) -> set[int]:

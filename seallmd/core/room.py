@@ -26,12 +26,10 @@ def missed(state: NodeState, replica: Replica) -> tuple[float, float]:
 
 
 class Room:
-    """Frees memory on the shared state. evictions, kept: how many left, or were to leave
-    and stay after all; callers see whether any was."""
+    """Frees memory on the shared state."""
 
     def __init__(self, state: NodeState) -> None:
         self._state = state
-        self.evictions = self.kept = 0
         self._draining: dict[int, Replica] = {}  # by copy
 
     def may_leave(self, replica: Replica) -> bool:
@@ -168,13 +166,18 @@ class Room:
         replica.admit_below = admit_below
         replica.drain_until = None if seconds is None else self._state.now + seconds
 
-    def settle_drains(self) -> None:
+    def settle(self) -> None:
         """Evict what has drained; keep what nobody wants gone any more."""
         if not self._draining:
             return
         for replica in list(self._draining.values()):
             if replica.copy in self._draining:
-                self._settle(self._state.services[replica.service], replica)
+                self._settle_one(self._state.services[replica.service], replica)
+
+    @property
+    def calm_until(self) -> float:
+        """As `wakeup.Part`."""
+        return -inf if self._draining else inf
 
     def next_wakeup(self) -> float:
         """When what still runs on a draining replica is to be preempted; inf: never."""
@@ -183,13 +186,13 @@ class Room:
         times = [r.drain_until for r in self._draining.values() if r.drain_until is not None]
         return soonest(times, self._state.now)
 
-    def _settle(self, service: Service, replica: Replica) -> None:
+    def _settle_one(self, service: Service, replica: Replica) -> None:
         claims = [self._state.claim_on(device) for device in self._state.group(replica)]
         if not self._unwanted(service, replica) and not any(
             claim is not None and claim.load for claim in claims
         ):
             replica.move("keep")
-            self.kept += 1  # it admits again
+            self._state.moves += 1  # it admits again
             del self._draining[replica.copy]
             self._state.answer(service.load_tickets)
             return
@@ -215,7 +218,6 @@ class Room:
         """Take a replica without running requests out of its arenas; their memory is free at once."""
         service = self.remove(replica)
         service.former.update(zip(replica.devices, replica.starts, strict=True))
-        self.evictions += 1
         self._state.note(service.name, f"evicted from {replica.place}: {why}")
         if not service.replicas:
             self._state.answer(service.evict_tickets)

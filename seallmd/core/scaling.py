@@ -14,7 +14,8 @@ from math import inf
 from seallmd.core.estimate import room_for
 from seallmd.core.images import Images
 from seallmd.core.lending import speedup
-from seallmd.core.residency import Residency, available
+from seallmd.core.places import Places, available
+from seallmd.core.residency import Residency
 from seallmd.core.service import Image, Service, Stage
 from seallmd.core.state import Device, NodeState
 from seallmd.core.wakeup import soonest
@@ -23,8 +24,9 @@ from seallmd.core.wakeup import soonest
 class Scaling:
     """Gives idle devices to services for which one more would pay, on the shared state."""
 
-    def __init__(self, state: NodeState, residency: Residency, images: Images) -> None:
+    def __init__(self, state: NodeState, places: Places, residency: Residency, images: Images) -> None:
         self._state = state
+        self._places = places
         self._residency = residency
         self._images = images
         self._look_at = 0.0
@@ -48,6 +50,11 @@ class Scaling:
                 idle = self._idle_devices()
         self._pressed = [s for s in state.services.values() if s.pressed_since is not None]
 
+    @property
+    def calm_until(self) -> float:
+        """As `wakeup.Part`."""
+        return self._look_at if self._state.settings.policy.replicate else inf
+
     def next_wakeup(self) -> float:
         """When a service that is pressed will have been so for long enough; inf: none is."""
         if not self._pressed:
@@ -61,10 +68,10 @@ class Scaling:
 
     def _replicate(self, service: Service) -> bool:
         """Bring a busy service in on idle devices too, taking nothing from anybody. Whether that is begun."""
-        need = self._residency.need(service)
+        need = self._places.need(service)
         idle = [
             place
-            for place in self._residency.places(service)
+            for place in self._places.of(service)
             if available(place) >= need
             and all(
                 service.name not in device.replicas

@@ -94,8 +94,9 @@ class NodeState:
     """Everything, and the actions that the event at hand has led to so far.
 
     planned: the groups of each service's replicas by the best plan known. sharing: who may not be on one
-    device. draining: no new requests are taken; stopping: for good. stranded: services of which a waiting
-    request has outgrown a device.
+    device. draining: no new requests are taken; stopping: for good. moves: counts what may give others
+    memory or a turn: replicas that come, go, or stay after all, and requests that leave. stranded: services
+    of which a waiting request has outgrown a device.
 
     Who is where is asked for after every event and seldom changes: `absent`, `beside` and `group` are kept
     until `moved`.
@@ -115,7 +116,7 @@ class NodeState:
     orders: int = FIRST_ORDER
     steps: int = 0
     copies: int = 0
-    leaves: int = 0
+    moves: int = 0
     stranded: set[str] = field(default_factory=set)
     _absent: list[Service] | None = None
     _beside: dict[int, list[Device]] = field(default_factory=dict)
@@ -145,6 +146,7 @@ class NodeState:
 
     def moved(self) -> None:
         """Replicas are no longer where they were, or services or devices are others."""
+        self.moves += 1
         self._absent = None
         self._beside.clear()
         self._groups.clear()
@@ -238,7 +240,7 @@ class NodeState:
         assert replica is not None
         del replica.running[request.id]
         self.services[request.service].changed()
-        self.leaves += 1
+        self.moves += 1
         replica.ranks.release(request.tables)
         if request.announced:
             for device in replica.devices:
@@ -290,6 +292,7 @@ class NodeState:
         else:
             self.drop_saved(request)
             self.services[request.service].dequeue(request)
+        self.moves += 1
         request.move("finish")
         self.services[request.service].idle_since = self.now
         del self.requests[request.id]

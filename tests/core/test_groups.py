@@ -187,13 +187,13 @@ def waiting_for_a_pair() -> Recorder:
 def test_no_place_is_taken_that_is_too_small_for_what_waits() -> None:
     """Protects who was admitted by a group's limit from failing for lack of room on a single device."""
     recorder = waiting_for_a_pair()
-    state, residency = recorder.world.node.state, recorder.world.node._residency
+    state, places = recorder.world.node.state, recorder.world.node._places
     service, devices = state.services["a"], list(state.devices.values())
-    assert residency.holds_waiting(service, devices)
-    assert not residency.holds_waiting(service, devices[:1])
+    assert places.holds_waiting(service, devices)
+    assert not places.holds_waiting(service, devices[:1])
     recorder.world.run()
     recorder.assert_output(1)
-    assert residency.holds_waiting(service, devices)
+    assert places.holds_waiting(service, devices)
 
 
 def test_ranks_stay_while_somebody_waits_who_needs_them() -> None:

@@ -13,6 +13,7 @@ import os
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -453,3 +454,30 @@ def test_same_history_gives_same_actions() -> None:
     second, again = run()
     assert actions == again
     assert first.outputs == second.outputs
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("seed", seeds(2))
+def test_what_calm_leaves_out_would_have_changed_nothing(seed: int, parallel: bool) -> None:
+    """A node that settles after every event does the same as one that does not while it is calm."""
+    options: dict[str, object] = {"host_kv": 6, "replicate_seconds": 0.2, "pipeline_depth": 1 + seed}
+    if parallel:
+        options["tensor_parallel"] = {"pair": 2, "trio": 3}
+        history = History(seed, (48, 44, 46), PARALLEL, **options)
+    else:
+        history = History(seed, (60, 56), **options)
+    restless = deepcopy(history.world.node)
+    restless._is_calm = lambda _event, _moves: False  # type: ignore[method-assign]
+    follow, calm, node = history.recorder.observe, 0, history.world.node
+
+    def observe(event: ev.Event, actions: list[ev.Action]) -> None:
+        nonlocal calm
+        assert restless.handle(event, history.world.now) == actions
+        calm += node._is_calm(event, node.state.moves)
+        follow(event, actions)
+
+    history.world._observe = observe
+    for _ in range(400):
+        history.act(history.random.choice(REPLAYABLE + OPERATIONS))
+    history.finish()
+    assert calm > 0.1 * len(history.world.history), "the node was never calm"

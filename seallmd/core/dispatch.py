@@ -1,0 +1,114 @@
+"""Sends devices their steps.
+
+Owns whose step goes next on a device, its replicas' in the policy's order and groups' in turn with their
+neighbours, and what a step is told of time and threads. Must not choose by itself (`scheduler`), nor form
+steps (`batcher`).
+"""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from seallmd.core import events as ev
+from seallmd.core import messages as msg
+from seallmd.core.batcher import Batcher
+from seallmd.core.lending import speedup, threads_for
+from seallmd.core.room import Room
+from seallmd.core.scheduler import POLICIES
+from seallmd.core.service import Replica
+from seallmd.core.state import Device, NodeState
+
+KNOWN_STEPS = 50  # of a service, before its steps' times count as known
+
+
+class Dispatch:
+    """Sends steps on the shared state, by the policy of its settings at the time."""
+
+    def __init__(self, state: NodeState, room: Room) -> None:
+        self._state = state
+        self._policy = POLICIES[state.settings.policy.scheduler]()
+        self._batcher = Batcher(state, room, self._policy.admits)
+
+    def fill(self, devices: list[Device]) -> None:
+        """Send steps until each device holds as many as it may, or nothing can run there."""
+        depth = self._state.settings.policy.pipeline_depth
+        for device in devices:
+            while len(device.inflight) < depth and device.replicas and self._send_next(device):
+                pass
+
+    def _is_full(self, device: Device) -> bool:
+        return len(device.inflight) >= self._state.settings.policy.pipeline_depth
+
+    def _send_next(self, device: Device) -> bool:
+        """Send the step that goes next on a device; False when nothing can run there now."""
+        ready = [replica for replica in device.replicas.values() if self._batcher.has_work(replica)]
+        if not ready:
+            return False
+        for replica in self._in_turn(device, ready):
+            # Forming a step for one may have evicted the next.
+            if device.replicas.get(replica.service) is not replica:
+                continue
+            group = self._state.group(replica)
+            if len(group) > 1 and not all(self._takes(member, replica, device) for member in group):
+                self._reserve(replica, group, device)
+                return False
+            steps = self._batcher.form(replica)
+            for member, formed in steps:
+                step = self._with_threads(member, formed)
+                self._state.actions.append(ev.ToDevice(member.index, step, self._expected(member, step)))
+                if member.reserved is replica:
+                    member.reserved = None
+            if steps:
+                return True
+        return False
+
+    def _with_threads(self, device: Device, step: msg.Step) -> msg.Step:
+        """The same step on as many threads as there are for it now."""
+        own = self._state.settings.threads
+        if not own or (threads := threads_for(self._state, device)) <= own:
+            return step
+        sent, profile = device.inflight[step.step], self._state.services[step.service].profile
+        assert profile is not None
+        seconds = profile.costs.predict(sent.tokens, sent.context, sent.drawing)
+        sent.speedup = speedup(threads, own, seconds, profile.costs.predict(0, 0))
+        return replace(step, threads=threads)
+
+    def _expected(self, device: Device, step: msg.Step) -> float:
+        """Seconds that a step should take; 0 while too few of its service were seen to tell."""
+        sent, profile = device.inflight[step.step], self._state.services[step.service].profile
+        assert profile is not None
+        if profile.costs.steps < KNOWN_STEPS:
+            return 0.0
+        return profile.costs.predict(sent.tokens, sent.context, len(sent.rows))
+
+    def _in_turn(self, device: Device, ready: list[Replica]) -> list[Replica]:
+        """The policy's order; a replica on several devices that has been waiting for another goes first."""
+        order = self._policy.order(self._state, device, ready)
+        if len(order) > 1:  # batch work in the gaps that the others leave
+            order = sorted(order, key=self._batcher.only_deferred)
+        if device.reserved in ready:
+            order = [device.reserved, *(replica for replica in order if replica is not device.reserved)]
+        return order
+
+    def _takes(self, device: Device, replica: Replica, chooser: Device) -> bool:
+        """Whether a device takes the next step of a replica that another of its devices has chosen."""
+        if self._is_full(device):
+            return False
+        return device is chooser or device.reserved is replica or not self._owes_turn(device, replica)
+
+    def _reserve(self, replica: Replica, group: list[Device], chooser: Device) -> None:
+        """Have a replica go next on all its devices, so that a busy one is waited for by a step at most."""
+        for device in group:
+            if device.reserved is None and (device is chooser or not self._owes_turn(device, replica)):
+                device.reserved = replica
+
+    def _owes_turn(self, device: Device, replica: Replica) -> bool:
+        """Whether a device has to be asked before a replica goes there once more, because others have work.
+
+        They would never get a turn, as long as another of the replica's devices has nothing else to do. An
+        idle device is not asked: groups that overlap in a ring might all wait for each other's.
+        """
+        if not device.inflight:
+            return False
+        others = (other for other in device.replicas.values() if other is not replica)
+        return device.last_served == replica.service and any(map(self._batcher.has_work, others))
