@@ -99,7 +99,7 @@ ROOFLINES = {
         Roofline("h100", 990e12, 3.35e12, 50e9, 2e-3, 80 << 30),
         Roofline("h200", 990e12, 4.8e12, 50e9, 2e-3, 141 << 30),
         Roofline(
-            *("cpu", 90e9, 36e9, 8e9, 1.7e-3, 2 << 30),
+            *("cpu", 90e9, 36e9, 14e9, 1.7e-3, 2 << 30),
             efficiency=1.0,
             serial=1.0,
             context_share=0.19,

@@ -50,6 +50,21 @@ def test_linear_of_nothing(dtype: torch.dtype, native: Native) -> None:
     assert (out.shape, out.dtype) == ((1, 0, 3), torch.float32)
 
 
+def test_copy(native: Native) -> None:
+    """Any length, from and to any place; nothing beside it is touched."""
+    rng = random.Random(5)
+    source = torch.randint(0, 256, (1 << 16,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    for length in [0, 1, 63, 64, 65, *(rng.randint(0, 1 << 15) for _ in range(40))]:
+        at, to = rng.randint(0, 1 << 15), rng.randint(0, 1 << 15)
+        target = torch.full_like(source, 7)
+        expected = target.clone()
+        expected[to : to + length] = source[at : at + length]
+        native.copy(target[to : to + length], source[at : at + length])
+        assert torch.equal(target, expected)
+    with pytest.raises(ValueError, match="one piece"):
+        native.copy(target[:4], source[:8:2])
+
+
 def test_sixteen_bit_weights_are_exact(native: Native) -> None:
     """16-bit weights give bit for bit what the same numbers give as float32: nothing is rounded."""
     for dtype in (torch.float16, torch.bfloat16):

@@ -192,6 +192,7 @@ class Native:
             lib.seallmd_layers, pointer, size, POINTER(_Step), pointer, pointer, size, pointer, pointer
         )
         self._argmax = _declare(lib.seallmd_argmax, pointer, c_int64, size, pointer)
+        self._copy = _declare(lib.seallmd_copy, pointer, pointer, c_int64)
         sizes = (c_int32 * len(_CHECKED))()
         lib.seallmd_sizes(sizes)
         if list(sizes) != [ctypes.sizeof(kind) for kind in _CHECKED]:
@@ -292,6 +293,12 @@ class Native:
         width = rotations[0][0].shape[-1]
         self._layers(layers, count, byref(step.struct), cos, sin, width, x.data_ptr(), out.data_ptr())
         return out
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """As `target.copy_(source)`, past the caches. Both contiguous, of one size and dtype, apart."""
+        if target.nbytes != source.nbytes or not (target.is_contiguous() and source.is_contiguous()):
+            raise ValueError("only what lies in one piece can be copied like this")
+        self._copy(target.data_ptr(), source.data_ptr(), source.nbytes)
 
     def argmax(self, x: torch.Tensor) -> torch.Tensor:
         """Where each row is largest, the lowest index of equals. x [rows, n] float32 -> int64 [rows]."""

@@ -3,6 +3,7 @@
 // Activations are float32 and contiguous; weights and KV are what their dtype says. Nothing here allocates
 // what it does not reuse, and nothing throws but for lack of memory.
 #include "attention.h"
+#include "copy.h"
 
 namespace {
 
@@ -207,6 +208,8 @@ void seallmd_layer(const Layer* l, const Step* step, const float* cos, const flo
                    const float* x, float* out) {
     layer(*l, *step, cos, sin, width, x, out);
 }
+
+void seallmd_copy(char* to, const char* from, int64_t bytes) { copy_through(to, from, bytes); }
 
 // `n` layers one after the other, each with its own cos and sin.
 void seallmd_layers(const Layer* layers, int32_t n, const Step* step, const float* const* cos,
