@@ -218,16 +218,37 @@ def test_attention_on_sixteen_bit_kv(dtype: torch.dtype, native: Native) -> None
     call = scene.call()
     arena = scene.arena.view(dtype).float().view(torch.uint8)
     wide = KvView(arena, 2 * scene.block_bytes, [scene.shape], torch.float32)
-    expected = PagedBatch(wide, scene.spans, CPU, native).attend(call)
-    ours = PagedBatch(scene.kv, scene.spans, CPU, native).attend(call)
+    with native.exactly():
+        expected = PagedBatch(wide, scene.spans, CPU, native).attend(call)
+        ours = PagedBatch(scene.kv, scene.spans, CPU, native).attend(call)
     torch.testing.assert_close(ours, expected)
     stored = torch.stack([v.float() for v in scene.kv.views(0)])
     assert torch.equal(stored, torch.stack([v[:, : stored.shape[2]] for v in wide.views(0)]))
 
 
-def test_attention_does_not_depend_on_batch_or_chunks(native: Native) -> None:
+@pytest.mark.parametrize("extra", [{}, {"window": 5}, {"window": 51}, {"softcap": 2.0}])
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "k_dim", "v_dim"), [(3, 3, 64, 64), (2, 4, 20, 12), (1, 7, 256, 250)]
+)
+def test_attention_by_bfloat16_products(
+    extra: dict[str, Any], kv_heads: int, group: int, k_dim: int, v_dim: int, native: Native
+) -> None:
+    """Queries and weights are rounded to bfloat16, and nothing else is: an output errs by less than 1%."""
+    shape = LayerShape(kv_heads, k_dim, v_dim)
+    scene = Scene(shape, kv_heads * group, torch.bfloat16, 11, seed=8)
+    call = scene.call(**extra)._replace(scale=k_dim**-0.5)
+    with native.exactly():
+        expected = PagedBatch(scene.kv, scene.spans, CPU, native).attend(call).float()
+    ours = PagedBatch(scene.kv, scene.spans, CPU, native).attend(call).float()
+    assert (ours - expected).norm() < 0.01 * expected.norm()
+    assert not native.rounds or not torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [16, 20, 64])
+def test_attention_does_not_depend_on_batch_or_chunks(dim: int, dtype: torch.dtype, native: Native) -> None:
     """A token's attention is the same bits alone, beside others, and however its prompt was cut."""
-    scene = Scene(LayerShape(2, 16, 16), 6, torch.float32, 37, seed=7)
+    scene = Scene(LayerShape(2, dim, dim), 6, dtype, 37, seed=7)
     call = scene.call(window=50)
     whole = PagedBatch(scene.kv, scene.spans, CPU, native).attend(call)
     span = next(span for span in scene.spans if span.tokens == 30)

@@ -8,83 +8,14 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
-#include "linear.h"
+#include "score.h"
 #include "types.h"
 
-constexpr int SEGMENT = 64;     // keys
 constexpr int SEGMENT_BYTES = 128 << 10;  // of an item, if there is a choice: two are in the second-level cache
 constexpr int ITEM_QUERIES = 24;  // query tokens times heads of one work item, if there is a choice
-
-// Values, as `Scattered` has its rows.
-template <class T> struct Values {
-    const T* const* rows;
-    ptrdiff_t offset;
-    const T* const* next;
-    const T* operator[](int t) const { return rows[t] + offset; }
-    template <int N> void ask(int t, int at) const {
-        if (next)
-#pragma GCC unroll 8
-            for (int i = 0; i < N; i += 64 / static_cast<int>(sizeof(T)))
-                ask_for(next[t] + at + i);
-    }
-};
-
-// out[b] += sum over t of p[b][t] v[t], for NV vectors of the value dimension, from element `at` on.
-template <class T, int B, int NV>
-inline void mix_tile(const float* p, int keys, const Values<T>& v, int at, float* out, ptrdiff_t os) {
-    V acc[B][NV];
-    for (int b = 0; b < B; b++)
-        for (int j = 0; j < NV; j++) acc[b][j] = load(out + b * os + j * W);
-    for (int t = 0; t < keys; t++) {
-        V value[NV];
-        for (int j = 0; j < NV; j++) value[j] = load(v[t] + at + j * W);
-        v.template ask<NV * W>(t, at);
-        for (int b = 0; b < B; b++) {
-            V weight = splat(p[b * SEGMENT + t]);
-            for (int j = 0; j < NV; j++) acc[b][j] += weight * value[j];
-        }
-    }
-    for (int b = 0; b < B; b++)
-        for (int j = 0; j < NV; j++) store(out + b * os + j * W, acc[b][j]);
-}
-
-// The n elements at the end of a row that is no whole vector; `out` is padded.
-template <class T>
-inline void mix_tail(const float* p, int m, int keys, const Values<T>& v, int at, int n, float* out, ptrdiff_t os) {
-    for (int b = 0; b < m; b++) {
-        V acc = load(out + b * os);
-        for (int t = 0; t < keys; t++) acc += splat(p[b * SEGMENT + t]) * load_part(v[t] + at, n);
-        store(out + b * os, acc);
-    }
-}
-
-template <class T, int B>
-inline void mix_rows(const float* p, int keys, const Values<T>& v, int dim, float* out, ptrdiff_t os) {
-    int j = 0;
-    for (; j + 4 * W <= dim; j += 4 * W) mix_tile<T, B, 4>(p, keys, v, j, out + j, os);
-    for (; j + W <= dim; j += W) mix_tile<T, B, 1>(p, keys, v, j, out + j, os);
-    if (j < dim) mix_tail(p, B, keys, v, j, dim - j, out + j, os);
-}
-
-template <class T>
-inline void mix(const float* p, int m, int keys, Values<T> v, int dim, float* out, ptrdiff_t os) {
-    constexpr int B = W == 16 ? 6 : 2;
-    int b = 0;
-    for (; b + B <= m; b += B, v.next = nullptr) mix_rows<T, B>(p + b * SEGMENT, keys, v, dim, out + b * os, os);
-    p += b * SEGMENT;
-    out += b * os;
-    switch (m - b) {
-        case 1: mix_rows<T, 1>(p, keys, v, dim, out, os); break;
-#if defined(__AVX512F__)
-        case 2: mix_rows<T, 2>(p, keys, v, dim, out, os); break;
-        case 3: mix_rows<T, 3>(p, keys, v, dim, out, os); break;
-        case 4: mix_rows<T, 4>(p, keys, v, dim, out, os); break;
-        case 5: mix_rows<T, 5>(p, keys, v, dim, out, os); break;
-#endif
-    }
-}
 
 // Turn a row of scores into weights; returns their sum. Keys outside [from, to) weigh 0.
 // most: the largest score so far, updated; shrink: what earlier sums have to be multiplied by.
@@ -124,6 +55,7 @@ struct Item {
 
 struct Scratch {
     std::vector<float> query, score, out, most, total;
+    std::vector<bf16> rounded_query, rounded_weight;
     std::vector<const void*> next_keys, next_values;
 };
 
@@ -139,7 +71,8 @@ template <class T> struct Segment {
         const int32_t* table = step.tables + span.table;
         const int start = span.context - span.tokens + item.first;
         position = begins;
-        from = a.window ? std::max(0, start - a.window + 1 - position) : 0;
+        // Even, so that keys are the same pairs for every query, wherever its item begins.
+        from = a.window ? std::max(0, start - a.window + 1 - position) & ~1 : 0;
         to = std::min(SEGMENT, start + item.tokens - position);
         const ptrdiff_t ks = static_cast<ptrdiff_t>(c.kv_heads) * c.k_dim;
         const ptrdiff_t vs = static_cast<ptrdiff_t>(c.kv_heads) * c.v_dim;
@@ -194,7 +127,7 @@ struct Queries {
     void begin(const float* q, Scratch& at) const {
         const int dim = a.cache.k_dim;
         grow(at.query, count() * dim);
-        grow(at.score, m * SEGMENT);
+        grow(at.score, m * SEGMENT + W);
         at.out.assign(count() * stride, 0.0f);
         at.most.assign(count(), -INFINITY);
         at.total.assign(count(), 0.0f);
@@ -209,7 +142,7 @@ struct Queries {
             const int from = a.window ? std::max(0, own - a.window + 1) : 0, to = std::min(keys.to, own + 1);
             float* s = &at.score[i * SEGMENT];
             if (to <= from) {
-                std::fill(s, s + keys.to, 0.0f);
+                std::fill(s, s + SEGMENT, 0.0f);
                 continue;
             }
             float shrink;
@@ -235,13 +168,25 @@ struct Queries {
     }
 };
 
-// after: what is done next here, if anything: its first keys and values are asked for.
-template <class T>
+// Numbers as they are multiplied: as they are, or rounded to bfloat16.
+template <class X> const X* factors(const float* x, int64_t n, std::vector<bf16>& room) {
+    if constexpr (std::is_same_v<X, float>) return x;
+    else {
+        bf16* rounded = grow(room, n);
+        narrow(x, n, rounded);
+        return rounded;
+    }
+}
+
+// X: what queries and weights are rounded to. after: what is done next here, if anything: its first keys and values are
+// asked for.
+template <class T, class X>
 void attend_item(const Attention& a, const Step& step, const Item& item, const Item* after, const float* q, float* out,
                  Scratch& at) {
     const int k_dim = a.cache.k_dim, v_dim = a.cache.v_dim;
     const Queries queries(a, step, item);
     queries.begin(q, at);
+    const X* query = factors<X>(at.query.data(), queries.count() * k_dim, at.rounded_query);
     Segment<T> segments[2];
     segments[0].begin(a, step, item);
     bool last = false;
@@ -262,10 +207,11 @@ void attend_item(const Attention& a, const Step& step, const Item& item, const I
             const int first = head * queries.m;
             const ptrdiff_t asked = head * keys;
             const Scattered<T> rows = {here.keys + from, head * k_dim, next_keys ? next_keys + asked : nullptr};
-            dot_block(rows, keys, &at.query[first * k_dim], k_dim, queries.m, k_dim, &at.score[from], SEGMENT);
+            score(rows, keys, query + first * k_dim, queries.m, k_dim, &at.score[from]);
             queries.weigh(here, first, at);
             const Values<T> values = {here.values + from, head * v_dim, next_values ? next_values + asked : nullptr};
-            mix(&at.score[from], queries.m, keys, values, v_dim, &at.out[first * queries.stride], queries.stride);
+            const X* weights = factors<X>(at.score.data(), queries.m * SEGMENT, at.rounded_weight) + from;
+            mix(weights, queries.m, keys, values, v_dim, &at.out[first * queries.stride], queries.stride);
         }
     }
     queries.end(out, at);
@@ -286,8 +232,9 @@ template <class T> void write(const Cache& c, const Step& step, const float* key
         }
 }
 
-// q [tokens][heads][k_dim] -> out [tokens][heads][v_dim]; K and V of these tokens are written first.
-template <class T>
+// q [tokens][heads][k_dim] -> out [tokens][heads][v_dim]; K and V of these tokens are written first. T: what the cache
+// holds; X: what it is multiplied with.
+template <class T, class X>
 void attend(const Attention& a, const Step& step, const float* q, const float* k, const float* v, float* out) {
     write<T>(a.cache, step, k, v);
     const Cache& c = a.cache;
@@ -307,6 +254,6 @@ void attend(const Attention& a, const Step& step, const float* q, const float* k
         static thread_local Scratch scratch;
         const bool follows = pool.threads() == 1 && i + 1 < n;  // else another thread may take it
         // The longest of a chunk first.
-        attend_item<T>(a, step, items[n - 1 - i], follows ? &items[n - 2 - i] : nullptr, q, out, scratch);
+        attend_item<T, X>(a, step, items[n - 1 - i], follows ? &items[n - 2 - i] : nullptr, q, out, scratch);
     });
 }

@@ -27,6 +27,7 @@ const float* widened(const void* p, int n, int32_t dtype, std::vector<float>& ro
     return room.data();
 }
 
+// Whether bfloat16 weights, keys and values meet factors rounded to bfloat16.
 bool rounding = PRODUCTS_OF_BF16;
 
 // x W^T with x rounded to the bfloat16 of W: what GPUs do too.
@@ -114,7 +115,12 @@ void add(const float* x, const float* y, float* out, int64_t n) {
 }
 
 void attention(const Attention& a, const Step& step, const float* q, const float* k, const float* v, float* out) {
-    with_dtype(a.cache.dtype, [&](auto kind) { attend<decltype(kind)>(a, step, q, k, v, out); });
+    with_dtype(a.cache.dtype, [&](auto kind) {
+        using T = decltype(kind);
+        if constexpr (PRODUCTS_OF_BF16 && std::is_same_v<T, bf16>)
+            if (rounding && a.cache.k_dim % 2 == 0) return attend<T, bf16>(a, step, q, k, v, out);
+        attend<T, float>(a, step, q, k, v, out);
+    });
 }
 
 // x [tokens][hidden] -> out, which may be x. cos and sin [tokens][width].
