@@ -95,13 +95,13 @@ class Scaling:
 def _would_pay(state: NodeState, service: Service, idle: int) -> bool:
     """Whether another replica would, where so many devices are idle."""
     replicas, limits = service.replicas, state.settings.policy
-    if not replicas or (len(replicas) + 1) * service.ranks > len(state.devices):
+    requests = len(service.waiting) + sum([len(replica.running) for replica in replicas])
+    if requests <= len(replicas):
+        return False  # as of most services
+    profile = service.profile
+    if profile is None or not replicas or (len(replicas) + 1) * service.ranks > len(state.devices):
         return False
     if service.evict_tickets or any(replica.stage is not Stage.RESIDENT for replica in replicas):
-        return False
-    requests = len(service.waiting) + sum(len(replica.running) for replica in replicas)
-    profile = service.profile
-    if requests <= len(replicas) or profile is None:
         return False
     costs, context = profile.costs, profile.prompt_tokens + profile.output_tokens / 2
     own, at_hand = state.settings.threads, len(replicas) * service.ranks + idle

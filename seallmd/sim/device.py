@@ -171,6 +171,7 @@ class SimDevice:
         self._memory = memory
         self._meetings = meetings
         self._contention = contention
+        self._contends = contention.contends(index)
         self._on_span = on_span
         self.index = index
         self.arena_bytes = arena_bytes
@@ -321,7 +322,7 @@ class SimDevice:
             self._meetings.join(group, step.step, seconds, start)
 
     def _run_step(self, step: msg.Step, group: msg.Group | None, waits: float, seconds: float) -> None:
-        if self._contention.contends(self.index):
+        if self._contends:
             ended = partial(self._end_step, step, group)
             self._later(waits, self._contention.run, self.index, seconds, ended)
         else:

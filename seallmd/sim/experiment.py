@@ -300,7 +300,7 @@ class _Run:
 
     def _observe(self, _event: ev.Event, actions: list[ev.Action]) -> None:
         self._events += 1
-        now = self._now
+        now = self._world.now - self._began
         for action in actions:
             if type(action) is ev.Emit:  # most are
                 times = self._open[action.request].times
