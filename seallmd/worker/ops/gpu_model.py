@@ -29,6 +29,7 @@ from seallmd.worker.ops.stack import install_layers
 from seallmd.worker.ops.trials import TOLERANCES, difference
 from seallmd.worker.paged import PagedBatch
 from seallmd.worker.process import one_line
+from seallmd.worker.quantised import REST_DTYPE, QuantisedLinear, is_linear, shape_of
 from seallmd.worker.table_batch import TableBatch
 from seallmd.worker.tables import tables_of
 
@@ -117,16 +118,19 @@ def _install_modules(model: nn.Module, kernels: Kernels) -> KnownNorms:
 def recognise_gated(module: nn.Module, gated: Callable[..., torch.Tensor]) -> KernelGated | None:
     """The forward of `module` with the operation in it, where it gives the same."""
     linears = [module._modules.get(f"{name}_proj") for name in ("gate", "up", "down")]
-    if any(type(linear) is not nn.Linear for linear in linears):
+    if not all(map(is_linear, linears)):
         return None
     function = getattr(module, "act_fn", None)
     activation = recognise_activation(function)
     if activation is None or (isinstance(function, nn.Module) and hooked(function)):
         return None
-    unit, weight = KernelGated(module, gated, activation), linears[0].weight  # type: ignore[union-attr]
-    x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(1)).to(weight)
+    unit, first = KernelGated(module, gated, activation), linears[0]
+    x = torch.randn(3, shape_of(first)[1], generator=torch.Generator().manual_seed(1)).to(
+        first.weight.device,  # type: ignore[union-attr]
+        REST_DTYPE if isinstance(first, QuantisedLinear) else first.weight.dtype,  # type: ignore[union-attr]
+    )
     try:
-        agrees = difference(unit(x), type(module).forward(module, x)) <= TOLERANCES[weight.dtype]
+        agrees = difference(unit(x), type(module).forward(module, x)) <= TOLERANCES[x.dtype]
     except torch.AcceleratorError:
         raise
     except (RuntimeError, TypeError, KeyError):  # it takes other inputs, or an unusual dtype
