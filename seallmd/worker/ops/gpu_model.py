@@ -67,6 +67,7 @@ def replaced(model: PreTrainedModel, attention: Kernels | None, layers: int) -> 
         "decoder layers": KernelLayer,
         "norms": KernelNorm,
         "gates": KernelGated,
+        "int8 linear layers": KernelBlocks,
     }
     counts = {f"{name} (Triton)": found[kind] for name, kind in kinds.items()}
     if attention is not None:
@@ -90,6 +91,17 @@ class KernelNorm:
         return self._operation(x, *self._norm.bound)
 
 
+class KernelBlocks:
+    """A linear layer of 8-bit weights."""
+
+    def __init__(self, module: QuantisedLinear, operation: Callable[..., torch.Tensor]) -> None:
+        self._module, self._operation = module, operation
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., k]."""
+        return self._operation(x, self._module.blocks, self._module.bias)
+
+
 class KernelGated:
     """A gated linear unit of three linear layers, whose hooks run."""
 
@@ -110,6 +122,8 @@ def _install_modules(model: nn.Module, kernels: Kernels) -> KnownNorms:
     for module in model.modules():
         if module in norms and kernels.norm is not None:
             module.forward = KernelNorm(norms[module], kernels.norm)
+        elif isinstance(module, QuantisedLinear) and kernels.in_blocks is not None:
+            module.forward = KernelBlocks(module, kernels.in_blocks)
         elif kernels.gated is not None and (unit := recognise_gated(module, kernels.gated)) is not None:
             module.forward = unit
     return norms
