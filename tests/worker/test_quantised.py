@@ -16,6 +16,7 @@ from seallmd.core import messages as msg
 from seallmd.core.cost import Work
 from seallmd.worker import ops
 from seallmd.worker.image import Image
+from seallmd.worker.image_cache import ImageCache
 from seallmd.worker.layout import layout_of_rank
 from seallmd.worker.ops.native import Native, linear_struct
 from seallmd.worker.probe import probe
@@ -273,6 +274,24 @@ def test_parts_that_are_no_whole_blocks(ranks: int, tmp_path: Path) -> None:
     image = Image("s", probed, ranks, lambda *_: None)
     assert image.bytes_ == ranks * layout.bytes_
     image.close()
+
+
+def test_images_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart finds what it built; another dtype or another scheme is another image."""
+    directory = save_tiny(tmp_path / "m")
+    cache = ImageCache(tmp_path / "images", 1 << 30, print)
+
+    def built(dtype: str) -> bool:
+        image = Image("s", probe(directory, dtype, 0), 1, lambda *_: None, cache)
+        image.close()
+        if image.keeping is not None:
+            image.keeping.join()
+        return image.keeping is not None
+
+    assert [built(dtype) for dtype in ("bfloat16", "int8", "int8", "bfloat16")] == [True, True, False, False]
+    monkeypatch.setattr("seallmd.worker.image.SCHEME", "int8 of another order")
+    assert built("int8")
+    assert not built("bfloat16")
 
 
 def test_what_is_kept_in_sixteen_bits(tmp_path: Path) -> None:

@@ -144,6 +144,13 @@ struct Panels {
     }
 };
 
+// The i-th vector of a panel's outputs, of which `columns` are to be stored.
+inline void store_columns(float* out, int i, int columns, V v) {
+    const int here = std::min(W, columns - i * W);
+    if (here == W) store(out + i * W, v);
+    else if (here > 0) store_part(out + i * W, v, here);
+}
+
 // out[b][r] for the rows of one panel and B rows of activations, with all sums in registers; `columns` of it are to be
 // stored. What lies `ahead` bytes behind the weights is asked for, if that is not 0.
 template <int B>
@@ -178,11 +185,7 @@ inline void block_tile(const Panels& w, const Rounded& x, float* out, ptrdiff_t 
         }
     }
     for (int b = 0; b < B; b++)
-        for (int i = 0; i < VECTORS; i++) {
-            const int here = std::min(W, columns - i * W);
-            if (here == W) store(out + b * os + i * W, acc[b][i]);
-            else if (here > 0) store_part(out + b * os + i * W, acc[b][i], here);
-        }
+        for (int i = 0; i < VECTORS; i++) store_columns(out + b * os, i, columns, acc[b][i]);
 }
 
 // The same for `columns` rows of neighbouring panels. The first tile asks for nothing: the processor reads ahead by
@@ -229,19 +232,27 @@ inline void block_matmul(const Rounded& x, int m, const Panels& w, int n, float*
     });
 }
 
-// The same with activations as they are, for comparisons: each panel is written down in floats first.
+// The same with activations as they are, for comparisons.
 inline void exact_block_matmul(const float* x, int m, int k, const Panels& w, int n, float* y) {
     pool.run((n + PANEL - 1) / PANEL, [&](int panel) {
-        static thread_local std::vector<float> room;
         const Panels own = w.from(panel);
-        const int wide = w.blocks * BLOCK, rows = std::min(PANEL, n - panel * PANEL);
-        float* plain = grow(room, static_cast<int64_t>(PANEL) * wide);
-        for (int i = 0; i < wide; i++)
-            for (int r = 0; r < PANEL; r++) {
-                const float scale = load_part(own.scales + i / BLOCK * PANEL + r, 1)[0];
-                const int stored = own.weights[(static_cast<ptrdiff_t>(i) / 4 * PANEL + r) * 4 + i % 4];
-                plain[static_cast<ptrdiff_t>(r) * wide + i] = static_cast<float>(stored - OFFSET) * scale;
+        for (int row = 0; row < m; row++)
+            for (int part = 0; part < VECTORS; part++) {
+                V total = {};
+                for (int block = 0; block < w.blocks; block++) {
+                    const float* given = x + static_cast<ptrdiff_t>(row) * k + block * BLOCK;
+                    const ptrdiff_t first = static_cast<ptrdiff_t>(block) * PANEL;
+                    V sum = {};
+                    for (int i = 0; i < std::min(BLOCK, k - block * BLOCK); i++) {
+                        I stored;
+                        const uint8_t* from = own.weights + first * BLOCK + i / 4 * 4 * PANEL + part * 4 * W;
+                        std::memcpy(&stored, from, sizeof(stored));
+                        const S number = (S)(stored >> (8 * (i % 4)) & 255) - OFFSET;
+                        sum += __builtin_convertvector(number, V) * given[i];
+                    }
+                    total += sum * load(own.scales + first + part * W);
+                }
+                store_columns(y + static_cast<ptrdiff_t>(row) * n + panel * PANEL, part, n - panel * PANEL, total);
             }
-        dot_block(Matrix<float>{plain, wide, 0}, rows, x, k, m, k, y + panel * PANEL, n);
     });
 }
