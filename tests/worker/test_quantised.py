@@ -212,10 +212,10 @@ def test_rounded_activations_stay_near(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert 0 < (exact - fast).norm() / exact.norm() < 0.03
 
 
-def test_the_same_tokens_whoever_is_beside(rig: Rig, tmp_path: Path) -> None:
-    """Alone, in a batch, in one chunk or in several: the same bits, as far as they are in bfloat16."""
-    if ops.compiled() is None:
-        pytest.skip("plain torch's products depend on the batch")
+@pytest.mark.usefixtures("native")
+def test_the_same_tokens_whoever_is_beside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Alone, in a batch, in one chunk or in several: the same bits."""
+    rig = Rig(monkeypatch, tmp_path / "cache")
     rig.load("s", save_tiny(tmp_path / "m"), dtype="int8")
     tokens, others = tuple(range(3, 30)), tuple(range(40, 60))
     alone = answer(rig, list(tokens), exactly=False)
