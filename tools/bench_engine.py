@@ -83,7 +83,8 @@ class Engine:
         # Prefill needs logits of its last row alone: the vocabulary layer is no part of its work.
         self.model = model = resident.model
         ends = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.lm_head)}
-        self.layer_weights = sum(p.numel() for p in model.parameters()) - sum(ends.values())
+        weights = (p.numel() for name, p in model.named_parameters() if not name.endswith(".scale"))
+        self.layer_weights = sum(weights) - sum(ends.values())
         fast = resident.fast
         self.what = (
             "plain torch" if fast is None else f"{len(fast.layers)} of {len(shape.layers)} layers whole"

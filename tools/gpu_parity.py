@@ -73,6 +73,10 @@ def _others(device: torch.device, kernels: Kernels | None) -> Iterator[tuple[str
         for width, normed in ((64, False), (48, True)):
             name = f"{'norm, ' if normed else ''}rotation of {width} of 64 and storing, Triton"
             yield name, partial(trials.rotate_error, kernels, device, width=width, normed=normed)
+    if kernels.in_blocks is not None:
+        for rows in (1, 64):
+            error = partial(trials.blocks_error, kernels, device, rows=rows, n=4096, k=4096)
+            yield f"int8 linear, {rows} rows, Triton", error
     if kernels.gated is not None:
         for activation in reference.ACTIVATIONS:
             yield f"{activation}, Triton", partial(trials.gated_error, kernels, device, activation=activation)

@@ -12,10 +12,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import linear
 
 from seallmd.worker.ops import reference, trials
-from seallmd.worker.ops.kernels import Kernels
+from seallmd.worker.ops.kernels import Kernels, need
 from seallmd.worker.ops.reference import Norm
+from seallmd.worker.quantised import Blocks
 from seallmd.worker.table_batch import TableBatch
 from seallmd.worker.tables import tables_of
 
@@ -67,8 +69,21 @@ def _pairs(device: torch.device, kernels: Kernels, sizes: Sizes, dtype: torch.dt
     ):
         if operation is not None:
             yield _Pair(f"{name}, {sizes.rows} rows", _call(operation, *given), _call(plain, *given))
+    if kernels.in_blocks is not None:
+        yield from _linears(device, kernels, sizes, dtype)
     if kernels.attention is not None:
         yield from _attentions(device, kernels, sizes, dtype)
+
+
+def _linears(device: torch.device, kernels: Kernels, sizes: Sizes, dtype: torch.dtype) -> Iterator[_Pair]:
+    """Of 8-bit weights; beside them not their reference, but the same layer in 16 bits."""
+    wide = torch.randn(sizes.inner, sizes.hidden, device=device).to(dtype)
+    blocks = Blocks.empty(sizes.inner, sizes.hidden, device)
+    blocks.fill(wide)
+    for rows in (1, sizes.rows):
+        x = torch.randn(rows, sizes.hidden, device=device).to(dtype)
+        ours, plain = _call(need(kernels.in_blocks, "int8 linear"), x, blocks, None), _call(linear, x, wide)
+        yield _Pair(f"int8 linear, {rows} rows (plain: 16 bits)", ours, plain)
 
 
 def _attentions(device: torch.device, kernels: Kernels, sizes: Sizes, dtype: torch.dtype) -> Iterator[_Pair]:

@@ -19,7 +19,7 @@ from seallmd.core.status import ServiceStatus
 from seallmd.runtime.face import ServiceView
 
 _NEVER = "9999-12-31T23:59:59Z"
-_LEVELS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_LEVELS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "Q8_0"}
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -102,7 +102,7 @@ def model_card(view: ServiceView) -> dict[str, Any]:
             "format": "gguf" if settings.model.endswith(".gguf") else "safetensors",
             "family": family,
             "families": [family] if family else [],
-            "parameter_size": _parameters(shape.weights_bytes / shape.itemsize) if shape else "",
+            "parameter_size": _parameters(shape.weights_bytes / shape.bytes_per_weight) if shape else "",
             "quantization_level": _LEVELS.get(shape.dtype, shape.dtype) if shape else "",
         },
     }
@@ -133,7 +133,7 @@ def shown_card(view: ServiceView, template: str) -> dict[str, Any]:
         "details": card["details"],
         "model_info": {
             "general.architecture": family,
-            "general.parameter_count": round(shape.weights_bytes / shape.itemsize),
+            "general.parameter_count": round(shape.weights_bytes / shape.bytes_per_weight),
             f"{family}.context_length": shape.context,
             f"{family}.embedding_length": shape.hidden,
             f"{family}.block_count": len(shape.layers),

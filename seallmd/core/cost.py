@@ -40,10 +40,10 @@ class Work(msgspec.Struct, frozen=True):
         An embedding is looked up, which costs nothing; tied to the output layer it is one segment with it.
         A model without such a segment is taken to have an output layer that costs nothing.
         """
-        row_bytes = max(1, shape.vocab) * shape.itemsize
+        row_bytes = max(1, shape.vocab) * shape.bytes_per_weight
         vocabulary = [size for size in shape.segments if size and size % row_bytes == 0]
         layers, output = shape.weights_bytes - sum(vocabulary), (vocabulary or [0])[-1]
-        flops = 2 / shape.itemsize  # of one byte of weights and one token: multiply and add
+        flops = 2 / shape.bytes_per_weight  # of one byte of weights and one token: multiply and add
         return cls(
             layers // ranks,
             output // ranks,

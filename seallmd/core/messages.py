@@ -44,7 +44,8 @@ class Shard(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class ModelShape(msgspec.Struct, frozen=True, gc=False):
     """What the probe learnt of a model.
 
-    dtype: "float32", "float16" or "bfloat16", of weights and KV. itemsize: bytes per element.
+    dtype: "float32", "float16" or "bfloat16", of weights and KV; "int8" of weights in blocks, with KV of
+    bfloat16. itemsize: bytes per element of KV. weight_itemsize: per weight, 0 where that is the same.
     segments: bytes of each weights segment, in image order; only a segment must be contiguous in an arena.
     layers: one entry per attention layer. vocab: rows of the output layer. context: the limit in tokens
     that the service runs with. eos: token ids that end a generation. shards: how it can be split over
@@ -62,6 +63,7 @@ class ModelShape(msgspec.Struct, frozen=True, gc=False):
     eos: tuple[int, ...] = ()
     shards: tuple[Shard, ...] = ()
     hidden: int = 0
+    weight_itemsize: float = 0.0
 
     def shard(self, ranks: int) -> Shard:
         """What one of so many ranks holds. Raises ValueError when the model cannot be split so."""
@@ -81,6 +83,11 @@ class ModelShape(msgspec.Struct, frozen=True, gc=False):
     def weights_bytes(self) -> int:
         """Bytes of all segments."""
         return sum(self.segments)
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Not a whole number where blocks of weights have scales."""
+        return self.weight_itemsize or self.itemsize
 
 
 # ------------------------------------------------------------------------- daemon to the host process

@@ -20,7 +20,9 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """One `[[service]]` table: a model and how it is to be served.
 
     name: what clients call it. model: a directory, a GGUF file, or a Hugging Face id. dtype: of weights and
-    KV; "auto" is the checkpoint's own (bfloat16 where it is none of these). context: limit of prompt plus
+    KV; "int8" is of weights alone, in blocks of 32 with a scale each (llama.cpp's Q8_0; experts that are one
+    tensor stay 16-bit), with KV and all else as "bfloat16"; "auto" is the checkpoint's own (bfloat16 where it
+    is none of these). context: limit of prompt plus
     output in tokens; 0 is the model's own limit, lowered to what the largest device can hold. pinned: never
     evicted to make room. preload: brought in at start. max_waiting: requests that may wait before new ones
     are refused. max_waiting_tokens: tokens of their prompts; 0 = as many as `[policy]` allows for all
@@ -37,7 +39,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     name: Name
     model: str
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "int8"] = "auto"
     context: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
     pinned: bool = False
     preload: bool = False

@@ -7,7 +7,7 @@ process's descriptor table, so it lives as long as this process or a mapping doe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from threading import Thread
 from typing import NamedTuple
 
@@ -20,10 +20,11 @@ from transformers.core_model_loading import WeightRenaming
 from seallmd.errors import ModelRefused
 from seallmd.worker.attention import NAME
 from seallmd.worker.image_cache import ImageCache
-from seallmd.worker.layout import Layout, layout_of_rank
+from seallmd.worker.layout import Layout, Place, layout_of_rank
 from seallmd.worker.parallel import Cut, Indivisible, divide
 from seallmd.worker.probe import Probed, check_loaded
 from seallmd.worker.process import require_memory
+from seallmd.worker.quantised import SCHEME, WEIGHT_DTYPE, Blocks
 
 _VERSION = 1  # to be raised when the same files come to give other bytes
 
@@ -98,7 +99,7 @@ class _Part(NamedTuple):
 def _parts(probed: Probed, ranks: int) -> list[_Part]:
     if ranks == 1:
         return [_Part(0, probed.layout, {})]
-    layout = layout_of_rank(probed.skeleton, ranks)
+    layout = layout_of_rank(probed.skeleton, ranks, probed.in_blocks)
     divisions = [divide(probed.skeleton, rank, ranks) for rank in range(ranks)]
     return [_Part(d.rank * layout.bytes_, layout, d.cuts) for d in divisions]
 
@@ -107,7 +108,7 @@ def _made_from(probed: Probed, parts: list[_Part]) -> object:
     """All that an image's bytes depend on: files, the layout, and the library that renames and merges."""
     files = [(str(file.resolve()), file.stat()) for file in probed.checkpoint.files]
     return {
-        "version": _VERSION,
+        "version": (_VERSION, SCHEME) if probed.in_blocks else _VERSION,
         "files": [(path, s.st_size, s.st_mtime_ns, s.st_ino) for path, s in files],
         "transformers": transformers.__version__,
         "places": [
@@ -122,24 +123,24 @@ def _fill(
     """Copy every weight to its places. Tensors come as views of mapped files, so that a rank's slice is read
     straight from there, and each file once, whatever the number of ranks."""
     total, done = memory.numel(), 0
-    shapes = {name: place.shape for place in probed.layout.places for name in place.names}
+    shapes = {name: tensor.shape for name, tensor in probed.skeleton.state_dict().items()}
     places = [{name: place for place in part.layout.places for name in place.names} for part in parts]
     written: set[int] = set()  # places, by their first byte in the image
     for name, tensor in _weights(probed, shapes):
         if tensor.shape != shapes[name]:  # the files were exchanged since the probe
             raise ModelRefused(f"the checkpoint has another shape for {name}")
-        for part, place in zip(parts, (of_part[name] for of_part in places), strict=True):
-            at = part.at + place.at
-            target = memory[at : at + place.bytes_].view(place.dtype).view(place.shape)
+        for part, of_part in zip(parts, places, strict=True):
+            own = _places_of(name, of_part)
+            targets = [_room(memory, part.at, place) for place in own]
             held = part.of(name, tensor)
-            if at not in written:
-                target.copy_(held)
-                written.add(at)
-                done += place.bytes_
+            if part.at + own[0].at not in written:
+                _store(held, targets)
+                written.update(part.at + place.at for place in own)
+                done += sum(place.bytes_ for place in own)
                 progress(done, total)
-            elif not torch.equal(target, held.to(place.dtype)):
+            elif not _holds(targets, held):
                 raise ModelRefused(
-                    f"{name} is tied to {place.names[0]} by the configuration, but differs from it"
+                    f"{name} is tied to {own[0].names[0]} by the configuration, but differs from it"
                 )
     missing = [place for place in parts[0].layout.places if place.at not in written]
     if missing:
@@ -147,12 +148,42 @@ def _fill(
     progress(total, total)
 
 
-def _weights(probed: Probed, wanted: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _places_of(name: str, places: dict[str, Place]) -> list[Place]:
+    """Where a weight of the checkpoint goes: to one place, or in blocks to two (see `quantised.Blocks`)."""
+    place = places[name]
+    return (
+        [place] if place.dtype is not WEIGHT_DTYPE else [place, places[f"{name.removesuffix('weight')}scale"]]
+    )
+
+
+def _room(memory: torch.Tensor, part_at: int, place: Place) -> torch.Tensor:
+    at = part_at + place.at
+    return memory[at : at + place.bytes_].view(place.dtype).view(place.shape)
+
+
+def _store(held: torch.Tensor, targets: list[torch.Tensor]) -> None:
+    if len(targets) == 1:
+        targets[0].copy_(held)
+    else:
+        Blocks(targets[0], targets[1], *held.shape).fill(held)
+
+
+def _holds(targets: list[torch.Tensor], held: torch.Tensor) -> bool:
+    """Whether it is what was stored already."""
+    again = [torch.empty_like(target) for target in targets]
+    _store(held, again)
+    return all(map(torch.equal, targets, again))
+
+
+def _weights(probed: Probed, wanted: Mapping[str, object]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name in the model, tensor), straight from the files where nothing has to be renamed or merged."""
     checkpoint = probed.checkpoint
     transforms = get_model_conversion_mapping(probed.skeleton)
     stored = checkpoint.names & set(wanted)
-    whole = all(any(name in stored for name in place.names) for place in probed.layout.places)
+    needed = [
+        place.names for place in probed.layout.places if wanted.keys() >= set(place.names)
+    ]  # not scales
+    whole = all(any(name in stored for name in names) for names in needed)
     if whole and all(isinstance(transform, WeightRenaming) for transform in transforms):
         yield from checkpoint.read(stored)
         return

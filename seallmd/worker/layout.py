@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from seallmd.core.messages import Extent
 from seallmd.worker.parallel import divide, sit
+from seallmd.worker.quantised import QuantisedEmbedding, QuantisedLinear, quantise
 
 ALIGN_BYTES = 256
 # Remaining tensors from here on are a segment each, so that no run of blocks need be longer than one layer.
@@ -49,17 +50,19 @@ class Layout:
 def layout_of(model: nn.Module) -> Layout:
     """Parameters and persistent buffers of `model`, tied ones once, every one at a multiple of 256 bytes.
 
-    Segments: one per decoder layer, one for each large tensor outside, one for all small ones.
+    Segments: one per decoder layer, one per large tensor outside (and its scales), one for all small ones.
     """
     names: dict[int, list[str]] = {}
     tensors: dict[int, torch.Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
-    layers = _layers_prefix(model)
+    layers, modules = _layers_prefix(model), _modules(model)
     groups: dict[str, list[int]] = {}
-    for key, tensor in tensors.items():
-        groups.setdefault(_segment_of(names[key][0], _bytes(tensor), layers), []).append(key)
+    for key in tensors:
+        name = _leading(names[key][0], modules)
+        leading = model.get_parameter(name) if name != names[key][0] else tensors[key]
+        groups.setdefault(_segment_of(name, _bytes(leading), layers), []).append(key)
 
     places, segments, at = [], [], 0
     for index, keys in enumerate(groups.values()):
@@ -73,11 +76,14 @@ def layout_of(model: nn.Module) -> Layout:
     return Layout(tuple(places), tuple(segments))
 
 
-def layout_of_rank(model: PreTrainedModel, ranks: int) -> Layout:
+def layout_of_rank(model: PreTrainedModel, ranks: int, in_blocks: bool = False) -> Layout:
     """Layout of what one of `ranks` tensor-parallel ranks holds of `model`, a whole one on meta; the same for
-    each of them. Raises Indivisible."""
+    each of them. in_blocks: whether it is then quantised. Raises Indivisible."""
     tree = copy.deepcopy(model)
-    sit(tree, divide(tree, 0, ranks))
+    if ranks > 1:
+        sit(tree, divide(tree, 0, ranks))
+    if in_blocks:
+        quantise(tree)
     return layout_of(tree)
 
 
@@ -112,6 +118,13 @@ def _put(modules: dict[str, nn.Module], place: Place, tensor: torch.Tensor) -> N
             module._parameters[leaf] = parameter
         else:
             module._buffers[leaf] = tensor
+
+
+def _leading(name: str, modules: dict[str, nn.Module]) -> str:
+    """The weight that a scale belongs to; any other tensor is on its own."""
+    path, _, leaf = name.rpartition(".")
+    scaled = leaf == "scale" and isinstance(modules[path], QuantisedEmbedding | QuantisedLinear)
+    return f"{path}.weight" if scaled else name
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -19,9 +19,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 
 from seallmd.core.messages import LayerShape, ModelShape, Shard
 from seallmd.errors import ModelRefused
+from seallmd.worker import quantised
 from seallmd.worker.attention import NAME, LayerCall, run_recorded
 from seallmd.worker.checkpoint import Checkpoint
-from seallmd.worker.layout import Layout, layout_of, layout_of_rank
+from seallmd.worker.layout import Layout, layout_of_rank
 from seallmd.worker.parallel import MAX_RANKS, Indivisible, divide, sit
 from seallmd.worker.process import one_line
 from seallmd.worker.resolve import eos_ids
@@ -41,7 +42,10 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True)
 class Probed:
-    """A model that can be served. dtype: of its weights and KV."""
+    """A model that can be served. dtype: of its KV, and of the weights of `skeleton`.
+
+    in_blocks: whether the weights are quantised, and laid out so; the skeleton is not.
+    """
 
     checkpoint: Checkpoint
     config: PreTrainedConfig
@@ -49,6 +53,7 @@ class Probed:
     skeleton: PreTrainedModel
     layout: Layout
     shape: ModelShape
+    in_blocks: bool = False
 
 
 def probe(directory: Path, dtype: str, context: int) -> Probed:
@@ -64,11 +69,11 @@ def probe(directory: Path, dtype: str, context: int) -> Probed:
     if not kinds <= _LAYER_TYPES:
         raise ModelRefused(f"layers of type {', '.join(sorted(kinds - _LAYER_TYPES))} are not supported")
     limit = _context(config, context)
-    resolved = _dtype(config, checkpoint, dtype)
+    resolved, in_blocks = _dtype(config, checkpoint, dtype), dtype == quantised.NAME
     try:
         rehearsed, calls, vocabulary = _rehearse(directory, config, limit)
         skeleton = build_skeleton(config, resolved, torch.device("cpu"))
-        layout = layout_of(skeleton)
+        layout = layout_of_rank(skeleton, 1, in_blocks)
     except ModelRefused:
         raise
     except Exception as error:
@@ -76,17 +81,18 @@ def probe(directory: Path, dtype: str, context: int) -> Probed:
     _check_calls(calls, config)
     shape = ModelShape(
         architecture=type(skeleton).__name__,
-        dtype=str(resolved).removeprefix("torch."),
+        dtype=quantised.NAME if in_blocks else str(resolved).removeprefix("torch."),
         itemsize=resolved.itemsize,
         layers=_layers(calls),
         segments=layout.segments,
         vocab=vocabulary,
         context=limit,
         eos=eos_ids(directory),
-        shards=_shards(rehearsed, skeleton, _layers(calls)),
+        shards=_shards(rehearsed, skeleton, _layers(calls), in_blocks),
         hidden=rehearsed.get_output_embeddings().weight.shape[1],
+        weight_itemsize=quantised.WEIGHT_BYTES if in_blocks else 0.0,
     )
-    return Probed(checkpoint, config, resolved, skeleton, layout, shape)
+    return Probed(checkpoint, config, resolved, skeleton, layout, shape, in_blocks)
 
 
 def _rehearse(
@@ -123,9 +129,9 @@ def _layers(calls: list[LayerCall]) -> tuple[LayerShape, ...]:
 
 
 def _shards(
-    rehearsed: PreTrainedModel, skeleton: PreTrainedModel, whole: tuple[LayerShape, ...]
+    rehearsed: PreTrainedModel, skeleton: PreTrainedModel, whole: tuple[LayerShape, ...], in_blocks: bool
 ) -> tuple[Shard, ...]:
-    """How the model can be split. whole: KV of its layers on one device.
+    """How the model can be split. whole: KV of its layers on one device. in_blocks: as in `Probed`.
 
     As above, what counts is that it runs. A run takes some 0.1 s, and what runs with eight parts has heads
     for four and two: only numbers of ranks that divide none of those that ran are run themselves.
@@ -140,7 +146,7 @@ def _shards(
                 ran[ranks] = layers = _rehearse_rank(rehearsed, whole, ranks)
             else:
                 layers = tuple(map(_merged, whole, ran[more], [ranks] * len(whole)))
-            shards.append(Shard(ranks, layers, layout_of_rank(skeleton, ranks).segments))
+            shards.append(Shard(ranks, layers, layout_of_rank(skeleton, ranks, in_blocks).segments))
         except Exception:  # noqa: BLE001 - what cannot be divided, or does not run in parts, is served whole
             continue
     return tuple(reversed(shards))

@@ -25,10 +25,17 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from seallmd.errors import ModelRefused
+from seallmd.worker import quantised
 from seallmd.worker.attention import NAME
 from seallmd.worker.process import one_line
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Of a service's KV, and of its weights; some of these are quantised afterwards where its dtype says so.
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    quantised.NAME: quantised.REST_DTYPE,
+}
 
 
 def load_config(directory: Path) -> PreTrainedConfig:

@@ -38,7 +38,7 @@ from seallmd.core.messages import (
     StepFailed,
     WorkerSettings,
 )
-from seallmd.worker import forward, grammar, ops
+from seallmd.worker import forward, grammar, ops, quantised
 from seallmd.worker.attention import run_recorded
 from seallmd.worker.device import Copy, Device
 from seallmd.worker.graphs import DecodeGraphs, GraphPool, Recorder
@@ -442,6 +442,10 @@ class Worker:
         if wanted.group is not None:
             division = divide(model, wanted.group.rank, wanted.group.ranks)
             seats = tuple(sit(tree, division) for tree in (model, wide) if tree is not None)
+        if wanted.dtype == quantised.NAME:  # a rank's part by itself
+            for tree in (model, wide):
+                if tree is not None:
+                    quantised.quantise(tree)
         return _Model(_origin(wanted), model, layout_of(model), wide=wide, seats=seats)
 
     def _drop(self, service: str) -> None:

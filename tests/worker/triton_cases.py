@@ -13,9 +13,10 @@ import torch
 from seallmd.core.messages import LayerShape
 from seallmd.worker.attention import Call
 from seallmd.worker.kv import KvView, Span
-from seallmd.worker.ops import reference, trials, triton_attention, triton_rows, triton_store
+from seallmd.worker.ops import reference, trials, triton_attention, triton_linear, triton_rows, triton_store
 from seallmd.worker.ops.reference import Norm
 from seallmd.worker.paged import PagedBatch
+from seallmd.worker.quantised import Blocks
 from seallmd.worker.tables import tables_of
 from tests.worker.test_ops import CPU, Scene, noise
 
@@ -243,12 +244,29 @@ def test_rotation_and_storing(
         assert int((~untouched.flatten(2).all(-1)).sum()) == scene.tokens
 
 
+@pytest.mark.parametrize(("n", "k"), [(3, 5), (16, 32), (100, 70), (130, 192)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_int8_linear(n: int, k: int, bias: bool) -> None:
+    """Any number of rows, outputs and inputs; a view of wider rows; nothing."""
+    for dtype in (torch.float32, torch.float16):
+        blocks = Blocks.empty(n, k)
+        blocks.fill(noise(n, k))
+        b = noise(n, seed=1).to(dtype) if bias else None
+        for rows in (0, 1, 17, 70):
+            x = noise(1, rows, k + 3, seed=rows).to(dtype)[..., :k]
+            found = triton_linear.linear(x, blocks, b)
+            assert found.dtype is dtype
+            expected = blocks.linear(x.float(), b)
+            tolerance = {torch.float32: 1e-4, torch.float16: 2e-2}[dtype]
+            torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
+
+
 def test_a_trial(tmp_path: Path) -> None:
     """Operations that agree are in use; one that computes something else, or fails, gives way alone."""
     said: list[str] = []
     good = trials.start(CPU, tmp_path, said.append)
     assert good is not None
-    assert (good.names(), said) == (["attention", "norm", "gated", "add+norm", "rotation"], [])
+    assert (good.names(), said) == (["attention", "norm", "gated", "add+norm", "rotation", "int8 linear"], [])
     assert not list(tmp_path.glob("triton-trial*"))
 
     def wrong(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
@@ -259,7 +277,7 @@ def test_a_trial(tmp_path: Path) -> None:
 
     left = trials.tried(replace(good, norm=wrong, gated=broken), CPU, said.append)
     assert left is not None
-    assert left.names() == ["attention", "add+norm", "rotation"]
+    assert left.names() == ["attention", "add+norm", "rotation", "int8 linear"]
     assert [line.partition(" ")[0] for line in said] == ["norm", "gated"]
     assert "out of shared memory" in said[1]
 

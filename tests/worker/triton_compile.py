@@ -7,13 +7,15 @@ has no limit on fast memory.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from seallmd.worker.ops import triton_attention, triton_rows, triton_store
+from seallmd.worker.ops import triton_attention, triton_linear, triton_rows, triton_store
 
 _INDICES = ("blocks", "contexts", "firsts", "counts", "tile_spans", "tile_starts", "span_of", "positions")
 _SUMS = ("parts", "part_max", "part_sum")
@@ -22,8 +24,11 @@ CAPABILITIES = (80, 90)  # Ampere, Hopper
 FAST_BYTES = 99 << 10  # of the smaller GPUs of our time, for one program
 
 
-def compile_for_gpu(kernel: Any, dtype: str, warps: int = 4, **constants: Any) -> int:
-    """Bytes of fast memory that a program takes. dtype: of every tensor but indices and sums."""
+def compile_for_gpu(
+    kernel: Any, dtype: str, warps: int = 4, kinds: Mapping[str, str] = MappingProxyType({}), **constants: Any
+) -> int:
+    """Bytes of fast memory that a program takes. dtype: of every tensor but indices and sums, and those whose
+    `kinds` are given."""
 
     def kind(name: str) -> str:
         if name in constants:
@@ -32,6 +37,8 @@ def compile_for_gpu(kernel: Any, dtype: str, warps: int = 4, **constants: Any) -
             return "*i32"
         if name in _SUMS:
             return "*fp32"
+        if name in kinds:
+            return kinds[name]
         if name in _NUMBERS or name.endswith(("eps", "offset")):
             return "fp32"
         small = ("n", "heads", "window", "splits", "table_stride")
@@ -82,6 +89,13 @@ def rotation(dtype: str, width: int, dim: int, **norms: bool) -> int:
     )
 
 
+def in_blocks(dtype: str, rows: int) -> int:
+    """As `triton_linear.linear` chooses."""
+    kinds = {"weight": "*u8", "scale": "*fp16", "rows": "i32", "k": "i32", "blocks_of_row": "i32"}
+    form = triton_linear.form_of(rows, dtype == "fp32")
+    return compile_for_gpu(triton_linear._linear, dtype, kinds=kinds, HAS_BIAS=True, **form)
+
+
 def main() -> int:
     """Exit code 1 when something takes too much fast memory; a refusal of the compiler is an exception."""
     taken = {
@@ -97,6 +111,9 @@ def main() -> int:
         "add+norm": compile_for_gpu(triton_rows._add_norm, "bf16", N=4000, PAD=4096, HAS_AFTER=True),
         "rotation": rotation("bf16", 20, 96),
         "normed rotation": rotation("bf16", 128, 128, HAS_Q_NORM=True, HAS_K_NORM=True),
+        "int8 linear of a row": in_blocks("bf16", 1),
+        "int8 linear": in_blocks("fp16", 500),
+        "exact int8 linear": in_blocks("fp32", 500),
         "gated": compile_for_gpu(triton_rows._gated, "bf16", GELU=True, BLOCK=1024),
     }
     print(taken)

@@ -29,6 +29,7 @@ from seallmd.worker.ops.stack import install_layers
 from seallmd.worker.ops.trials import TOLERANCES, difference
 from seallmd.worker.paged import PagedBatch
 from seallmd.worker.process import one_line
+from seallmd.worker.quantised import REST_DTYPE, QuantisedLinear, is_linear, shape_of
 from seallmd.worker.table_batch import TableBatch
 from seallmd.worker.tables import tables_of
 
@@ -66,6 +67,7 @@ def replaced(model: PreTrainedModel, attention: Kernels | None, layers: int) -> 
         "decoder layers": KernelLayer,
         "norms": KernelNorm,
         "gates": KernelGated,
+        "int8 linear layers": KernelBlocks,
     }
     counts = {f"{name} (Triton)": found[kind] for name, kind in kinds.items()}
     if attention is not None:
@@ -89,6 +91,17 @@ class KernelNorm:
         return self._operation(x, *self._norm.bound)
 
 
+class KernelBlocks:
+    """A linear layer of 8-bit weights."""
+
+    def __init__(self, module: QuantisedLinear, operation: Callable[..., torch.Tensor]) -> None:
+        self._module, self._operation = module, operation
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., k]."""
+        return self._operation(x, self._module.blocks, self._module.bias)
+
+
 class KernelGated:
     """A gated linear unit of three linear layers, whose hooks run."""
 
@@ -109,6 +122,8 @@ def _install_modules(model: nn.Module, kernels: Kernels) -> KnownNorms:
     for module in model.modules():
         if module in norms and kernels.norm is not None:
             module.forward = KernelNorm(norms[module], kernels.norm)
+        elif isinstance(module, QuantisedLinear) and kernels.in_blocks is not None:
+            module.forward = KernelBlocks(module, kernels.in_blocks)
         elif kernels.gated is not None and (unit := recognise_gated(module, kernels.gated)) is not None:
             module.forward = unit
     return norms
@@ -117,16 +132,19 @@ def _install_modules(model: nn.Module, kernels: Kernels) -> KnownNorms:
 def recognise_gated(module: nn.Module, gated: Callable[..., torch.Tensor]) -> KernelGated | None:
     """The forward of `module` with the operation in it, where it gives the same."""
     linears = [module._modules.get(f"{name}_proj") for name in ("gate", "up", "down")]
-    if any(type(linear) is not nn.Linear for linear in linears):
+    if not all(map(is_linear, linears)):
         return None
     function = getattr(module, "act_fn", None)
     activation = recognise_activation(function)
     if activation is None or (isinstance(function, nn.Module) and hooked(function)):
         return None
-    unit, weight = KernelGated(module, gated, activation), linears[0].weight  # type: ignore[union-attr]
-    x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(1)).to(weight)
+    unit, first = KernelGated(module, gated, activation), linears[0]
+    x = torch.randn(3, shape_of(first)[1], generator=torch.Generator().manual_seed(1)).to(
+        first.weight.device,  # type: ignore[union-attr]
+        REST_DTYPE if isinstance(first, QuantisedLinear) else first.weight.dtype,  # type: ignore[union-attr]
+    )
     try:
-        agrees = difference(unit(x), type(module).forward(module, x)) <= TOLERANCES[weight.dtype]
+        agrees = difference(unit(x), type(module).forward(module, x)) <= TOLERANCES[x.dtype]
     except torch.AcceleratorError:
         raise
     except (RuntimeError, TypeError, KeyError):  # it takes other inputs, or an unusual dtype

@@ -21,6 +21,7 @@ from seallmd.worker.attention import Call
 from seallmd.worker.kv import KvView
 from seallmd.worker.ops.flash import Flash
 from seallmd.worker.ops.reference import Norm
+from seallmd.worker.quantised import Blocks
 from seallmd.worker.tables import Tables
 
 # By their field in `Kernels`, in the order of their trials.
@@ -30,6 +31,7 @@ NAMES = {
     "gated": "gated",
     "add_norm": "add+norm",
     "rotate": "rotation",
+    "in_blocks": "int8 linear",
 }
 
 
@@ -38,7 +40,8 @@ class Kernels:
     """Operations that agreed; None for one that did not.
 
     attention: `triton_attention`. write, rotate: of `triton_store`. norm, gated, add_norm: of `triton_rows`.
-    flash: does some of attention's work. processors: multiprocessors of the device.
+    in_blocks: `linear` of `triton_linear`. flash: does some of attention's work. processors: multiprocessors
+    of the device.
     """
 
     attention: ModuleType | None = None
@@ -47,6 +50,7 @@ class Kernels:
     gated: Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor] | None = None
     add_norm: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     rotate: Callable[..., torch.Tensor] | None = None
+    in_blocks: Callable[[torch.Tensor, Blocks, torch.Tensor | None], torch.Tensor] | None = None
     flash: Flash | None = None
     processors: int = 1
 

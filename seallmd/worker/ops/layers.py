@@ -21,6 +21,7 @@ from seallmd.worker.attention import Answerer, Call, answered_by
 from seallmd.worker.kv import KvView, Span
 from seallmd.worker.ops.modules import KnownNorm, KnownNorms, recognise_activation
 from seallmd.worker.paged import PagedBatch
+from seallmd.worker.quantised import is_linear, shape_of
 
 PROBE_TOKENS = 7
 _PROBE_BLOCK_TOKENS = 4  # so that the probe crosses from one block to the next
@@ -148,7 +149,7 @@ def _parts(layer: nn.Module, norms: KnownNorms) -> Parts | None:
     present = {name: owner._modules.get(leaf) for name, (owner, leaf) in names.items()}
     known = {name: norms.get(module) for name, module in present.items() if module is not None}
     linears = {name: attention._modules.get(f"{name}_proj") for name in "qkvo"}
-    if any(type(linear) is not nn.Linear for linear in linears.values()) or None in known.values():
+    if not all(map(is_linear, linears.values())) or None in known.values():
         return None
     if "before_attention" not in known or "before_mlp" not in known:
         return None
@@ -163,7 +164,7 @@ def _parts(layer: nn.Module, norms: KnownNorms) -> Parts | None:
 def _unit(mlp: nn.Module) -> Unit | None:
     linears = [mlp._modules.get(f"{name}_proj") for name in ("gate", "up", "down")]
     activation = recognise_activation(getattr(mlp, "act_fn", None))
-    if activation is None or any(type(linear) is not nn.Linear for linear in linears):
+    if activation is None or not all(map(is_linear, linears)):
         return None
     if {id(p) for p in mlp.parameters()} != {id(p) for linear in linears for p in linear.parameters()}:  # type: ignore[union-attr]
         return None
@@ -264,9 +265,9 @@ def _fits(parts: Parts, seen: _Seen) -> bool:
     }
     if parts.unit is not None:
         gate, up, down, _ = parts.unit
-        inner = gate.weight.shape[0]
+        inner = shape_of(gate)[0]
         expected |= {gate: (inner, hidden), up: (inner, hidden), down: (hidden, inner)}
-    if any(linear.weight.shape != shape for linear, shape in expected.items()):
+    if any(shape_of(linear) != shape for linear, shape in expected.items()):
         return False
     wide = (parts.before_attention, parts.after_attention, parts.before_mlp, parts.after_mlp)
     return all(norm is None or norm.bound.weight.numel() == hidden for norm in wide) and all(

@@ -17,7 +17,14 @@ from seallmd.core.messages import LayerShape
 from seallmd.worker.attention import run_recorded
 from seallmd.worker.kv import KvView
 from seallmd.worker.ops.layers import Layer
-from seallmd.worker.ops.modules import FastLinear, FastNorm, WideEmbedding, install, widen_embeddings
+from seallmd.worker.ops.modules import (
+    FastBlocks,
+    FastLinear,
+    FastNorm,
+    WideEmbedding,
+    install,
+    widen_embeddings,
+)
 from seallmd.worker.ops.native import Native
 from seallmd.worker.ops.native_layers import FastLayer, FastStack, NativeBackend
 from seallmd.worker.ops.stack import Stack, install_layers
@@ -28,6 +35,7 @@ _KINDS: dict[type, str] = {
     FastLayer: "decoder layers",
     FastNorm: "norms",
     FastLinear: "linear layers",
+    FastBlocks: "int8 linear layers",
     WideEmbedding: "embeddings",
 }
 

@@ -10,7 +10,6 @@ are and multiplied in float32, which costs no speed here and loses no precision 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +17,8 @@ import torch
 from torch import nn
 
 from seallmd.worker.ops import reference
-from seallmd.worker.ops.native import DTYPE_CODES, Native, linear_struct, norm_struct
+from seallmd.worker.ops.native import DTYPE_CODES, Linear, Native, linear_struct, norm_struct
+from seallmd.worker.quantised import QuantisedEmbedding, QuantisedLinear, looked_up, shadow_of, shape_of
 
 # Against the reference, relative to the largest element: sums run in another order.
 TOLERANCE = 1e-5
@@ -44,7 +44,9 @@ def install(model: nn.Module, native: Native) -> KnownNorms:
     """Replace the forward of what is recognised; returns its norms. The weights must be bound, and real."""
     norms = known_norms(model)
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype in DTYPE_CODES:
+        if isinstance(module, QuantisedLinear):
+            module.forward = FastBlocks(module, native)
+        elif type(module) is nn.Linear and module.weight.dtype in DTYPE_CODES:
             module.forward = FastLinear(module, native)
         elif module in norms:
             module.forward = FastNorm(norms[module], native)
@@ -112,8 +114,14 @@ def _run(module: Callable[..., Any], *inputs: torch.Tensor) -> torch.Tensor | No
     return out if isinstance(out, torch.Tensor) else None
 
 
+def struct_of(linear: nn.Linear) -> Linear:
+    """Where the weights of a linear layer lie, quantised or not. They must be bound."""
+    weight = linear.blocks if isinstance(linear, QuantisedLinear) else linear._parameters["weight"]
+    return linear_struct(weight, linear._parameters["bias"])  # type: ignore[arg-type]
+
+
 class FastLinear:
-    """`nn.Linear.forward` on a CPU; other inputs go to the stock one."""
+    """The forward of a linear layer on a CPU; other inputs go to the stock one."""
 
     def __init__(self, module: nn.Linear, native: Native) -> None:
         self._module, self._native = module, native
@@ -121,15 +129,18 @@ class FastLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., k] -> [..., n], in the dtype of x."""
         module = self._module
-        weight = module._parameters["weight"]
-        if x.device.type != "cpu" or weight.device.type != "cpu":
-            return nn.Linear.forward(module, x)
+        if x.device.type != "cpu" or module._parameters["weight"].device.type != "cpu":  # type: ignore[union-attr]
+            return type(module).forward(module, x)
         if not x.numel():  # no row of a prompt's chunk draws a token; torch wants one dtype even of nothing
-            return x.new_empty((*x.shape[:-1], weight.shape[0]))
-        struct = linear_struct(weight, module._parameters["bias"])
+            return x.new_empty((*x.shape[:-1], shape_of(module)[0]))
+        struct = struct_of(module)
         if x.dtype is torch.float32:
             return self._native.linear(x.contiguous(), struct)
         return self._native.linear(x.float().contiguous(), struct).to(x.dtype)
+
+
+class FastBlocks(FastLinear):
+    """The same of 8-bit weights: another operation, and another name in what people are told."""
 
 
 class FastNorm:
@@ -149,18 +160,18 @@ class FastNorm:
 class WideEmbedding:
     """An embedding, whatever its class does with the rows, as if its table were float32.
 
-    Only the rows that are asked for are widened: the class runs on a table of these rows alone.
+    Only the rows that are asked for are widened: the class runs on a table of these rows alone. The table may
+    be quantised later on.
     """
 
     def __init__(self, module: nn.Embedding) -> None:
-        self._module = module
-        self._shadow = copy.copy(module)
-        self._shadow._parameters = dict(module._parameters)
-        self._shadow.padding_idx = None  # of use in training alone, and outside the small table
+        self._module, self._shadow = module, shadow_of(module)
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """ids -> [..., dim] float32."""
-        rows = self._module._parameters["weight"][ids.flatten()].float()
-        self._shadow._parameters["weight"] = nn.Parameter(rows, requires_grad=False)
-        numbers = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
-        return type(self._module).forward(self._shadow, numbers)
+        module, numbers = self._module, ids.flatten()
+        if isinstance(module, QuantisedEmbedding):
+            rows = module.blocks.rows(numbers)
+        else:
+            rows = module._parameters["weight"][numbers].float()  # type: ignore[index]
+        return looked_up(self._shadow, rows, ids)

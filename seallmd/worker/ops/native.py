@@ -17,21 +17,24 @@ import torch
 
 from seallmd.worker.kv import KvView, Span
 from seallmd.worker.ops import reference
+from seallmd.worker.quantised import Blocks
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_IN_BLOCKS = 3  # the code of weights that are
 ACTIVATION_CODES = {"silu": 0, "gelu_tanh": 1}
 
 
 class Linear(Structure):
-    """A weight matrix [n][k] of contiguous rows, with or without a bias of the same dtype."""
+    """A weight matrix [n][k], of contiguous rows or in blocks with scales; with or without a bias."""
 
     _fields_ = (
         ("weight", c_void_p),
+        ("scales", c_void_p),
         ("bias", c_void_p),
         ("n", c_int32),
         ("k", c_int32),
         ("dtype", c_int32),
-        ("pad", c_int32),
+        ("bias_dtype", c_int32),
     )
 
 
@@ -134,13 +137,18 @@ class Step:
         self.struct = _Step(ctypes.addressof(ours), self._kept[1].data_ptr(), len(spans), tokens)
 
 
-def linear_struct(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    """weight [n, k], contiguous rows; bias [n] of the same dtype."""
-    n, k = weight.shape
-    if not weight.is_contiguous() or (bias is not None and bias.dtype != weight.dtype):
-        raise ValueError("weights must be contiguous and of one dtype")
-    pointer = None if bias is None else bias.data_ptr()
-    return Linear(weight.data_ptr(), pointer, n, k, DTYPE_CODES[weight.dtype])
+def linear_struct(weight: torch.Tensor | Blocks, bias: torch.Tensor | None) -> Linear:
+    """weight [n, k], contiguous rows or in blocks; bias [n] of any float dtype."""
+    scales, code = None, _IN_BLOCKS
+    if isinstance(weight, Blocks):
+        weight, scale, n, k = weight
+        scales = scale.data_ptr()
+    else:
+        (n, k), code = weight.shape, DTYPE_CODES[weight.dtype]
+    if not weight.is_contiguous():
+        raise ValueError("weights must be contiguous")
+    added = (None, 0) if bias is None else (bias.data_ptr(), DTYPE_CODES[bias.dtype])
+    return Linear(weight.data_ptr(), scales, added[0], n, k, code, added[1])
 
 
 def norm_struct(weight: torch.Tensor, eps: float, offset: float) -> Norm:
@@ -171,8 +179,9 @@ class Native:
 
     Activations are float32, contiguous, on the CPU. What a structure points to must outlive the call. Calls
     come from one thread. Raises OSError if the library is unusable. vector_floats: width of its vectors.
-    set_threads: how many share the work from here on, the caller's included. rounds: whether linear layers of
-    bfloat16 weights round activations to bfloat16 (see `exactly`); products are summed in float32 either way.
+    set_threads: how many share the work from here on, the caller's included. rounds: whether activations that
+    meet weights, keys or values of bfloat16 are rounded to it (see `exactly`); products are summed in float32
+    either way. Those that meet weights in blocks are rounded to groups of 8 bits on every processor.
     """
 
     def __init__(self, library: Path) -> None:
@@ -221,9 +230,16 @@ class Native:
             ours = self.linear(x, linear_struct(weight, None))
             if not torch.allclose(ours, reference.linear(x, weight, None), atol=1e-4):
                 raise OSError("the compiled operations compute something else")
+        blocks = Blocks.empty(9, 70)
+        blocks.fill(weight)
+        with self.exactly():
+            if not torch.allclose(
+                self.linear(x, linear_struct(blocks, None)), blocks.linear(x, None), atol=1e-4
+            ):
+                raise OSError("the compiled operations compute something else of 8-bit weights")
 
     def linear(self, x: torch.Tensor, weights: Linear) -> torch.Tensor:
-        """x [..., k] -> [..., n]; x is rounded to bfloat16 where the weights are and `rounds`."""
+        """x [..., k] -> [..., n]; x is rounded to what the weights are, to bfloat16 if `rounds`."""
         out = x.new_empty(*x.shape[:-1], weights.n)
         self._linear(byref(weights), x.data_ptr(), x.numel() // weights.k, out.data_ptr())
         return out

@@ -16,7 +16,7 @@ from seallmd.worker.attention import Answerer, Call, answering
 from seallmd.worker.kv import KvView, Span
 from seallmd.worker.ops import native as c
 from seallmd.worker.ops.layers import Layer, Parts, Rotation
-from seallmd.worker.ops.modules import KnownNorm
+from seallmd.worker.ops.modules import KnownNorm, struct_of
 from seallmd.worker.ops.stack import Stack
 from seallmd.worker.paged import PagedBatch
 
@@ -70,7 +70,7 @@ class FastLayer(Layer):
         unit: Any = parts.unit
         linears = {"q": parts.q, "k": parts.k, "v": parts.v, "o": parts.o}
         for name, linear in (linears | {"gate": unit.gate, "up": unit.up, "down": unit.down}).items():
-            setattr(struct, name, c.linear_struct(linear.weight, linear.bias))
+            setattr(struct, name, struct_of(linear))
         struct.attention = c.Attention(
             c.cache_struct(kv, self.layer),
             None,

@@ -29,6 +29,7 @@ from seallmd.worker.ops.kernels import NAMES, Kernels, need
 from seallmd.worker.ops.reference import Norm
 from seallmd.worker.paged import PagedBatch
 from seallmd.worker.process import one_line
+from seallmd.worker.quantised import Blocks
 from seallmd.worker.tables import tables_of
 
 # Against plain torch on the same device, relative to the largest element: sums run in another order, and
@@ -124,7 +125,7 @@ def start(device: torch.device, cache: Path, say: Callable[[str], None]) -> Kern
     try:
         import triton
 
-        from seallmd.worker.ops import triton_attention, triton_rows, triton_store
+        from seallmd.worker.ops import triton_attention, triton_linear, triton_rows, triton_store
     except ImportError as error:
         say(f"plain torch operations: {one_line(error)}")
         return None
@@ -143,6 +144,7 @@ def start(device: torch.device, cache: Path, say: Callable[[str], None]) -> Kern
         triton_rows.gated,
         triton_rows.add_norm,
         triton_store.rotate,
+        triton_linear.linear,
         processors=processors,
     )
     with _marked(mark):
@@ -167,7 +169,7 @@ def _marked(mark: Path) -> Iterator[None]:
 
 def tried(kernels: Kernels, device: torch.device, say: Callable[[str], None]) -> Kernels | None:
     """What of `kernels` agrees on `device`, None if nothing does."""
-    trials = (_attention_error, _norm_error, _gated_error, _add_norm_error, _rotate_error)
+    trials = (_attention_error, _norm_error, _gated_error, _add_norm_error, _rotate_error, _blocks_error)
     failed: dict[str, Any] = {}
     for (field, name), trial in zip(NAMES.items(), trials, strict=True):
         for dtype in (torch.float32, *_short_dtypes(device)):
@@ -339,6 +341,21 @@ def gated_error(kernels: Kernels, device: torch.device, dtype: torch.dtype, acti
     gate, up = (3 * _noise(5, 1500, seed).to(device, dtype) for seed in (1, 2))
     ours = need(kernels.gated, "gated")(gate, up, activation)
     return difference(ours, reference.gated(gate.float(), up.float(), activation))
+
+
+def _blocks_error(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> float:
+    return max(blocks_error(kernels, device, dtype, *kind) for kind in ((1, 576, 200), (70, 100, 64)))
+
+
+def blocks_error(
+    kernels: Kernels, device: torch.device, dtype: torch.dtype, rows: int, n: int, k: int
+) -> float:
+    """`difference` of a linear layer [n, k] of 8-bit weights from the reference in float32."""
+    blocks = Blocks.empty(n, k, device)
+    blocks.fill(_noise(n, k, 1).to(device))
+    x, bias = _noise(rows, k, 2).to(device, dtype), _noise(1, n, 3)[0].to(device, dtype)
+    ours = need(kernels.in_blocks, "int8 linear")(x, blocks, bias)
+    return difference(ours, blocks.linear(x.float(), bias))
 
 
 def _noise(rows: int, n: int, seed: int) -> torch.Tensor:

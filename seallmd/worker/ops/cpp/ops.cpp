@@ -3,6 +3,7 @@
 // Activations are float32 and contiguous; weights and KV are what their dtype says. Nothing here allocates
 // what it does not reuse, and nothing throws but for lack of memory.
 #include "attention.h"
+#include "blocks.h"
 #include "copy.h"
 
 namespace {
@@ -27,8 +28,8 @@ const float* widened(const void* p, int n, int32_t dtype, std::vector<float>& ro
     return room.data();
 }
 
-// Whether bfloat16 weights, keys and values meet factors rounded to bfloat16.
-bool rounding = PRODUCTS_OF_BF16;
+// Whether activations are rounded to the kind of numbers that they are multiplied with (see `seallmd_set_rounding`).
+bool rounding = true;
 
 // x W^T with x rounded to the bfloat16 of W: what GPUs do too.
 void rounded_matmul(const Linear& l, const float* x, int m, float* y) {
@@ -40,15 +41,23 @@ void rounded_matmul(const Linear& l, const float* x, int m, float* y) {
     matmul(rounded, l.k, m, static_cast<const bf16*>(l.weight), l.k, l.n, l.k, y, l.n);
 }
 
+// x W^T of weights in blocks, with x rounded to blocks of 8 bits.
+void blocks_matmul(const Linear& l, const float* x, int m, float* y) {
+    const Panels weights = {static_cast<const uint8_t*>(l.weight), static_cast<const f16*>(l.scales), blocks_of(l.k)};
+    if (rounding) block_matmul(round_groups(x, m, l.k), m, weights, l.n, y);
+    else exact_block_matmul(x, m, l.k, weights, l.n, y);
+}
+
 // y = x W^T + bias
 void linear(const Linear& l, const float* x, int m, float* y) {
-    if (PRODUCTS_OF_BF16 && rounding && l.dtype == BFLOAT16) rounded_matmul(l, x, m, y);
+    if (l.dtype == INT8) blocks_matmul(l, x, m, y);
+    else if (PRODUCTS_OF_BF16 && rounding && l.dtype == BFLOAT16) rounded_matmul(l, x, m, y);
     else with_dtype(l.dtype, [&](auto kind) {
         matmul(x, l.k, m, static_cast<const decltype(kind)*>(l.weight), l.k, l.n, l.k, y, l.n);
     });
     if (l.bias) {
         static thread_local std::vector<float> room;
-        const float* bias = widened(l.bias, l.n, l.dtype, room);
+        const float* bias = widened(l.bias, l.n, l.bias_dtype, room);
         for (int i = 0; i < m; i++)
             for (int j = 0; j < l.n; j++) y[static_cast<int64_t>(i) * l.n + j] += bias[j];
     }
@@ -189,8 +198,12 @@ void seallmd_set_threads(int32_t threads) { pool.set_threads(threads); }
 
 int32_t seallmd_vector_floats() { return W; }
 
-// Whether bfloat16 weights meet activations rounded to bfloat16, where the processor multiplies those; 0: never.
-int32_t seallmd_set_rounding(int32_t on) { return rounding = PRODUCTS_OF_BF16 && on; }
+// Whether activations are rounded: for weights in blocks to groups of 8 bits, for weights, keys and values of bfloat16
+// to that, where the processor multiplies it. Returns whether the latter is so.
+int32_t seallmd_set_rounding(int32_t on) {
+    rounding = on;
+    return PRODUCTS_OF_BF16 && on;
+}
 
 void seallmd_linear(const Linear* l, const float* x, int32_t m, float* y) { linear(*l, x, m, y); }
 

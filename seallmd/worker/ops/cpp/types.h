@@ -3,14 +3,15 @@
 
 #include <cstdint>
 
-enum Dtype : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+enum Dtype : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, INT8 = 3 };
 enum Activation : int32_t { SILU = 0, GELU_TANH = 1 };
 
-// A weight matrix [n][k] of contiguous rows. bias [n] or null.
+// A weight matrix [n][k]: contiguous rows, or of INT8 the blocks of blocks.h with their scales. bias [n] or null.
 struct Linear {
     const void* weight;
+    const void* scales;
     const void* bias;
-    int32_t n, k, dtype, pad;
+    int32_t n, k, dtype, bias_dtype;
 };
 
 // y = x / rms(x) * (offset + weight). weight null: there is no such norm.
