@@ -333,7 +333,8 @@ def may_speak(uid: int, gid: int, group: int | None) -> bool:
 
 async def _linger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Read what the client still sends: closing with it unread resets the connection and loses our answer."""
-    writer.write_eof()
+    if not writer.is_closing():
+        writer.write_eof()
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINGER_SECONDS):
             while await reader.read(MAX_LINE_BYTES):
@@ -341,5 +342,7 @@ async def _linger(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 
 async def _say(writer: asyncio.StreamWriter, reply: Reply) -> None:
+    if writer.is_closing():  # uvloop's transports raise RuntimeError when they are written to then
+        raise ConnectionResetError("the client hung up")
     writer.write(msgspec.json.encode(reply) + b"\n")
     await writer.drain()
