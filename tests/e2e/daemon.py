@@ -48,6 +48,7 @@ class Daemon:
         self.journal = journal or directory / "run.journal"
         (directory / "seallmd.toml").write_text(config)
         self._file = self.log.open("wb")
+        self._clients: list[OpenAI] = []
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "seallmd"),
@@ -67,7 +68,9 @@ class Daemon:
 
     def client(self, **more: Any) -> OpenAI:
         """The official client, without retries, so that failures are seen."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300, **more)
+        client = OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300, **more)
+        self._clients.append(client)
+        return client
 
     def async_client(self) -> AsyncOpenAI:
         """The same for asyncio."""
@@ -144,3 +147,5 @@ class Daemon:
             self.process.kill()
             self.process.wait()
         self._file.close()
+        for client in self._clients:
+            client.close()
