@@ -151,9 +151,9 @@ def _fill(
 def _places_of(name: str, places: dict[str, Place]) -> list[Place]:
     """Where a weight of the checkpoint goes: to one place, or in blocks to two (see `quantised.Blocks`)."""
     place = places[name]
-    return (
-        [place] if place.dtype is not WEIGHT_DTYPE else [place, places[f"{name.removesuffix('weight')}scale"]]
-    )
+    if place.dtype is not WEIGHT_DTYPE:
+        return [place]
+    return [place, places[f"{name.removesuffix('weight')}scale"]]
 
 
 def _room(memory: torch.Tensor, part_at: int, place: Place) -> torch.Tensor:
@@ -180,9 +180,8 @@ def _weights(probed: Probed, wanted: Mapping[str, object]) -> Iterator[tuple[str
     checkpoint = probed.checkpoint
     transforms = get_model_conversion_mapping(probed.skeleton)
     stored = checkpoint.names & set(wanted)
-    needed = [
-        place.names for place in probed.layout.places if wanted.keys() >= set(place.names)
-    ]  # not scales
+    # Scales are in no checkpoint.
+    needed = [place.names for place in probed.layout.places if wanted.keys() >= set(place.names)]
     whole = all(any(name in stored for name in names) for names in needed)
     if whole and all(isinstance(transform, WeightRenaming) for transform in transforms):
         yield from checkpoint.read(stored)
