@@ -18,7 +18,7 @@ class IdleLimits:
     def __init__(self, state: NodeState, room: Room) -> None:
         self._state = state
         self._room = room
-        self._look_at: float | None = 0.0  # nobody can be due before; None: nobody has a limit
+        self._look_at = 0.0  # nobody can be due before; inf: nobody has a limit
         self._copies = 0
 
     def changed(self) -> None:
@@ -32,12 +32,12 @@ class IdleLimits:
 
     def next_wakeup(self) -> float:
         """When somebody may be due; inf: never."""
-        return inf if self._look_at is None else self._look_at
+        return self._look_at
 
     def settle(self) -> None:
         """Evict who is due. Cheap while nobody can be: most events end here."""
         came = self._state.copies != self._copies
-        if not came and (self._look_at is None or self._state.now < self._look_at):
+        if not came and self._state.now < self._look_at:
             return
         self._copies = self._state.copies
         ends = []
@@ -52,7 +52,7 @@ class IdleLimits:
                 self._let_go(service, seconds)
             else:
                 ends.append(end)
-        self._look_at = min(ends, default=None)
+        self._look_at = min(ends, default=inf)
 
     def _let_go(self, service: Service, seconds: float) -> None:
         service.evicted = True  # no plan is to bring it back

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from seallmd.core.messages import Extent
 from seallmd.worker.parallel import divide, sit
-from seallmd.worker.quantised import QuantisedEmbedding, QuantisedLinear, quantise
+from seallmd.worker.quantised import InBlocks, quantise
 
 ALIGN_BYTES = 256
 # Remaining tensors from here on are a segment each, so that no run of blocks need be longer than one layer.
@@ -123,7 +123,7 @@ def _put(modules: dict[str, nn.Module], place: Place, tensor: torch.Tensor) -> N
 def _leading(name: str, modules: dict[str, nn.Module]) -> str:
     """The weight that a scale belongs to; any other tensor is on its own."""
     path, _, leaf = name.rpartition(".")
-    scaled = leaf == "scale" and isinstance(modules[path], QuantisedEmbedding | QuantisedLinear)
+    scaled = leaf == "scale" and isinstance(modules[path], InBlocks)
     return f"{path}.weight" if scaled else name
 
 

@@ -98,8 +98,8 @@ def _quantise(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> 
 # --------------------------------------------------------------------------------------------- modules
 
 
-class QuantisedLinear(nn.Linear):
-    """A linear layer whose `weight` and `scale` are those of `Blocks`; it computes in the dtype of its input.
+class InBlocks(nn.Module):
+    """A module whose `weight` and `scale` are those of `Blocks`.
 
     rows, columns: of the matrix, of a rank's part where there are ranks.
     """
@@ -110,26 +110,25 @@ class QuantisedLinear(nn.Linear):
     @property
     def blocks(self) -> Blocks:
         """The matrix that is bound now."""
-        return _blocks_of(self)
+        weight, scale = self._parameters["weight"], self._parameters["scale"]
+        assert weight is not None
+        assert scale is not None
+        return Blocks(weight, scale, self.rows, self.columns)
+
+
+class QuantisedLinear(InBlocks, nn.Linear):
+    """A linear layer; it computes in the dtype of its input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., k] -> [..., n]."""
         return self.blocks.linear(x, self.bias)
 
 
-class QuantisedEmbedding(nn.Embedding):
-    """An embedding, whatever its class did with the rows, whose table is one of `Blocks`.
+class QuantisedEmbedding(InBlocks, nn.Embedding):
+    """An embedding, whatever its class did with the rows.
 
     Only the rows that are asked for are widened: the class runs on a table of these alone.
     """
-
-    rows: int
-    columns: int
-
-    @property
-    def blocks(self) -> Blocks:
-        """The table that is bound now."""
-        return _blocks_of(self)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids -> [..., dim] in the dtype of the weights that were not quantised."""
@@ -150,10 +149,6 @@ def looked_up(shadow: nn.Embedding, rows: torch.Tensor, ids: torch.Tensor) -> to
     numbers = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
     out: torch.Tensor = type(shadow).forward(shadow, numbers)
     return out
-
-
-def _blocks_of(module: Any) -> Blocks:
-    return Blocks(module._parameters["weight"], module._parameters["scale"], module.rows, module.columns)
 
 
 def is_linear(module: object) -> bool:
