@@ -23,7 +23,7 @@ from seallmd.core.splitting import worthwhile_ranks
 from seallmd.core.state import Claim, Device, NodeState
 from seallmd.core.tiers import is_deferred
 from seallmd.core.wakeup import soonest
-from seallmd.core.worth import asks_at, drain_seconds, loss
+from seallmd.core.worth import asks_at, drain_seconds, loss, stays_until
 
 
 class Residency:
@@ -110,8 +110,7 @@ class Residency:
         state, asked_for = self._state, self._asked_for()
         if not asked_for:
             return inf
-        stay = state.settings.policy.min_residency_seconds
-        times = [r.since + stay for device in state.devices.values() for r in device.replicas.values()]
+        times = [stays_until(state, r) for device in state.devices.values() for r in device.replicas.values()]
         for service in asked_for:
             times += (service.retry_at, service.asks_at)
         return soonest(times, state.now)

@@ -3,8 +3,8 @@
 Owns eviction, draining and preemption for memory. Must not know why room is wanted: `residency` wants it for
 weights, `batcher` for KV. Rules that hold always: a pinned service leaves only when an operator says so, or
 for a larger device when a request of its own needs that (`outgrown`); a service with work leaves for another
-only by draining, not before it has run a step since it came, and not before it has been resident for
-`min_residency_seconds`.
+only by draining, not before it has run a step since it came, and not before it has been resident for so long
+that bringing it in was worth it (`worth.stays_until`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from seallmd.core.service import Replica, Service, Stage
 from seallmd.core.state import Device, NodeState
 from seallmd.core.tiers import yields
 from seallmd.core.wakeup import soonest
+from seallmd.core.worth import stays_until
 
 
 def missed(state: NodeState, replica: Replica) -> tuple[float, float]:
@@ -39,7 +40,7 @@ class Room:
             return False
         # Never before it did what it was brought in for: two services in demand would only copy.
         settled = replica.served or not service.waiting
-        stayed = self._state.now - replica.since >= self._state.settings.policy.min_residency_seconds
+        stayed = self._state.now >= stays_until(self._state, replica)
         return replica.stage is Stage.DRAINING or (settled and stayed)
 
     # ------------------------------------------------------------------------------- making room

@@ -79,8 +79,9 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     in on an idle device too, when its steps would be faster. replicate_gain: faster by this factor at least.
     replicate_seconds: and so for this long already. split_efficiency: where there are at least as many
     devices as services, one whose tensor_parallel is 0 comes in on more devices than hold it as long as so
-    large a share of their speed is kept (`core.splitting`); 1 = never. min_residency_seconds: how long a
-    service that was brought in stays before another may push it out. patience_seconds: how long a request of
+    large a share of their speed is kept (`core.splitting`); 1 = never. min_residency_swaps: how long a
+    service that was brought in stays before another may push it out, in times of what bringing it in took; at
+    most patience_seconds, and one such time where nobody asks for it. patience_seconds: how long a request of
     an absent service waits before a busy service is asked to make room. max_waiting_tokens: tokens of all
     requests that wait, of all services together, before new ones are refused.
     """
@@ -97,7 +98,7 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     replicate_gain: Annotated[float, Meta(ge=1, le=100)] = 1.2
     replicate_seconds: Annotated[float, Meta(ge=0, le=3600)] = 1.0
     split_efficiency: Annotated[float, Meta(ge=0.1, le=1)] = 1.0
-    min_residency_seconds: Annotated[float, Meta(ge=0, le=3600)] = 2.0
+    min_residency_swaps: Annotated[float, Meta(ge=0, le=1000)] = 8.0
     patience_seconds: Annotated[float, Meta(ge=0, le=3600)] = 5.0
     max_waiting_tokens: Annotated[int, Meta(ge=1, le=1 << 32)] = 1 << 23
 

@@ -29,6 +29,19 @@ def swap_seconds(state: NodeState, service: Service) -> float:
     return sum(service.segments) / state.settings.roofline.copy_bytes_per_second
 
 
+def stays_until(state: NodeState, replica: Replica) -> float:
+    """Until when a replica may not be pushed out by another service.
+
+    Where two are in demand and one fits, swaps take their share of the time: so a stay is measured in them. One
+    that nobody asks for loses little by leaving, and whoever wants its memory would wait for nothing.
+    """
+    policy, service = state.settings.policy, state.services[replica.service]
+    idle = not replica.running and not service.demand
+    once = swap_seconds(state, service)
+    most = once if idle else max(once, policy.patience_seconds)
+    return replica.since + min(policy.min_residency_swaps * once, most)
+
+
 def waited(service: Service, now: float) -> float:
     """Weighted request-seconds that the requests of an absent service have waited for it to come.
 

@@ -131,7 +131,7 @@ class Storm:
         config += '[devices]\nkind = "cpu"\ncpu_workers = 2\nthreads = 1\nmemory = "640 KiB"\n'
         config += f'block = "8 KiB"\nhost_kv = "64 KiB"\nhost_memory = "160 KiB"\ncache = "{self.cache}"\n'
         config += '[journal]\nlimit = "1 GiB"\nflight = "2 MiB"\n'
-        config += "[policy]\nstep_tokens = 32\npatience_seconds = 0.3\nmin_residency_seconds = 0.2\n"
+        config += "[policy]\nstep_tokens = 32\npatience_seconds = 0.3\nmin_residency_swaps = 2\n"
         for name in self.services:
             config += f'[[service]]\nname = "{name}"\nmodel = "{self.models / name}"\ndtype = "float32"\n'
         return Daemon(self.directory, config)

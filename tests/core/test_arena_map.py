@@ -38,7 +38,7 @@ def test_every_block_is_shown_once() -> None:
         {"a": shape(), "b": shape(ranks=(1, 2)), "c": shape()},
         arenas=(21, 30),
         tensor_parallel={"b": 2},
-        min_residency_seconds=0.1,
+        min_residency_swaps=2.0,
     )
     for request in range(1, 25):
         recorder.arrive(request, "abc"[request % 3], (7, 7, 7, 7, 7, request % 5), 20)

@@ -78,7 +78,7 @@ class History:
         self.recorder = world(
             services,
             arenas,
-            min_residency_seconds=0.1,
+            min_residency_swaps=2.0,
             patience_seconds=0.5,
             **options,  # type: ignore[arg-type]
         )

@@ -192,7 +192,7 @@ def test_cancelled_requests_give_back_at_once() -> None:
 
 def test_an_idle_service_makes_room() -> None:
     """More models than fit: the longest unused idle one leaves."""
-    recorder = world(MODELS, arenas=(27,), min_residency_seconds=0.0)
+    recorder = world(MODELS, arenas=(27,), min_residency_swaps=0.0)
     for request, name in enumerate("abcab", 1):
         recorder.arrive(request, name, (1, 2, 3), 4)
         recorder.world.run()
@@ -204,7 +204,7 @@ def test_an_idle_service_makes_room() -> None:
 def test_an_idle_service_that_matters_less_makes_room_first() -> None:
     """Protects what the operator calls important from whoever was used last."""
     for arenas in ((27,), (20, 20)):
-        recorder = world(MODELS, arenas, min_residency_seconds=0.0, importance={"a": 2.0})
+        recorder = world(MODELS, arenas, min_residency_swaps=0.0, importance={"a": 2.0})
         for request, name in enumerate("abcbc", 1):
             recorder.arrive(request, name, (1, 2, 3), 4)
             recorder.world.run()
@@ -225,7 +225,7 @@ def test_a_pinned_service_stays_and_the_newcomer_hears_why() -> None:
 
 def test_a_busy_service_is_asked_to_leave_only_after_patience() -> None:
     """Constant traffic of one model cannot keep another out for ever, nor is it cut off at once."""
-    recorder = world(MODELS, arenas=(22,), patience_seconds=1.0, min_residency_seconds=0.0)
+    recorder = world(MODELS, arenas=(22,), patience_seconds=1.0, min_residency_swaps=0.0)
     for request in range(100, 160):
         recorder.arrive(request, "a", (request % 50,), 30)
     run(recorder, 0.5)

@@ -27,7 +27,7 @@ def load(recorder: Recorder, *names: str) -> None:
 
 def test_a_pinned_service_comes_in_and_stays() -> None:
     """A pin brings it in, and no other service pushes it out; unpinned, it goes like any other."""
-    recorder = world(SMALL, arenas=(22,), patience_seconds=0.1, min_residency_seconds=0.0)
+    recorder = world(SMALL, arenas=(22,), patience_seconds=0.1, min_residency_swaps=0.0)
     recorder.world.happen(ev.PinWanted(1, "a"))
     run(recorder, 1.0)
     assert recorder.answers == {1: ""}

@@ -69,7 +69,7 @@ def test_a_replica_gives_way_to_another_service() -> None:
         {"a": shape(), "b": shape()},
         arenas=(22, 22),
         replicate_seconds=0.1,
-        min_residency_seconds=0.0,
+        min_residency_swaps=0.0,
         patience_seconds=100.0,
         max_rows=4,
     )
@@ -117,7 +117,7 @@ def test_under_pressure_a_spare_replica_leaves_before_requests_do(stand_in: bool
         {"a": shape(), "big": shape(segments=(30 * 256,))},
         (60, 60),
         groups={"a": ((0,),), "big": ((0,), (1,)) if stand_in else ((0,),)},
-        min_residency_seconds=0.0,
+        min_residency_swaps=0.0,
         replicate_seconds=0.05,
         replicate_gain=1.0,
         replacement=ReplacementSettings(enabled=False),

@@ -32,7 +32,7 @@ def test_running_and_waiting() -> None:
 
 def test_everyone_who_waits_knows_why() -> None:
     """At no moment of a crowded run does a waiting request lack its reason or its place."""
-    recorder = world({"a": shape(), "b": shape()}, arenas=(21,), min_residency_seconds=0.1)
+    recorder = world({"a": shape(), "b": shape()}, arenas=(21,), min_residency_swaps=2.0)
     for request in range(1, 13):
         recorder.arrive(request, "ab"[request % 2], (request, 1, 2), 20)
     reasons = set()

@@ -54,7 +54,7 @@ def test_services_apart_take_different_devices(preload: tuple[str, ...]) -> None
 def test_on_one_device_they_take_turns() -> None:
     """A busy one drains for the other, an idle one leaves at once, although there is room for both."""
     rule = (GroupSettings(services=("a",), share_others=False),)
-    recorder = world(MODELS, arenas=(90,), sharing=rule, patience_seconds=0.2, min_residency_seconds=0.1)
+    recorder = world(MODELS, arenas=(90,), sharing=rule, patience_seconds=0.2, min_residency_swaps=2.0)
     for request in range(1, 31):
         recorder.arrive(request, "abc"[request % 3], (request % 50,), 9)
         recorder.world.run(until=recorder.world.now + 0.05)

@@ -61,7 +61,7 @@ def seconds_until_resident(recorder: Recorder, service: str, busy: str, count: i
 @pytest.mark.parametrize(("waiters", "there"), [(20, 1), (1, 4)])
 def test_it_comes_in_when_it_is_worth_more_than_what_leaves(waiters: int, there: int) -> None:
     """Many waiters push out a light resident at once; a single one has to wait for a busy one, but comes."""
-    recorder = two(min_residency_seconds=0.0, patience_seconds=1000.0)
+    recorder = two(min_residency_swaps=0.0, patience_seconds=1000.0)
     number = keep_busy(recorder, "a", there, 100, recorder.world.now + 1.0)
     crowd(recorder, "b", waiters, first=number + 1000, tokens=5)
     took = seconds_until_resident(recorder, "b", "a", there)
@@ -79,7 +79,7 @@ def test_importance_weighs_both_sides(importance: dict[str, float]) -> None:
     """Protects the setting: one waiter that matters eight times as much is as good as eight."""
     took = []
     for weights in (importance, {}):
-        recorder = two(min_residency_seconds=0.0, patience_seconds=1000.0, importance=weights)
+        recorder = two(min_residency_swaps=0.0, patience_seconds=1000.0, importance=weights)
         number = keep_busy(recorder, "a", 4, 100, recorder.world.now + 1.0)
         crowd(recorder, "b", 1, first=number + 1000, tokens=5)
         took.append(seconds_until_resident(recorder, "b", "a", 4))
@@ -91,7 +91,7 @@ def test_importance_weighs_both_sides(importance: dict[str, float]) -> None:
 def test_nobody_waits_for_a_swap_longer_than_patience() -> None:
     """However much those lose who have to leave: after `patience_seconds` they are asked."""
     patience = 0.5
-    recorder = two(min_residency_seconds=0.0, patience_seconds=patience)
+    recorder = two(min_residency_swaps=0.0, patience_seconds=patience)
     services = recorder.world.node.state.services
     services["a"].last_swap_seconds = 1000.0  # as if the way back were endless
     number = keep_busy(recorder, "a", 10, 100, recorder.world.now + 1.0)
@@ -102,21 +102,39 @@ def test_nobody_waits_for_a_swap_longer_than_patience() -> None:
     recorder.world.run()
 
 
-def test_alternating_demand_does_not_thrash() -> None:
-    """Two models in demand all the time and room for one: each stays for its time, and all is served."""
-    residency = 1.0
-    recorder = two(min_residency_seconds=residency, patience_seconds=0.1)
+@pytest.mark.parametrize(("tokens", "stay"), [(3, 1.0), (40, 5.0)])
+def test_alternating_demand_does_not_thrash(tokens: int, stay: float) -> None:
+    """Two models in demand all the time and room for one: each stays for its time, and all is served.
+
+    A busy one stays for as many swaps as are set, one that is idle between requests for one.
+    """
+    swaps_of_stay = 5.0
+    recorder = two(min_residency_swaps=swaps_of_stay, patience_seconds=10.0)
     began, seconds, number = recorder.world.now, 20.0, 100
     before = sum(s.swaps_in for s in recorder.world.node.state.services.values())
     while recorder.world.now < began + seconds:
         number += 1
-        recorder.arrive(number, "ab"[number % 2], (number % 50, 1), 3)
+        recorder.arrive(number, "ab"[number % 2], (number % 50, 1), tokens)
         recorder.world.run(until=recorder.world.now + 0.05)
     recorder.world.run()
     swaps = sum(s.swaps_in for s in recorder.world.node.state.services.values()) - before
-    assert 4 <= swaps <= (recorder.world.now - began) / residency + 2
+    copy = min(s.last_swap_seconds for s in recorder.world.node.state.services.values())
+    assert 4 <= swaps <= (recorder.world.now - began) / ((1 + stay) * copy) + 2
     for request in recorder.prompts:
         recorder.assert_output(request)
+
+
+def test_one_client_that_alternates_waits_for_copies_alone() -> None:
+    """Who is there has nothing to do: nobody is spared by keeping the newcomer waiting."""
+    recorder = two()
+    for number in range(100, 120):
+        began = recorder.world.now
+        recorder.arrive(number, "ba"[number % 2], (number % 50, 1), 1)
+        while number not in recorder.finished:
+            recorder.world.step()
+        copy = recorder.world.node.state.services["a"].last_swap_seconds
+        assert recorder.world.now - began <= 2.1 * copy, "it stayed for longer than a swap takes"
+        recorder.assert_output(number)
 
 
 def test_waiters_share_one_swap_and_are_counted_together() -> None:

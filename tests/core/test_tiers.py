@@ -144,7 +144,7 @@ def test_a_busy_model_is_not_swapped_out_for_a_batch() -> None:
 
 def test_batch_work_leaves_at_once_for_somebody_who_waits() -> None:
     """Protects the time until an absent model comes: its resident neighbour's batch is not run to its end."""
-    recorder = world({"a": shape(), "b": shape()}, (22,), preload=("a",), min_residency_seconds=0.0)
+    recorder = world({"a": shape(), "b": shape()}, (22,), preload=("a",), min_residency_swaps=0.0)
     recorder.arrive(1, "a", PROMPT, 50, tier="batch")
     recorder.world.run(until=recorder.world.now + 0.02)
     recorder.arrive(2, "b", PROMPT, 4)
@@ -153,7 +153,7 @@ def test_batch_work_leaves_at_once_for_somebody_who_waits() -> None:
 
 def test_two_batches_share_a_device_by_rare_swaps() -> None:
     """Protects throughput and progress: neither of two endless batches waits for ever, and swaps are rare."""
-    recorder = world({"a": shape(), "b": shape()}, (22,), min_residency_seconds=0.0, check_every_event=False)
+    recorder = world({"a": shape(), "b": shape()}, (22,), min_residency_swaps=0.0, check_every_event=False)
     done = {"a": 0, "b": 0}
     number = 0
     for _ in range(6000):

@@ -35,7 +35,7 @@ def test_a_short_soak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     """Two minutes, three tiny models of which two fit: everything of the long one but its length."""
     config = '[http]\nport = 0\n[devices]\nkind = "cpu"\ncpu_workers = 1\nthreads = 1\n'
     config += 'memory = "512 KiB"\nblock = "8 KiB"\n'
-    config += "[policy]\npatience_seconds = 0.3\nmin_residency_seconds = 0.2\n"
+    config += "[policy]\npatience_seconds = 0.3\nmin_residency_swaps = 2\n"
     for name in ("a", "b", "c"):
         save_tiny(tmp_path / name)
         config += f'[[service]]\nname = "{name}"\nmodel = "{tmp_path / name}"\n'
