@@ -32,8 +32,8 @@ def swap_seconds(state: NodeState, service: Service) -> float:
 def stays_until(state: NodeState, replica: Replica) -> float:
     """Until when a replica may not be pushed out by another service.
 
-    Where two are in demand and one fits, swaps take their share of the time: so a stay is measured in them. One
-    that nobody asks for loses little by leaving, and whoever wants its memory would wait for nothing.
+    Where two are in demand and one fits, swaps take their share of the time: so a stay is measured in them.
+    One that nobody asks for loses little by leaving, and who wants its memory would wait for nothing.
     """
     policy, service = state.settings.policy, state.services[replica.service]
     idle = not replica.running and not service.demand
