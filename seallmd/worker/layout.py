@@ -1,7 +1,7 @@
 """Where every weight lies in the host image.
 
-Owns the order and alignment of weights, and binding: making parameters views of the arena. It follows from
-the module tree alone, so host and workers agree without talking. Must not know files or devices.
+Owns the order and alignment of weights. It follows from the module tree alone, so host and workers agree
+without talking. Must not know files, devices or arenas.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from seallmd.core.messages import Extent
 from seallmd.worker.parallel import divide, sit
 from seallmd.worker.quantised import InBlocks, quantise
 
@@ -57,7 +56,7 @@ def layout_of(model: nn.Module) -> Layout:
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
-    layers, modules = _layers_prefix(model), _modules(model)
+    layers, modules = _layers_prefix(model), modules_of(model)
     groups: dict[str, list[int]] = {}
     for key in tensors:
         name = _leading(names[key][0], modules)
@@ -87,37 +86,9 @@ def layout_of_rank(model: PreTrainedModel, ranks: int, in_blocks: bool = False) 
     return layout_of(tree)
 
 
-def bind(model: nn.Module, layout: Layout, extents: tuple[Extent, ...], arena: torch.Tensor) -> None:
-    """Make every weight of `model` a view of `arena`, where `extents` put its segment."""
-    part_at = extents[0].image_at  # a rank's part of the image begins anywhere, with its first segment
-    modules = _modules(model)
-    for place in layout.places:
-        extent = extents[place.segment]
-        at = extent.arena_at + place.at - (extent.image_at - part_at)
-        _put(modules, place, arena[at : at + place.bytes_].view(place.dtype).view(place.shape))
-
-
-def unbind(model: nn.Module, layout: Layout) -> None:
-    """Put every weight back on meta: a step that must not run fails instead of reading others' bytes."""
-    modules = _modules(model)
-    for place in layout.places:
-        _put(modules, place, torch.empty(place.shape, dtype=place.dtype, device="meta"))
-
-
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """By name, shared ones under each: to look each up by its path took most of the time of a binding."""
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """By name, shared ones under each: to look each up by its path takes long."""
     return dict(model.named_modules(remove_duplicate=False))
-
-
-def _put(modules: dict[str, nn.Module], place: Place, tensor: torch.Tensor) -> None:
-    parameter = nn.Parameter(tensor, requires_grad=False)
-    for name in place.names:
-        path, _, leaf = name.rpartition(".")
-        module = modules[path]
-        if leaf in module._parameters:
-            module._parameters[leaf] = parameter
-        else:
-            module._buffers[leaf] = tensor
 
 
 def _leading(name: str, modules: dict[str, nn.Module]) -> str:

@@ -40,11 +40,12 @@ from seallmd.core.messages import (
 )
 from seallmd.worker import forward, grammar, ops, quantised
 from seallmd.worker.attention import run_recorded
+from seallmd.worker.binding import Weights
 from seallmd.worker.device import Copy, Device
 from seallmd.worker.graphs import DecodeGraphs, GraphPool, Recorder
 from seallmd.worker.group import GroupLost, Joining, ProcessGroup
 from seallmd.worker.kv import KvView
-from seallmd.worker.layout import Layout, bind, layout_of, unbind
+from seallmd.worker.layout import Layout, layout_of
 from seallmd.worker.ops import gpu_model
 from seallmd.worker.ops.kernels import Kernels
 from seallmd.worker.ops.model import FastModel, runs_wide, wide_skeleton
@@ -92,6 +93,7 @@ class _Model:
     origin: _Origin
     model: PreTrainedModel
     layout: Layout
+    weights: Weights
     kv: KvView | None = None
     wide: PreTrainedModel | None = None
     fast: FastModel | None = None
@@ -396,7 +398,7 @@ class Worker:
         sizes = tuple(extent.bytes_ for extent in wanted.extents)
         if sizes != known.layout.segments:
             raise RuntimeError("the extents do not fit the model")
-        bind(known.model, known.layout, wanted.extents, self._device.arena)
+        known.weights.bind(wanted.extents, self._device.arena)
         if known.kv is None:
             self._settle(known, wanted)
         if known.fast is not None and known.kv is not None:
@@ -410,9 +412,10 @@ class Worker:
     def _settle(self, known: _Model, wanted: CopyIn) -> None:
         """Decide what only the real weights can show; they are bound."""
         if self._native is not None and known.wide is not None:
-            bind(known.wide, known.layout, wanted.extents, self._device.arena)
+            weights = Weights(known.wide, known.layout)
+            weights.bind(wanted.extents, self._device.arena)
             if runs_wide(known.wide, self._native):
-                known.model = known.wide
+                known.model, known.weights = known.wide, weights
         known.wide = None
         # One token through the real weights: shows each layer's KV shape, and that the binding runs.
         calls, _ = run_recorded(known.model, tokens=1)
@@ -446,7 +449,8 @@ class Worker:
             for tree in (model, wide):
                 if tree is not None:
                     quantised.quantise(tree)
-        return _Model(_origin(wanted), model, layout_of(model), wide=wide, seats=seats)
+        layout = layout_of(model)
+        return _Model(_origin(wanted), model, layout, Weights(model, layout), wide=wide, seats=seats)
 
     def _drop(self, service: str) -> None:
         for arrival in list(self._arriving):
@@ -458,7 +462,7 @@ class Worker:
             if resident.fast is not None:
                 resident.fast.unbind()
             resident.leave()
-            unbind(resident.model, resident.layout)
+            resident.weights.unbind()
 
 
 def _origin(wanted: CopyIn) -> _Origin:
