@@ -5,9 +5,10 @@ reads its step from and leaves its logits in; and when graphs are made, used aga
 graph is captured is the recorder's business: nothing here calls CUDA, so all of it is tested on a CPU.
 
 A shape runs as it is the first time (which also makes whatever is made once), is captured the second time,
-and replayed from then on. Weights are read at their places in the arena, so a model that comes back to its
-former place keeps its graphs, and loses them at any other. Block tables are data: moved blocks do not matter.
-Rows that pad a step write K and V into a block that nobody owns.
+and replayed from then on. Likely shapes are captured ahead, while the device has nothing else to do, others
+when steps have them. Weights are read at their places in the arena, so a model that comes back to its former
+place keeps its graphs, and loses them at any other. Block tables are data: moved blocks do not matter. Rows
+that pad a step write K and V into a block that nobody owns.
 
 Must not know messages or how blocks are given out.
 """
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 from seallmd.worker.attention import answered_by
 from seallmd.worker.kv import KvView
 from seallmd.worker.ops.kernels import Kernels
+from seallmd.worker.process import one_line
 from seallmd.worker.requests import Packed
 from seallmd.worker.table_batch import TableBatch
 from seallmd.worker.tables import decode_tables
@@ -32,6 +34,8 @@ from seallmd.worker.transfer import to_device
 
 MOST_ROWS = 256
 _MOST_GRAPHS = 256
+_AHEAD_ROWS = (1, 2, 4, 8, 16, 32)  # captured before a step has them, for contexts of up to so many tokens:
+_AHEAD_TOKENS = 8192
 _MOST_NUMBERS = 1 << 21  # of a step's description, 8 MiB: in 256 rows, 8,000 blocks each
 
 
@@ -89,6 +93,11 @@ class GraphPool:
         # How to drop each graph, the one unused for longest first.
         self._used: OrderedDict[Hashable, Callable[[], None]] = OrderedDict()
         self._full = False
+
+    @property
+    def full(self) -> bool:
+        """Whether a further graph would be refused, or push another out."""
+        return self._full or len(self._used) >= _MOST_GRAPHS
 
     def capture(
         self, name: Hashable, function: Callable[[], object], drop: Callable[[], None]
@@ -171,25 +180,52 @@ class DecodeGraphs:
             self._kv.clear(packed.fresh)
         self._fill(shape, packed)
         feed(self._pool.numbers[: shape.rows])
-        try:
-            logits = self._advance(shape)
-        except Uncapturable as error:
-            self._refused = True
-            self.drop()
-            self._pool.say(f"decode steps of {self._model.config.model_type} run without graphs: {error}")
+        logits = self._try(shape)
+        if logits is None:
             return None
         if packed.last == list(range(len(packed.ids))):
             return logits[: len(packed.ids)]
         return logits[to_device(packed.last, logits.device, torch.long)]
 
+    def ahead(self, context: int) -> Shape | None:
+        """The next likely shape that has no graph yet: few rows before many, short contexts before long ones.
+
+        context: tokens that a request may have at most. None where all are there, or no more are captured.
+        """
+        if self._refused or self._pool.full:
+            return None
+        most = self._kv.page.holding(min(context, _AHEAD_TOKENS))
+        widths = [4]
+        while widths[-1] < most:
+            widths.append(widths[-1] * self._growth)
+        shapes = (Shape(rows, width) for rows in _AHEAD_ROWS for width in widths)
+        return next((shape for shape in shapes if self._fits(shape) and not self._is_captured(shape)), None)
+
+    def prepare(self, shape: Shape) -> None:
+        """Bring a shape to where steps of it are replayed, with rows that are all padding."""
+        try:
+            with torch.inference_mode():
+                self._fill(shape, Packed())
+                for _ in range(2):  # as it is, then captured
+                    self._try(shape)
+        except torch.AcceleratorError:
+            raise  # the CUDA context is lost
+        except RuntimeError as error:  # memory may not suffice for so many rows, and nobody asked for them
+            self._refuse(one_line(error))
+
     def _shape(self, packed: Packed) -> Shape | None:
         if self._refused or len(packed.ids) != len(packed.spans):
             return None
         pages = max(self._kv.page.holding(span.context) for span in packed.spans)
-        shape = shape_for(len(packed.spans), pages, 2 if self._kernels is None else 4)
-        if shape is None or shape.rows * (2 + shape.pages * self._kv.page.blocks) > _MOST_NUMBERS:
-            return None
-        return shape
+        shape = shape_for(len(packed.spans), pages, self._growth)
+        return shape if shape is not None and self._fits(shape) else None
+
+    @property
+    def _growth(self) -> int:
+        return 2 if self._kernels is None else 4
+
+    def _fits(self, shape: Shape) -> bool:
+        return shape.rows * (2 + shape.pages * self._kv.page.blocks) <= _MOST_NUMBERS
 
     def _fill(self, shape: Shape, packed: Packed) -> None:
         """Ids, contexts and block tables into the buffer that graphs read, in one copy."""
@@ -208,6 +244,23 @@ class DecodeGraphs:
             table[row, :used] = span.table[:used]
             table[row, used:] = span.table[0]  # plain attention reads it under a mask, so it must be finite
         self._pool.numbers[: len(numbers)].copy_(host, non_blocking=True)
+
+    def _is_captured(self, shape: Shape) -> bool:
+        slot = self._slots.get(shape)
+        return slot is not None and slot.graph is not None
+
+    def _try(self, shape: Shape) -> torch.Tensor | None:
+        """Logits of what was filled in; None where it turned out that the model cannot be captured."""
+        try:
+            return self._advance(shape)
+        except Uncapturable as error:
+            self._refuse(str(error))
+            return None
+
+    def _refuse(self, reason: str) -> None:
+        self._refused = True
+        self.drop()
+        self._pool.say(f"decode steps of {self._model.config.model_type} run without graphs: {reason}")
 
     def _advance(self, shape: Shape) -> torch.Tensor:
         """Run the shape as far as it has come: as it is, captured, or replayed."""

@@ -22,6 +22,7 @@ from seallmd.worker.worker import Worker
 
 _IMPORT_POLL_SECONDS = 0.005
 _FLIGHT_POLL_SECONDS = 0.0001
+_QUIET_SECONDS = 0.05  # without work, before a graph is captured ahead: the next step may be on its way
 # Of a step's time, for copies beside it. Residents keep stepping; and with one piece a step, a copy of half a
 # gigabyte beside steps of 0.1 s took 3 s.
 _COPY_SHARE = 0.25
@@ -78,6 +79,8 @@ def _serve(channel: Channel, worker: Worker) -> None:
             worker.handle(message)
         elif worker.flying and worker.arrived():
             worker.land()
+        elif not worker.flying and not worker.copying:
+            worker.prepare()
         progressed = _copy_for(worker, _COPY_SHARE * (time.perf_counter() - started))
 
 
@@ -87,7 +90,9 @@ def _patience(worker: Worker, progressed: bool) -> float | None:
         return 0
     if worker.flying:
         return 0 if worker.arrived() else _FLIGHT_POLL_SECONDS
-    return _IMPORT_POLL_SECONDS if worker.copying else None
+    if worker.copying:
+        return _IMPORT_POLL_SECONDS
+    return _QUIET_SECONDS if worker.unprepared else None
 
 
 def _copy_for(worker: Worker, seconds: float) -> bool:

@@ -42,7 +42,7 @@ from seallmd.worker import forward, grammar, ops, quantised
 from seallmd.worker.attention import run_recorded
 from seallmd.worker.binding import Weights
 from seallmd.worker.device import Copy, Device
-from seallmd.worker.graphs import DecodeGraphs, GraphPool, Recorder
+from seallmd.worker.graphs import DecodeGraphs, GraphPool, Recorder, Shape
 from seallmd.worker.group import GroupLost, Joining, ProcessGroup
 from seallmd.worker.kv import KvView
 from seallmd.worker.layout import Layout, layout_of
@@ -192,6 +192,23 @@ class Worker:
     def binding(self) -> bool:
         """Whether what `advance` does next is no copy but a binding, some milliseconds of work or more."""
         return bool(self._arriving) and self._arriving[0].copied
+
+    @property
+    def unprepared(self) -> bool:
+        """Whether `prepare` has something to do."""
+        return self._next_graph() is not None
+
+    def prepare(self) -> None:
+        """Capture the graph of one more shape that steps are likely to have: some tenths of a second."""
+        if (found := self._next_graph()) is not None:
+            graphs, shape = found
+            graphs.prepare(shape)
+
+    def _next_graph(self) -> tuple[DecodeGraphs, Shape] | None:
+        for known in self._resident.values():
+            if known.graphs is not None and (shape := known.graphs.ahead(known.origin.context)) is not None:
+                return known.graphs, shape
+        return None
 
     def handle(self, message: Message) -> None:
         """Carry out one message. Raises on what only a defect of the daemon or of the device can cause."""

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from seallmd.core import messages as msg
-from seallmd.worker import graphs
+from seallmd.worker import graphs, main
 from seallmd.worker.graphs import Shape, Uncapturable, shape_for
 from tests.worker.helpers import FAMILIES, Rig, Talk, plain, run_step, save_tiny
 
@@ -166,6 +166,88 @@ def test_what_cannot_be_captured_runs_without(
     decode(rig, model, talks, 3)
     assert recorder.captured == 0
     assert capsys.readouterr().err.count("run without graphs: it waits for the device") == 1
+
+
+def prepare(rig: Rig) -> int:
+    """Capture all that is captured ahead; how often that took."""
+    times = 0
+    while rig.worker.unprepared:
+        rig.worker.prepare()
+        times += 1
+        assert times < 1000
+    return times
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_likely_shapes_are_captured_ahead(
+    family: str, rig: Rig, recorder: Rerun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first decode step of a model is replayed, and what was there before is neither read nor written."""
+    monkeypatch.setattr(graphs, "_AHEAD_ROWS", (1, 2, 4))
+    model = plain(save_tiny(tmp_path / "m", family))
+    rig.load("s", tmp_path / "m")
+    rig.spoil(rig.free)
+    assert prepare(rig) == recorder.captured > 3
+    assert bool((rig.device.arena.view(-1, rig.block_bytes)[rig.free] == 255).all())
+    captured, talks = recorder.captured, begin(rig, model, 3)
+    decode(rig, model, talks, 8)
+    decode(rig, model, talks[:1], 3)
+    assert (recorder.captured, recorder.replayed) == (captured, captured + 11)
+
+
+def test_nothing_is_captured_ahead_at_the_cost_of_others(
+    rig: Rig, recorder: Rerun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where it would push out graphs that steps have asked for, nor beyond the memory for graphs."""
+    monkeypatch.setattr(graphs, "_MOST_GRAPHS", 3)
+    model = plain(save_tiny(tmp_path / "m"))
+    rig.load("s", tmp_path / "m")
+    decode(rig, model, begin(rig, model, 3), 2)
+    assert prepare(rig) == 2
+    assert not rig.worker.unprepared
+    recorder.bytes_ = 1 << 30
+    monkeypatch.setattr(graphs, "_MOST_GRAPHS", 300)
+    assert prepare(rig) == 1, "one that finds out"
+    assert recorder.captured == 3
+
+
+def test_what_cannot_run_ahead_harms_nobody(
+    rig: Rig, recorder: Rerun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that nobody asked for find no memory: the model goes on without graphs."""
+    model = plain(save_tiny(tmp_path / "m"))
+    rig.load("s", tmp_path / "m")
+    mine = rig.worker._resident["s"].graphs
+    with monkeypatch.context() as patched:
+        patched.setattr(type(mine), "_advance", refuse_memory)
+        assert prepare(rig) == 1
+    decode(rig, model, begin(rig, model, 2), 3)
+    assert recorder.captured == 0
+
+
+def test_only_a_worker_without_work_captures_ahead(rig: Rig, recorder: Rerun, tmp_path: Path) -> None:
+    """Through its loop: no graph while messages come, one after each pause, then it waits for ever."""
+    model = save_tiny(tmp_path / "m")
+    rig.load("s", model)
+    told: list[tuple[float | None, int]] = []
+
+    class Script:
+        """Three messages, then pauses until nothing is left to do."""
+
+        def get(self, patience: float | None) -> msg.Message | None:
+            told.append((patience, recorder.captured))
+            if len(told) <= 3:
+                return msg.Ping()
+            return None if patience is not None else msg.Shutdown()
+
+    main._serve(Script(), rig.worker)  # type: ignore[arg-type]
+    assert [captured for _, captured in told] == [0, 0, 0, *range(recorder.captured + 1)]
+    assert all(patience == main._QUIET_SECONDS for patience, _ in told[:-1])
+    assert recorder.captured > 3
+
+
+def refuse_memory(*_: object) -> torch.Tensor:
+    raise torch.OutOfMemoryError("no memory for so many rows")
 
 
 def test_graphs_are_bounded(
