@@ -51,7 +51,7 @@ class DeviceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     kind: "cuda" = every GPU, "cpu" = worker processes with a byte budget, "auto" = GPUs if there are any.
     cpu_workers: how many CPU devices. memory: arena of each CPU device; empty = a quarter of the machine's
     memory shared among them, at most 4 GiB each. reserve: GPU memory kept out of the arena, for
-    activations and CUDA itself. graphs: GPU memory kept out besides, for CUDA graphs of decode steps; "0
+    activations and CUDA itself. graphs: GPU memory kept out besides, for CUDA graphs of steps; "0
     B" = none are captured. kernels: "triton" = each Triton operation that agrees with plain torch on a
     GPU, and FlashAttention 3 where it is installed and quicker, "torch" = none. threads: math threads of
     each CPU device; 0 = the cores shared among them. lend_threads: whether CPU devices that have nothing to

@@ -6,7 +6,8 @@
 No daemon: the worker's own code in this process, driven by the messages that it gets in service. First every
 operation of the device, in plain torch and in Triton, against its reference (`tools/gpu_parity.py`), and the
 time that it takes (`tools/gpu_times.py`); then, model by model, decode steps by batch (in the ordinary way,
-from graphs, and from graphs with the next step sent before the last one's tokens are read), prefill by
+from graphs, and from graphs with the next step sent before the last one's tokens are read; and beside a
+short prompt), prefill by
 length, swapping out and in again, and the same requests from the same graphs after the swap. Beside the
 figures stand the device's limits, measured in the same run: a decode step reads every weight once (a mixture
 of experts fewer, in small batches), prefill is matrix products. Weights are noise, as is the text.
@@ -42,6 +43,7 @@ from tools.gpu_parity import check_operations, copies_agree, verdict
 _GREEDY = msg.Sampling(temperature=0.0)
 _CPU = torch.device("cpu")
 _PROMPT = 64  # tokens before decoding
+_CHUNK = 48  # tokens of a prompt beside decoding
 _WARM_UP = 3  # steps: as it is, captured, replayed
 _SERVICE = "bench"
 
@@ -265,6 +267,21 @@ class Bench:
         self._worker.handle(msg.Forget(tuple(admit.request for admit in admits)))
         return statistics.median(d.seconds for d in done[_WARM_UP:]), [d.tokens for d in done]
 
+    def mixed(self, batch: int, chunk: int, graphs: bool) -> float:
+        """Median seconds of a decode step that has a prompt of `chunk` tokens in it too."""
+        steps, mine = self._sizes.steps, self.resident.graphs
+        admits, seconds = self._begin(batch, _WARM_UP + steps), []
+        self.resident.graphs = mine if graphs else None
+        for n in range(_WARM_UP + steps):
+            rows = [msg.Row(admit.request, _PROMPT + n, 1, True) for admit in admits]
+            (other,), (table,) = self._admit(1, chunk, chunk + 1)
+            done = self._step((other,), (*rows, msg.Row(other.request, 0, chunk, True, table)))
+            seconds.append(done.seconds)
+            self._worker.handle(msg.Forget((other.request,)))
+        self.resident.graphs = mine
+        self._worker.handle(msg.Forget(tuple(admit.request for admit in admits)))
+        return statistics.median(seconds[_WARM_UP:])
+
     def decode_ahead(self, batch: int) -> float:
         """Seconds of a decode step where each is sent before the tokens of the last are read."""
         steps = self._sizes.steps
@@ -342,6 +359,9 @@ def bench_model(name: str, bench: Bench, sizes: Sizes, limits: Limits, weights: 
             f"  decode {batch:6}: {plain * 1e3:8.2f} ms, from graphs {graphs * 1e3:.2f}, two deep "
             f"{ahead * 1e3:.2f}: {rate:9.0f} tokens/s, {share:4.0%} of read limit; {same:.1%} the same tokens"
         )
+    batch = sizes.batches[0]
+    plain, graphs = (bench.mixed(batch, _CHUNK, used) * 1e3 for used in (False, True))
+    print(f"  decode {batch} beside a prompt of {_CHUNK} tokens: {plain:.2f} ms, from graphs {graphs:.2f}")
     for tokens in sizes.prompts:
         seconds = bench.prefill(tokens)
         share = 2 * tokens * weights / limits.matrix / seconds

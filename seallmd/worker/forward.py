@@ -17,7 +17,7 @@ from seallmd.core.messages import Pooled, RowFailed, Scores
 from seallmd.worker import grammar
 from seallmd.worker.attention import Answerer, answered_by
 from seallmd.worker.device import Arriving, Device
-from seallmd.worker.graphs import DecodeGraphs
+from seallmd.worker.graphs import Graphs
 from seallmd.worker.group import ProcessGroup
 from seallmd.worker.kv import KvView
 from seallmd.worker.ops.kernels import Kernels
@@ -38,7 +38,7 @@ class Runner(NamedTuple):
     model: PreTrainedModel
     kv: KvView
     kernels: Kernels | None = None
-    graphs: DecodeGraphs | None = None
+    graphs: Graphs | None = None
     group: ProcessGroup | None = None
 
 
@@ -59,7 +59,9 @@ def run(
         fed = _Fed(packed, before, device.torch_device)
         logits, told = None, Outcome()
         if runner.graphs is not None and runner.group is None and not (packed.scoring or packed.pooling):
-            logits = runner.graphs.run(packed, fed.put)
+            logits = runner.graphs.run(
+                packed, fed.put, lambda: _eager(device, native, runner, packed, fed)[0]
+            )
         if logits is None:
             logits, told = _eager(device, native, runner, packed, fed)
         if not packed.sampling:

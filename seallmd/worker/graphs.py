@@ -1,14 +1,16 @@
-"""Decode steps replayed from captured graphs.
+"""Steps replayed from captured graphs.
 
-Owns which steps are: those of single tokens, padded to one of a few shapes; the static buffers that a graph
-reads its step from and leaves its logits in; and when graphs are made, used again and thrown away. How a
-graph is captured is the recorder's business: nothing here calls CUDA, so all of it is tested on a CPU.
+Owns when graphs are made, used again and thrown away, and the buffers that all of them read steps from and
+leave logits in. What a step looks like that can be captured is told by `static_steps`; how it is captured is
+the recorder's business: nothing here calls CUDA, so all of it is tested on a CPU.
 
 A shape runs as it is the first time (which also makes whatever is made once), is captured the second time,
 and replayed from then on. Likely shapes are captured ahead, while the device has nothing else to do, others
 when steps have them. Weights are read at their places in the arena, so a model that comes back to its former
-place keeps its graphs, and loses them at any other. Block tables are data: moved blocks do not matter. Rows
-that pad a step write K and V into a block that nobody owns.
+place keeps its graphs, and loses them at any other. Block tables are data: moved blocks do not matter.
+
+Steps with prompt chunks run in the ordinary way beside their first run as a shape: only where both agree are
+such steps captured.
 
 Must not know messages or how blocks are given out.
 """
@@ -18,43 +20,31 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
-from seallmd.worker.attention import answered_by
 from seallmd.worker.kv import KvView
 from seallmd.worker.ops.kernels import Kernels
+from seallmd.worker.ops.trials import TOLERANCES, difference
 from seallmd.worker.process import one_line
 from seallmd.worker.requests import Packed
-from seallmd.worker.table_batch import TableBatch
-from seallmd.worker.tables import decode_tables
+from seallmd.worker.static_steps import (
+    MixedShape,
+    Shape,
+    Site,
+    StaticStep,
+    decode_shape,
+    shape_for,
+    static_step,
+)
 from seallmd.worker.transfer import to_device
 
-MOST_ROWS = 256
 _MOST_GRAPHS = 256
 _AHEAD_ROWS = (1, 2, 4, 8, 16, 32)  # captured before a step has them, for contexts of up to so many tokens:
 _AHEAD_TOKENS = 8192
 _MOST_NUMBERS = 1 << 21  # of a step's description, 8 MiB: in 256 rows, 8,000 blocks each
-
-
-class Shape(NamedTuple):
-    """What a graph is made for: rows, and pages of the widest block table."""
-
-    rows: int
-    pages: int
-
-
-def shape_for(rows: int, pages: int, growth: int) -> Shape | None:
-    """The smallest shape that holds a step, None for one of too many rows. growth: from width to width."""
-    if rows > MOST_ROWS:
-        return None
-    padded = 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
-    width = 4
-    while width < pages:
-        width *= growth
-    return Shape(padded, width)
 
 
 class Uncapturable(Exception):
@@ -133,24 +123,26 @@ class GraphPool:
 
 @dataclass
 class _Slot:
-    """One shape of one model. run: the forward pass. logits: where its graph leaves them."""
+    """One shape of one model. logits: where its graph leaves them."""
 
-    run: Callable[[], torch.Tensor]
-    logits: torch.Tensor
+    step: StaticStep
+    logits: torch.Tensor | None = None
     graph: Graph | None = None
 
 
-class DecodeGraphs:
+class Graphs:
     """The graphs of one model. scratch: a block of the arena that nobody owns."""
 
     def __init__(
         self, pool: GraphPool, model: PreTrainedModel, kv: KvView, kernels: Kernels | None, scratch: int
     ) -> None:
-        self._pool, self._model, self._kv, self._kernels = pool, model, kv, kernels
-        self._scratch = scratch
+        self._pool, self._kv, self._kernels = pool, kv, kernels
+        self._site = Site(pool.numbers, model, kv, kernels, scratch)
         self._slots: dict[Shape, _Slot] = {}
         self._place: Hashable = None
         self._refused = False
+        self._growth = 2 if kernels is None else 4  # plain attention reads the whole width
+        self._mixes = kernels is not None  # whether steps with chunks may be captured
 
     def place(self, where: Hashable) -> None:
         """The weights were bound, at places that `where` stands for."""
@@ -167,24 +159,29 @@ class DecodeGraphs:
         """How many there are."""
         return sum(slot.graph is not None for slot in self._slots.values())
 
-    def run(self, packed: Packed, feed: Callable[[torch.Tensor], None]) -> torch.Tensor | None:
+    def run(
+        self,
+        packed: Packed,
+        feed: Callable[[torch.Tensor], None],
+        ordinary: Callable[[], torch.Tensor],
+    ) -> torch.Tensor | None:
         """Logits of the sampling rows; None for a step that has to run in the ordinary way.
 
-        feed: puts ids that the host does not know into a tensor of the rows' ids. The logits are valid until
-        the next call for any model.
+        feed: puts ids that the host does not know into a tensor of the rows' ids. ordinary: runs the step in
+        that way. The logits are valid until the next call for any model.
         """
         shape = self._shape(packed)
         if shape is None:
             return None
         if self._kernels is None:
             self._kv.clear(packed.fresh)
-        self._fill(shape, packed)
-        feed(self._pool.numbers[: shape.rows])
-        logits = self._try(shape)
+        if isinstance(shape, MixedShape) and shape not in self._slots:
+            return self._compared(shape, packed, feed, ordinary) if packed.last else None
+        logits = self._try(shape, packed, feed)
         if logits is None:
             return None
-        if packed.last == list(range(len(packed.ids))):
-            return logits[: len(packed.ids)]
+        if isinstance(shape, MixedShape) or packed.last == list(range(len(packed.ids))):
+            return logits[: len(packed.last)]
         return logits[to_device(packed.last, logits.device, torch.long)]
 
     def ahead(self, context: int) -> Shape | None:
@@ -198,109 +195,96 @@ class DecodeGraphs:
         widths = [4]
         while widths[-1] < most:
             widths.append(widths[-1] * self._growth)
-        shapes = (Shape(rows, width) for rows in _AHEAD_ROWS for width in widths)
-        return next((shape for shape in shapes if self._fits(shape) and not self._is_captured(shape)), None)
+        shapes = (decode_shape(rows, width) for rows in _AHEAD_ROWS for width in widths)
+        return next((s for s in shapes if s and self._fits(s) and not self._is_captured(s)), None)
 
     def prepare(self, shape: Shape) -> None:
         """Bring a shape to where steps of it are replayed, with rows that are all padding."""
         try:
             with torch.inference_mode():
-                self._fill(shape, Packed())
                 for _ in range(2):  # as it is, then captured
-                    self._try(shape)
+                    self._try(shape, Packed(), lambda _: None)
         except torch.AcceleratorError:
             raise  # the CUDA context is lost
         except RuntimeError as error:  # memory may not suffice for so many rows, and nobody asked for them
-            self._refuse(one_line(error))
+            self._refuse(shape, one_line(error))
 
     def _shape(self, packed: Packed) -> Shape | None:
-        if self._refused or len(packed.ids) != len(packed.spans):
+        if self._refused:
             return None
-        pages = max(self._kv.page.holding(span.context) for span in packed.spans)
-        shape = shape_for(len(packed.spans), pages, self._growth)
+        shape = shape_for(packed.spans, self._kv.page, self._growth, self._mixes)
         return shape if shape is not None and self._fits(shape) else None
 
-    @property
-    def _growth(self) -> int:
-        return 2 if self._kernels is None else 4
-
     def _fits(self, shape: Shape) -> bool:
-        return shape.rows * (2 + shape.pages * self._kv.page.blocks) <= _MOST_NUMBERS
-
-    def _fill(self, shape: Shape, packed: Packed) -> None:
-        """Ids, contexts and block tables into the buffer that graphs read, in one copy."""
-        rows, width = shape.rows, shape.pages * self._kv.page.blocks
-        # A new one each time: the last may still be on its way to the device.
-        host = torch.empty(rows * (2 + width), dtype=torch.int32, pin_memory=self._pool.device.type == "cuda")
-        numbers = host.numpy()
-        ids, contexts, blocks = numbers[:rows], numbers[rows : 2 * rows], numbers[2 * rows :]
-        table = blocks.reshape(rows, width)
-        real = len(packed.spans)
-        ids[:real], ids[real:] = packed.ids, 0
-        contexts[:real], contexts[real:] = [span.context for span in packed.spans], 1
-        table[real:] = self._scratch
-        for row, span in enumerate(packed.spans):
-            used = self._kv.page.holding(span.context) * self._kv.page.blocks
-            table[row, :used] = span.table[:used]
-            table[row, used:] = span.table[0]  # plain attention reads it under a mask, so it must be finite
-        self._pool.numbers[: len(numbers)].copy_(host, non_blocking=True)
+        return shape.numbers(self._kv.page.blocks) <= _MOST_NUMBERS
 
     def _is_captured(self, shape: Shape) -> bool:
         slot = self._slots.get(shape)
         return slot is not None and slot.graph is not None
 
-    def _try(self, shape: Shape) -> torch.Tensor | None:
-        """Logits of what was filled in; None where it turned out that the model cannot be captured."""
+    def _compared(
+        self,
+        shape: MixedShape,
+        packed: Packed,
+        feed: Callable[[torch.Tensor], None],
+        ordinary: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """Run the step in both ways; where they differ, such steps are never captured."""
+        expected, problem = ordinary(), ""
         try:
-            return self._advance(shape)
+            found = self._try(shape, packed, feed)
+            off = 0.0 if found is None else difference(found[: len(packed.last)], expected)
+            if off > TOLERANCES[self._kv.dtype]:
+                problem = f"their logits are off by {off:.1e}"
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:  # noqa: BLE001 - compilers fail in many ways, and the ordinary way has run
+            problem = one_line(error)
+        if problem:
+            self._refuse(shape, problem)
+        return expected
+
+    def _try(self, shape: Shape, packed: Packed, feed: Callable[[torch.Tensor], None]) -> torch.Tensor | None:
+        """Logits of a step; None where it turned out that the model cannot be captured."""
+        if shape not in self._slots:
+            self._slots[shape] = _Slot(static_step(self._site, shape))
+        slot = self._slots[shape]
+        slot.step.fill(packed)
+        feed(slot.step.ids)
+        try:
+            return self._advance(shape, slot)
         except Uncapturable as error:
-            self._refuse(str(error))
+            self._refuse(shape, str(error))
             return None
 
-    def _refuse(self, reason: str) -> None:
-        self._refused = True
-        self.drop()
-        self._pool.say(f"decode steps of {self._model.config.model_type} run without graphs: {reason}")
+    def _refuse(self, shape: Shape, reason: str) -> None:
+        """No more graphs: of steps with chunks, if it is such a shape that is in trouble, or of any."""
+        if isinstance(shape, MixedShape):
+            self._mixes, which = False, "steps with prompts"
+        else:
+            self._refused, which = True, "decode steps"
+        for known in [s for s in self._slots if self._refused or isinstance(s, MixedShape)]:
+            self._drop(known)
+        self._pool.say(f"{which} of {self._site.model.config.model_type} run without graphs: {reason}")
 
-    def _advance(self, shape: Shape) -> torch.Tensor:
-        """Run the shape as far as it has come: as it is, captured, or replayed."""
-        slot = self._slots.get(shape)
-        if slot is None:
-            run = self._function(shape)
-            logits = run()
-            target = self._pool.logits((logits.shape[0], logits.shape[1]), logits.dtype)
-            self._slots[shape] = _Slot(run, target)
+    def _advance(self, shape: Shape, slot: _Slot) -> torch.Tensor:
+        """Run what was filled in as far as its shape has come: as it is, captured, or replayed."""
+        if slot.logits is None:
+            logits = slot.step.run()
+            slot.logits = self._pool.logits((logits.shape[0], logits.shape[1]), logits.dtype)
             return logits
-        name = (id(self), shape)
+        name, target = (id(self), shape), slot.logits
         if slot.graph is None:
             slot.graph = self._pool.capture(
-                name, lambda: slot.logits.copy_(slot.run()), lambda: self._drop(shape)
+                name, lambda: target.copy_(slot.step.run()), lambda: self._drop(shape)
             )
         else:
             self._pool.touch(name)
         if slot.graph is None:
-            return slot.run()
+            return slot.step.run()
         slot.graph.replay()
-        return slot.logits
+        return target
 
     def _drop(self, shape: Shape) -> None:
         self._slots.pop(shape, None)
         self._pool.forget((id(self), shape))
-
-    def _function(self, shape: Shape) -> Callable[[], torch.Tensor]:
-        """The forward pass over the static buffers; what it makes itself, it makes in every run."""
-        rows, width = shape.rows, shape.pages * self._kv.page.blocks
-        numbers, model, kv, kernels = self._pool.numbers, self._model, self._kv, self._kernels
-        ids, contexts = numbers[:rows], numbers[rows : 2 * rows]
-        table = numbers[2 * rows : rows * (2 + width)].view(rows, width)
-        fixed = decode_tables(table, contexts, shape.pages * kv.page.tokens)
-
-        def run() -> torch.Tensor:
-            tables = fixed.at(contexts - 1)
-            with answered_by(TableBatch(kv, tables, kernels)):
-                logits: torch.Tensor = model(
-                    input_ids=ids[None].long(), position_ids=tables.positions[None].long(), use_cache=False
-                ).logits[0]
-            return logits
-
-        return run

@@ -59,6 +59,10 @@ class Tables:
         """Take these instead of cutting the spans: for a step whose spans are known to the device alone."""
         self._tiles[tiles.size] = tiles
 
+    def finite(self, out: torch.Tensor) -> torch.Tensor:
+        """Attention's answer [tokens, heads, dim], with finite numbers in rows that nobody asked for."""
+        return out
+
     def of_layer(self, page: Page, block: int) -> torch.Tensor:
         """The block tables of a layer [spans, pages] whose KV lies in block number `block` of a page."""
         if page.blocks == 1:

@@ -42,7 +42,7 @@ from seallmd.worker import forward, grammar, ops, quantised
 from seallmd.worker.attention import run_recorded
 from seallmd.worker.binding import Weights
 from seallmd.worker.device import Copy, Device
-from seallmd.worker.graphs import DecodeGraphs, GraphPool, Recorder, Shape
+from seallmd.worker.graphs import GraphPool, Graphs, Recorder
 from seallmd.worker.group import GroupLost, Joining, ProcessGroup
 from seallmd.worker.kv import KvView
 from seallmd.worker.layout import Layout, layout_of
@@ -53,6 +53,7 @@ from seallmd.worker.parallel import Seat, divide, sit
 from seallmd.worker.process import is_out_of_memory, log_line, one_line
 from seallmd.worker.requests import Packed, Requests
 from seallmd.worker.skeleton import DTYPES, build_skeleton, fix_rope, load_config
+from seallmd.worker.static_steps import Shape
 
 _PROBE_CONTEXT = 8  # tokens that every model takes
 _TELL_BYTES = 64 << 20  # of a copy, between two reports of its progress
@@ -98,7 +99,7 @@ class _Model:
     wide: PreTrainedModel | None = None
     fast: FastModel | None = None
     kernels: Kernels | None = None
-    graphs: DecodeGraphs | None = None
+    graphs: Graphs | None = None
     seats: tuple[Seat, ...] = ()
     group: ProcessGroup | None = None
 
@@ -204,7 +205,7 @@ class Worker:
             graphs, shape = found
             graphs.prepare(shape)
 
-    def _next_graph(self) -> tuple[DecodeGraphs, Shape] | None:
+    def _next_graph(self) -> tuple[Graphs, Shape] | None:
         for known in self._resident.values():
             if known.graphs is not None and (shape := known.graphs.ahead(known.origin.context)) is not None:
                 return known.graphs, shape
@@ -446,9 +447,7 @@ class Worker:
             limit = wanted.context or _PROBE_CONTEXT
             known.kernels = gpu_model.install(known.model, known.kv, limit, self._kernels, self._say)
         if self._pool is not None and wanted.group is None:
-            known.graphs = DecodeGraphs(
-                self._pool, known.model, known.kv, known.kernels, self._device.scratch
-            )
+            known.graphs = Graphs(self._pool, known.model, known.kv, known.kernels, self._device.scratch)
 
     def _build(self, wanted: CopyIn, config: PreTrainedConfig) -> _Model:
         dtype = DTYPES[wanted.dtype]

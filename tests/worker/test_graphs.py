@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from seallmd.core import messages as msg
 from seallmd.worker import graphs, main
-from seallmd.worker.graphs import Shape, Uncapturable, shape_for
+from seallmd.worker.graphs import Uncapturable
+from seallmd.worker.kv import Page, Span
+from seallmd.worker.static_steps import DecodeShape, MixedShape, Shape, shape_for
 from tests.worker.helpers import FAMILIES, Rig, Talk, plain, run_step, save_tiny
 
 
@@ -307,20 +309,32 @@ def test_rows_that_draw_nothing(rig: Rig, recorder: Rerun, tmp_path: Path) -> No
     assert recorder.replayed == 5
 
 
+ONE = (1,)
+
+
 @pytest.mark.parametrize(
-    ("rows", "pages", "expected"),
+    ("tokens", "pages", "expected"),
     [
-        (1, 1, Shape(1, 4)),
-        (3, 5, Shape(4, 16)),
-        (8, 16, Shape(8, 16)),
-        (9, 17, Shape(16, 64)),
-        (250, 1, Shape(256, 4)),
-        (257, 1, None),
+        (ONE, 1, DecodeShape(1, 4)),
+        (ONE * 3, 5, DecodeShape(4, 16)),
+        (ONE * 8, 16, DecodeShape(8, 16)),
+        (ONE * 9, 17, DecodeShape(16, 64)),
+        (ONE * 250, 1, DecodeShape(256, 4)),
+        (ONE * 257, 1, None),
+        ((2,), 1, MixedShape(16, 8, 4)),
+        ((13, *ONE * 4), 5, MixedShape(32, 8, 16)),
+        ((20, *ONE * 8), 1, MixedShape(32, 32, 4)),
+        ((30, 60, *ONE * 38), 1, MixedShape(128, 128, 4)),
+        ((129,), 1, None),
     ],
 )
-def test_shapes(rows: int, pages: int, expected: Shape | None) -> None:
-    """Few shapes, little padding."""
-    assert shape_for(rows, pages, 4) == expected
+def test_shapes(tokens: tuple[int, ...], pages: int, expected: Shape | None) -> None:
+    """Few shapes, little padding; of steps with prompts only small ones, and none in plain torch."""
+    page = Page(16, 1)
+    spans = [Span(0, n, 16 * pages, range(pages)) for n in tokens]
+    assert shape_for(spans, page, 4, chunks=True) == expected
+    if max(tokens) > 1:
+        assert shape_for(spans, page, 4, chunks=False) is None
 
 
 def test_logits_share_one_buffer() -> None:

@@ -21,6 +21,7 @@ from seallmd.worker.ops import gpu_model, trials, triton_attention, triton_rows,
 from seallmd.worker.ops.gpu_layers import KernelLayer
 from seallmd.worker.ops.kernels import Kernels
 from seallmd.worker.ops.layers import probe_kv
+from seallmd.worker.static_steps import MixedStep
 from tests.worker.helpers import Rig, Talk, plain, run_step, save_tiny
 from tests.worker.ranks import Ranks
 from tests.worker.test_graphs import Rerun
@@ -102,9 +103,61 @@ def test_models(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     run_step(rig, model, [(first, 1), (second, 8)])
     for _ in range(3):
         run_step(rig, model, [(first, 1), (second, 1)])
+    # Six steps; the first two have shapes that are new, and run beside the ordinary way.
     assert {name: calls for name, calls in watched.calls.items() if calls} == {
-        name: 6 * calls for name, calls in STEPS[family].items()
+        name: 7 * calls for name, calls in STEPS[family].items()
     }
+    assert recorder.replayed == 4
+
+
+def rows_of_four_tokens(call: Call) -> int:
+    return 4 * call.query.shape[1] // call.key.shape[1]
+
+
+def test_prompts_from_graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Steps with chunks of several requests, some over several tiles, some that draw nothing, beside single
+    tokens and windows: from graphs, the plain model's logits and tokens, whatever lay around before."""
+    watched, recorder = Watched(monkeypatch), Rerun()
+    model = plain(save_tiny(tmp_path / "m", "gemma3_text", num_hidden_layers=2, layer_types=None))
+    rig = recorder.rig = Rig(monkeypatch, tmp_path / "cache", recorder=recorder)
+    rig.load("s", tmp_path / "m")
+    monkeypatch.setattr(triton_attention, "_chunk_rows", rows_of_four_tokens)
+    rig.spoil(rig.free)
+    watched.forget()
+    lengths = (30, 21, 4, 14)
+    prompts = [[(5 * i + n) % 90 + 3 for i in range(tokens)] for n, tokens in enumerate(lengths)]
+    talks = [Talk(rig, n, "s", prompt) for n, prompt in enumerate(prompts)]
+    run_step(rig, model, [(talks[2], 4)])
+    work = [(5, 3), (9, 3), (4, 1), (1, 10), (7, 1), (2, 2), (2, 1)]  # tokens of the first two
+    for ours, theirs in work:
+        run_step(rig, model, list(zip(talks, (ours, theirs, 1, 2), strict=True)))
+    assert recorder.replayed == len(work), "all had the shape of the very first step"
+    untouched = rig.device.arena.view(-1, rig.block_bytes)[rig.free]
+    assert bool((untouched == 255).all())
+    assert watched.calls["attention"] == 2 * (len(work) + 2), "the first step runs twice"
+
+
+def test_prompts_that_differ_from_graphs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A step that comes out otherwise when padded: its own answer stands, and no such step is captured, which
+    is told; single tokens keep their graphs."""
+    Watched(monkeypatch)
+    recorder = Rerun()
+    model = plain(save_tiny(tmp_path / "m", num_hidden_layers=1))
+    rig = recorder.rig = Rig(monkeypatch, tmp_path / "cache", recorder=recorder)
+    rig.load("s", tmp_path / "m")
+    run = MixedStep.run
+    monkeypatch.setattr(MixedStep, "run", lambda self: 1.1 * run(self))
+    talk = Talk(rig, 1, "s", list(range(3, 20)))
+    for _ in range(3):
+        run_step(rig, model, [(talk, 17)])
+        talk = Talk(rig, talk.request + 1, "s", list(range(3, 20)))
+    assert "steps with prompts of llama run without graphs: their logits are off" in capsys.readouterr().err
+    assert recorder.captured == 0
+    run_step(rig, model, [(talk, 17)])
+    for _ in range(3):
+        run_step(rig, model, [(talk, 1)])
     assert recorder.replayed == 2
 
 

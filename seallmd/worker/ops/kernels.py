@@ -75,9 +75,8 @@ class Kernels:
 
     def _answer(self, kv: KvView, tables: Tables, call: Call) -> torch.Tensor:
         if self.flash is not None and self.flash.takes(kv, tables, call):
-            return self.flash.attend(kv, tables, call)
-        out: torch.Tensor = need(self.attention, "attention").attend(kv, tables, call, self.processors)
-        return out
+            return tables.finite(self.flash.attend(kv, tables, call))
+        return tables.finite(need(self.attention, "attention").attend(kv, tables, call, self.processors))
 
     def names(self) -> list[str]:
         """Of the Triton operations in use, for people."""
