@@ -341,7 +341,7 @@ def _best_visit(
 
     costs: of sets of parts (by index), remembered from one absent service to the next.
     """
-    split = demand.splits[0]
+    split = _fewest_ranks(demand, machine)
     work = Work.of(demand, split, machine)
     best, harm = None, float("inf")
     known: tuple[tuple[int, ...], float] = (), 0.0
@@ -362,6 +362,15 @@ def _best_visit(
             known = (*near, len(parts)), with_it
     costs[known[0]] = known[1]
     return best
+
+
+def _fewest_ranks(demand: Demand, machine: Machine) -> Split:
+    """On how many devices demand brings it in: as few as hold it."""
+    for split in demand.splits:
+        arenas = [min(machine.arena_bytes[d] for d in group) for group in groups_of(machine, split.ranks)]
+        if demand.least_bytes(split) <= max(arenas, default=0):
+            return split
+    return demand.splits[0]
 
 
 def _near(parts: list[_Part], group: Devices) -> tuple[int, ...]:

@@ -129,6 +129,15 @@ def test_what_nothing_can_hold_is_said_to_be_nowhere() -> None:
     assert found.services["a"].limit == "nowhere"
 
 
+def test_an_absent_service_too_large_for_one_device_comes_in_on_two() -> None:
+    """Protects `seallmctl plan` from calling it impossible: demand brings it in on as many as hold it."""
+    here = Plan({"b": ((0,),), "c": ((1,),)})
+    others = [demand("b", 0.01), demand("c", 0.01)]
+    found = estimate(here, [demand("a", 0.01, gib=120), *others], TWO).services["a"]
+    assert not found.limit
+    assert 0 < found.swap_seconds < 60
+
+
 def test_a_split_predicts_what_the_learnt_costs_predict() -> None:
     """Protects the bridge from `StepCosts`: its scaled coefficients are not seconds per token."""
     shape = ModelShape("x", "float16", 2, (LayerShape(8, 128, 128),) * 4, (1 << 30,), 1000, 4096)
