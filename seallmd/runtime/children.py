@@ -49,6 +49,7 @@ class Child:
         self._gone = asyncio.Event()
         self._reason = ""
         self._last_words: asyncio.TimerHandle | None = None
+        self._ending = False
 
     async def start(self) -> None:
         """Have the process forked; it says Hello when it is ready."""
@@ -69,7 +70,12 @@ class Child:
         self._on_message(message)
 
     def broken(self, reason: str) -> None:
-        """The process is of no use any more (nor is it when its socket is not): kill it."""
+        """The process is of no use any more (nor is it when its socket is not): kill it.
+
+        One that was asked to end closes its socket before it is gone, and gets its time.
+        """
+        if self._ending:
+            return
         if not self._gone.is_set():
             log.warning("%s: %s", self._settings.name, reason)
             self._forkserver.kill(self._number)
@@ -107,6 +113,7 @@ class Child:
             self._gone.set()
             self._end()
             return
+        self._ending = True
         self.send(Shutdown())
         try:
             await asyncio.wait_for(self._gone.wait(), grace_seconds)
