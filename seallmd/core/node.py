@@ -228,6 +228,7 @@ class Node:
         if not request.deferred:  # plans are made for those whose latency counts
             service.arrivals.add(1, state.now)
         service.evicted = False
+        service.resume(state.now)
         state.requests[request.id] = request
         service.enqueue(request)
         service.prompt_tokens += request.prompt

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
 from typing import TYPE_CHECKING
 
 from seallmd.core.messages import ModelShape
@@ -107,9 +108,10 @@ class Service:
     operators that wait for it. suspects: requests that were in a step that failed. crashes: how often in a
     row a process died of it, lastly at crashed_at. breaks: how often its ranks fell apart or changed;
     prefixes from before are not found again. restarts: of its requests, after failures. closed: an operator
-    wants no new requests for it. idle_since: when its last request ended. keep_seconds: what a client wants
-    instead of `idle_seconds`. outgoing: it has left the configuration, and goes when its requests have ended;
-    successor: what then takes its name. outlooks: of its replicas, by copy, since it last changed.
+    wants no new requests for it. idle_since: when its last request ended; pause_seconds: how long it lately
+    had none before the next one came. keep_seconds: what a client wants instead of `idle_seconds`. outgoing:
+    it has left the configuration, and goes when its requests have ended; successor: what then takes its name.
+    outlooks: of its replicas, by copy, since it last changed.
     """
 
     settings: ServiceSettings
@@ -160,6 +162,7 @@ class Service:
     last_swap_seconds: float = 0.0
     closed: bool = False
     idle_since: float = 0.0
+    pause_seconds: float = inf
     keep_seconds: float | None = None
     outgoing: bool = False
     successor: ServiceSettings | None = None
@@ -215,6 +218,12 @@ class Service:
     def demand(self) -> bool:
         """Whether somebody wants it resident."""
         return bool(self.waiting or self.load_tickets or self.wanted)
+
+    def resume(self, now: float) -> None:
+        """A request comes: if it had none, take down for how long."""
+        if not self.demand and not any(replica.running for replica in self.replicas):
+            pause = now - self.idle_since
+            self.pause_seconds = pause if self.pause_seconds == inf else (self.pause_seconds + pause) / 2
 
     def split_over(self, ranks: int, settings: NodeSettings) -> None:
         """Have replicas of so many ranks from now on. In units of blocks: those are asked for at every step.

@@ -33,13 +33,16 @@ def stays_until(state: NodeState, replica: Replica) -> float:
     """Until when a replica may not be pushed out by another service.
 
     Where two are in demand and one fits, swaps take their share of the time: so a stay is measured in them.
-    One that nobody asks for loses little by leaving, and who wants its memory would wait for nothing.
+    One that nobody asks for loses little by leaving, and who wants its memory would wait for nothing; unless
+    its next request usually comes sooner than a swap takes, from a client that has just had an answer.
     """
     policy, service = state.settings.policy, state.services[replica.service]
-    idle = not replica.running and not service.demand
-    once = swap_seconds(state, service)
-    most = once if idle else max(once, policy.patience_seconds)
-    return replica.since + min(policy.min_residency_swaps * once, most)
+    once, swaps = swap_seconds(state, service), policy.min_residency_swaps
+    if replica.running or service.demand:
+        return replica.since + min(swaps * once, max(once, policy.patience_seconds))
+    least = min(swaps, 1.0) * once
+    pause = 2 * service.pause_seconds if service.pause_seconds < least else 0.0
+    return max(replica.since + least, service.idle_since + pause)
 
 
 def waited(service: Service, now: float) -> float:

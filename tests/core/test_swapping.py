@@ -137,6 +137,27 @@ def test_one_client_that_alternates_waits_for_copies_alone() -> None:
         recorder.assert_output(number)
 
 
+def test_clients_that_ask_again_at_once_keep_their_model_for_a_stay() -> None:
+    """One client for each of two models, each with a request as soon as it has its answer: the moments
+    between are no reason to swap."""
+    recorder = two()
+    world, number = recorder.world, 100
+    began, last = world.now, dict.fromkeys("ab", 0)
+    before = sum(s.swaps_in for s in world.node.state.services.values())
+    while world.now < began + 20:
+        for name in "ab":
+            if not last[name] or last[name] in recorder.finished:
+                number += 1
+                last[name] = number
+                recorder.arrive(number, name, (number % 50, 1), 5)
+        world.run(until=world.now + 0.002)
+    swaps = sum(s.swaps_in for s in world.node.state.services.values()) - before
+    assert 4 <= swaps < (number - 100) / 10
+    world.run()
+    for request in range(101, number + 1):
+        recorder.assert_output(request)
+
+
 def test_waiters_share_one_swap_and_are_counted_together() -> None:
     """All who wait while it comes are served by that one copy; so is who arrives on the way."""
     recorder = two()
