@@ -17,13 +17,20 @@ _LEAST_TOLD_SECONDS = 0.1  # of an expected wait, for it to be learnt from
 _BIAS_WEIGHT, _MOST_BIAS = 0.05, 16.0
 
 
+def swap_seconds(state: NodeState, service: Service) -> float:
+    """Until an absent service with a host image is resident: what that took lately, or the link should take.
+
+    Where it comes for the first time a worker builds its module tree as well, which says nothing of the next.
+    """
+    link = sum(service.segments) / state.settings.roofline.copy_bytes_per_second
+    return service.return_seconds or service.last_swap_seconds or link
+
+
 def coming_seconds(state: NodeState, service: Service) -> float:
     """Until the service is resident if nobody is in its way; 0 when it is."""
     if any(replica.stage is Stage.RESIDENT for replica in service.replicas):
         return 0.0
-    copy = service.last_swap_seconds or (
-        sum(service.segments) / state.settings.roofline.copy_bytes_per_second
-    )
+    copy = swap_seconds(state, service)
     read = 0.0 if service.image is Image.READY else service.image_bytes / READ_BYTES_PER_SECOND
     if service.progress is not None:
         stage, done, total = service.progress

@@ -33,6 +33,8 @@ class Loads:
         service.swaps_in += 1
         service.last_swap_seconds = self._state.now - replica.began
         service.swap_seconds += service.last_swap_seconds
+        if all(index in service.former for index in replica.devices):
+            service.return_seconds = service.last_swap_seconds
         self._state.note(service.name, f"resident on {replica.place}, copied in {seconds:.3f} s")
         self._state.answer(service.load_tickets)
 

@@ -104,7 +104,8 @@ class Service:
     resident when its worker died). wait_bias: by how much requests lately waited longer than was expected, a
     factor. evicted: by an operator, and nobody has asked for it since. pressed_since:
     since when another replica would pay. left_at: when a replica of it last left; asks_at: when it is looked
-    at next whether others are to leave for it. former: where its weights lay last, by device. tickets:
+    at next whether others are to leave for it. former: where its weights lay last, by device; return_seconds:
+    how long it took lately to come in where it had been before, 0 = it never did. tickets:
     operators that wait for it. suspects: requests that were in a step that failed. crashes: how often in a
     row a process died of it, lastly at crashed_at. breaks: how often its ranks fell apart or changed;
     prefixes from before are not found again. restarts: of its requests, after failures. closed: an operator
@@ -160,6 +161,7 @@ class Service:
     swaps_in: int = 0
     swap_seconds: float = 0.0
     last_swap_seconds: float = 0.0
+    return_seconds: float = 0.0
     closed: bool = False
     idle_since: float = 0.0
     pause_seconds: float = inf

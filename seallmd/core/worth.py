@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from math import inf
 
+from seallmd.core.estimate import swap_seconds
 from seallmd.core.request import Request
 from seallmd.core.service import Replica, Service, Stage
 from seallmd.core.state import NodeState
@@ -20,13 +21,6 @@ from seallmd.core.state import NodeState
 _LOOKS = 4  # in the time of one swap: how often it is looked at whether it is worth it by now
 _LEAST_LOOK_SECONDS = 0.01
 _BATCH_STAY = 20  # where batch work alone is at both ends, a swap has to be worth so many times what is lost
-
-
-def swap_seconds(state: NodeState, service: Service) -> float:
-    """Until an absent service is resident: what it took last time, or what the link should take."""
-    if service.swaps_in:
-        return service.last_swap_seconds
-    return sum(service.segments) / state.settings.roofline.copy_bytes_per_second
 
 
 def stays_until(state: NodeState, replica: Replica) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from seallmd.core import events as ev
+from seallmd.core.estimate import swap_seconds
 from seallmd.core.messages import StepDone
 from seallmd.core.settings import PolicySettings
 from seallmd.core.worth import loss, waited
@@ -135,6 +136,26 @@ def test_one_client_that_alternates_waits_for_copies_alone() -> None:
         copy = recorder.world.node.state.services["a"].last_swap_seconds
         assert recorder.world.now - began <= 2.1 * copy, "it stayed for longer than a swap takes"
         recorder.assert_output(number)
+
+
+def test_a_first_coming_says_nothing_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It builds a module tree too: once a service has come back somewhere, that is what a swap takes."""
+    recorder = two()
+    state = recorder.world.node.state
+    service = state.services["b"]
+    assert swap_seconds(state, service) == service.last_swap_seconds, "nothing better is known"
+    crowd(recorder, "b", 1, first=100)
+    recorder.world.run()
+    back = swap_seconds(state, service)
+    assert back == service.last_swap_seconds
+    crowd(recorder, "a", 1, first=200)
+    recorder.world.run()
+    service.former.clear()  # as after a new start of the worker
+    monkeypatch.setattr(Costs, "copy", lambda *_: 2 * back)
+    crowd(recorder, "b", 1, first=300)
+    recorder.world.run()
+    assert service.last_swap_seconds > 1.9 * back
+    assert swap_seconds(state, service) == back
 
 
 def test_clients_that_ask_again_at_once_keep_their_model_for_a_stay() -> None:
