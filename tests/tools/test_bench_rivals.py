@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -157,15 +158,23 @@ async def test_runs_are_kept(
 async def test_absent_models_are_asked_for_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Protects the figure: each model is asked for twice, after the other one."""
+    """Protects the figures: each model is asked for twice, after the other one; then both side by side."""
     report = tmp_path / "first.json"
     words = command(tmp_path, "--system", "router", "--turns", "3", "--pause", "0", "--json", str(report))
+    words += ["--seconds", "0.01"]
     code, fake = await served(monkeypatch, words, bench_absent.main)
     assert code == 0
-    assert [body["model"] for body in fake.bodies[-12:]] == ["chat", "chat", "code", "code"] * 3
     (found,) = msgspec.json.decode(report.read_bytes())
+    beside = {name: len(times) for name, times in found["beside"].items()}
+    assert all(beside.values())
+    bodies = fake.bodies[-12 - sum(beside.values()) :]
+    assert [body["model"] for body in bodies[:12]] == ["chat", "chat", "code", "code"] * 3
+    assert Counter(body["model"] for body in bodies[12:]) == beside
+    assert {body["max_tokens"] for body in bodies[12:]} == {16}
     assert len(found["absent"]["chat"]) == len(found["present"]["code"]) == 3
-    assert "| router | chat | 3 |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| router | chat | 3 |" in out
+    assert f"| router | code | {beside['code']} |" in out
 
 
 def test_the_table_by_hand() -> None:
