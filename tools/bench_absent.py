@@ -66,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SeallmdError as error:
             print(f"{system}: {error}", file=sys.stderr)
             code = 2
-    print("\n".join([*table_of(found), "", *table_beside(found, options.seconds)]))
+    print("\n".join(table_of(found)))
+    if options.seconds:
+        print("\n".join(["", *table_beside(found, options.seconds)]))
     if options.json is not None:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n")
     return code
@@ -78,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--turns", type=int, default=10, help="swaps to each model")
     add("--pause", type=float, default=0.5, help="seconds between the end of a request and the next swap")
-    add("--seconds", type=float, default=20, help="for which a client of each model asks")
+    add("--seconds", type=float, default=20, help="for which a client of each model asks; 0 = none does")
     add("--context", type=int, default=1024, help="tokens of a request")
     add("--json", type=Path, metavar="FILE", help="write all times")
     parser.set_defaults(workers=1)
