@@ -7,10 +7,10 @@ No daemon: the worker's own code in this process, driven by the messages that it
 operation of the device, in plain torch and in Triton, against its reference (`tools/gpu_parity.py`), and the
 time that it takes (`tools/gpu_times.py`); then, model by model, decode steps by batch (in the ordinary way,
 from graphs, and from graphs with the next step sent before the last one's tokens are read; and beside a
-short prompt), prefill by
-length, swapping out and in again, and the same requests from the same graphs after the swap. Beside the
-figures stand the device's limits, measured in the same run: a decode step reads every weight once (a mixture
-of experts fewer, in small batches), prefill is matrix products. Weights are noise, as is the text.
+short prompt), prefill by length, swapping out and in again, and the same requests from the same graphs after
+the swap. Beside the figures stand the device's limits, measured in the same run: a decode step reads every
+weight once (a mixture of experts fewer, in small batches), prefill is matrix products. Weights are noise, as
+is the text.
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ def swap_seconds(state: NodeState, service: Service) -> float:
 
     Where it comes for the first time a worker builds its module tree as well, which says nothing of the next.
     """
-    link = sum(service.segments) / state.settings.roofline.copy_bytes_per_second
-    return service.return_seconds or service.last_swap_seconds or link
+    if known := service.return_seconds or service.last_swap_seconds:
+        return known
+    return sum(service.segments) / state.settings.roofline.copy_bytes_per_second
 
 
 def coming_seconds(state: NodeState, service: Service) -> float:

@@ -367,8 +367,9 @@ def _best_visit(
 def _fewest_ranks(demand: Demand, machine: Machine) -> Split:
     """On how many devices demand brings it in: as few as hold it."""
     for split in demand.splits:
-        arenas = [min(machine.arena_bytes[d] for d in group) for group in groups_of(machine, split.ranks)]
-        if demand.least_bytes(split) <= max(arenas, default=0):
+        need = demand.least_bytes(split)
+        groups = groups_of(machine, split.ranks)
+        if any(need <= min(machine.arena_bytes[device] for device in group) for group in groups):
             return split
     return demand.splits[0]
 

@@ -81,9 +81,10 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     devices as services, one whose tensor_parallel is 0 comes in on more devices than hold it as long as so
     large a share of their speed is kept (`core.splitting`); 1 = never. min_residency_swaps: how long a
     service that was brought in stays before another may push it out, in times of what bringing it in took; at
-    most patience_seconds, and one such time where nobody asks for it. patience_seconds: how long a request of
-    an absent service waits before a busy service is asked to make room. max_waiting_tokens: tokens of all
-    requests that wait, of all services together, before new ones are refused.
+    most patience_seconds, and where nobody asks for it one such time, or until its next request is overdue.
+    patience_seconds: how long a request of an absent service waits before a busy service is asked to make
+    room. max_waiting_tokens: tokens of all requests that wait, of all services together, before new ones are
+    refused.
     """
 
     scheduler: Literal["budget", "round-robin", "fcfs", "adbs", "dedicated"] = "budget"

@@ -49,7 +49,6 @@ class Child:
         self._gone = asyncio.Event()
         self._reason = ""
         self._last_words: asyncio.TimerHandle | None = None
-        self._ending = False
 
     async def start(self) -> None:
         """Have the process forked; it says Hello when it is ready."""
@@ -74,7 +73,7 @@ class Child:
 
         One that was asked to end closes its socket before it is gone, and gets its time.
         """
-        if self._ending:
+        if self._on_exit is None:
             return
         if not self._gone.is_set():
             log.warning("%s: %s", self._settings.name, reason)
@@ -113,7 +112,6 @@ class Child:
             self._gone.set()
             self._end()
             return
-        self._ending = True
         self.send(Shutdown())
         try:
             await asyncio.wait_for(self._gone.wait(), grace_seconds)

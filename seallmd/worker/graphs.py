@@ -131,10 +131,17 @@ class _Slot:
 
 
 class Graphs:
-    """The graphs of one model. scratch: a block of the arena that nobody owns."""
+    """The graphs of one model. scratch: a block of the arena that nobody owns. context: tokens that a request
+    may have at most."""
 
     def __init__(
-        self, pool: GraphPool, model: PreTrainedModel, kv: KvView, kernels: Kernels | None, scratch: int
+        self,
+        pool: GraphPool,
+        model: PreTrainedModel,
+        kv: KvView,
+        kernels: Kernels | None,
+        scratch: int,
+        context: int,
     ) -> None:
         self._pool, self._kv, self._kernels = pool, kv, kernels
         self._site = Site(pool.numbers, model, kv, kernels, scratch)
@@ -143,6 +150,7 @@ class Graphs:
         self._refused = False
         self._growth = 2 if kernels is None else 4  # plain attention reads the whole width
         self._mixes = kernels is not None  # whether steps with chunks may be captured
+        self._likely = self._shapes_ahead(context)
 
     def place(self, where: Hashable) -> None:
         """The weights were bound, at places that `where` stands for."""
@@ -184,19 +192,11 @@ class Graphs:
             return logits[: len(packed.last)]
         return logits[to_device(packed.last, logits.device, torch.long)]
 
-    def ahead(self, context: int) -> Shape | None:
-        """The next likely shape that has no graph yet: few rows before many, short contexts before long ones.
-
-        context: tokens that a request may have at most. None where all are there, or no more are captured.
-        """
+    def ahead(self) -> Shape | None:
+        """The next likely shape that has no graph yet; None where all have, or no more are captured."""
         if self._refused or self._pool.full:
             return None
-        most = self._kv.page.holding(min(context, _AHEAD_TOKENS))
-        widths = [4]
-        while widths[-1] < most:
-            widths.append(widths[-1] * self._growth)
-        shapes = (decode_shape(rows, width) for rows in _AHEAD_ROWS for width in widths)
-        return next((s for s in shapes if s and self._fits(s) and not self._is_captured(s)), None)
+        return next((shape for shape in self._likely if not self._is_captured(shape)), None)
 
     def prepare(self, shape: Shape) -> None:
         """Bring a shape to where steps of it are replayed, with rows that are all padding."""
@@ -206,8 +206,18 @@ class Graphs:
                     self._try(shape, Packed(), lambda _: None)
         except torch.AcceleratorError:
             raise  # the CUDA context is lost
-        except RuntimeError as error:  # memory may not suffice for so many rows, and nobody asked for them
-            self._refuse(shape, one_line(error))
+        except Exception as error:  # noqa: BLE001 - it fails in many ways, and nobody has asked for it
+            self._likely = []
+            self._drop(shape)
+            self._say("graphs", f"are not captured ahead any more: {one_line(error)}")
+
+    def _shapes_ahead(self, context: int) -> list[Shape]:
+        """Few rows before many, short contexts before long ones."""
+        widths, most = [4], self._kv.page.holding(min(context, _AHEAD_TOKENS))
+        while widths[-1] < most:
+            widths.append(widths[-1] * self._growth)
+        shapes = (decode_shape(rows, width) for rows in _AHEAD_ROWS for width in widths)
+        return [shape for shape in shapes if shape is not None and self._fits(shape)]
 
     def _shape(self, packed: Packed) -> Shape | None:
         if self._refused:
@@ -265,7 +275,10 @@ class Graphs:
             self._refused, which = True, "decode steps"
         for known in [s for s in self._slots if self._refused or isinstance(s, MixedShape)]:
             self._drop(known)
-        self._pool.say(f"{which} of {self._site.model.config.model_type} run without graphs: {reason}")
+        self._say(which, f"run without graphs: {reason}")
+
+    def _say(self, which: str, what: str) -> None:
+        self._pool.say(f"{which} of {self._site.model.config.model_type} {what}")
 
     def _advance(self, shape: Shape, slot: _Slot) -> torch.Tensor:
         """Run what was filled in as far as its shape has come: as it is, captured, or replayed."""

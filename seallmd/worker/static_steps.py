@@ -189,7 +189,8 @@ class MixedStep(StaticStep):
         self._sizes = shape.sections(site.kv.page.blocks)
         self.ids, *self._parts = site.numbers[: sum(self._sizes)].split(self._sizes)
         self._nothing = torch.zeros(shape.spans, dtype=torch.int32, device=site.numbers.device)
-        self._tiles: dict[int, Tiles] = {}
+        self._longest = shape.pages * site.kv.page.tokens
+        self._cuts: dict[int, torch.Tensor] = {}  # by size of tile: spans and starts of every tile
         self._spans: Sequence[Span] = ()
 
     def fill(self, packed: Packed) -> None:
@@ -212,54 +213,42 @@ class MixedStep(StaticStep):
         singles[: len(single)], singles[len(single) :] = single, none
         self._fill_tables(table.reshape(none + 1, -1), spans)
         self._send(host)
-        for tiles in self._tiles.values():
-            self._fill_tiles(tiles)
+        for size in self._cuts:
+            self._cut(size)
 
     def run(self) -> torch.Tensor:
         """As `StaticStep.run`: of the sampling rows."""
         positions, span_of, contexts, starts, counts, last, singles, table = self._parts
         blocks = table.view(self._shape.spans + 1, -1)
-        tables = _PaddedTables(blocks, contexts, starts, counts, span_of, positions, self._tiles_of)
+        tables = _PaddedTables(self._tiles_of, blocks, contexts, starts, counts, span_of, positions)
         tables.most = self._shape.tokens
-        longest = self._shape.pages * self._site.kv.page.tokens
-        tables.use(Tiles(singles, self._nothing, 1, longest))
+        tables.use(Tiles(singles, self._nothing, 1, self._longest))
         logits = self._forward(tables, logits_to_keep=last.long())
         return logits if len(logits) == len(last) else logits[last.long()]  # a family that computes all
 
     def _tiles_of(self, size: int) -> Tiles:
-        """Room for the chunks of any step in tiles of such a size, and those of this one in it."""
-        if size not in self._tiles:
+        """The chunks of this step in tiles of such a size, with room for those of any other."""
+        if size not in self._cuts:
             shape = self._shape
             room = shape.tokens // size + min(shape.spans, shape.tokens // 2)
-            pairs = torch.empty(2, room, dtype=torch.int32, device=self._site.numbers.device)
-            longest = shape.pages * self._site.kv.page.tokens
-            self._tiles[size] = Tiles(pairs[0], pairs[1], size, longest)
-            self._fill_tiles(self._tiles[size])
-        return self._tiles[size]
+            self._cuts[size] = torch.empty(2, room, dtype=torch.int32, device=self.ids.device)
+            self._cut(size)
+        return Tiles(*self._cuts[size], size, self._longest)
 
-    def _fill_tiles(self, tiles: Tiles) -> None:
+    def _cut(self, size: int) -> None:
+        """Put this step's tiles where the kernels look for them; the others belong to padding."""
+        room, tiles = self._cuts[size], [(self._shape.spans, 0)] * self._cuts[size].shape[1]
         chunks = ((number, span) for number, span in enumerate(self._spans) if span.tokens > 1)
-        cut = [(number, at) for number, span in chunks for at in range(0, span.tokens, tiles.size)]
-        cut += [(self._shape.spans, 0)] * (len(tiles.spans) - len(cut))
-        spans, starts = zip(*cut, strict=True)
-        tiles.spans.copy_(to_device(spans, tiles.spans.device, torch.int32))
-        tiles.starts.copy_(to_device(starts, tiles.starts.device, torch.int32))
+        cut = [(number, at) for number, span in chunks for at in range(0, span.tokens, size)]
+        tiles[: len(cut)] = cut
+        room.copy_(to_device(list(zip(*tiles, strict=True)), room.device, torch.int32))
 
 
 class _PaddedTables(Tables):
-    """Tables whose spans only the buffer knows. tiles: room for tiles of a size."""
+    """Tables whose spans only the buffer knows. tiles: those of a size. numbers: as `Tables` takes them."""
 
-    def __init__(
-        self,
-        blocks: torch.Tensor,
-        contexts: torch.Tensor,
-        starts: torch.Tensor,
-        counts: torch.Tensor,
-        span_of: torch.Tensor,
-        positions: torch.Tensor,
-        tiles: Callable[[int], Tiles],
-    ) -> None:
-        super().__init__(blocks, contexts, starts, counts, span_of, positions, ())
+    def __init__(self, tiles: Callable[[int], Tiles], *numbers: torch.Tensor) -> None:
+        super().__init__(*numbers, ())
         self._room = tiles
 
     def finite(self, out: torch.Tensor) -> torch.Tensor:

@@ -207,7 +207,7 @@ class Worker:
 
     def _next_graph(self) -> tuple[Graphs, Shape] | None:
         for known in self._resident.values():
-            if known.graphs is not None and (shape := known.graphs.ahead(known.origin.context)) is not None:
+            if known.graphs is not None and (shape := known.graphs.ahead()) is not None:
                 return known.graphs, shape
         return None
 
@@ -447,7 +447,9 @@ class Worker:
             limit = wanted.context or _PROBE_CONTEXT
             known.kernels = gpu_model.install(known.model, known.kv, limit, self._kernels, self._say)
         if self._pool is not None and wanted.group is None:
-            known.graphs = Graphs(self._pool, known.model, known.kv, known.kernels, self._device.scratch)
+            known.graphs = Graphs(
+                self._pool, known.model, known.kv, known.kernels, self._device.scratch, wanted.context
+            )
 
     def _build(self, wanted: CopyIn, config: PreTrainedConfig) -> _Model:
         dtype = DTYPES[wanted.dtype]

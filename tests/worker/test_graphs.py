@@ -214,17 +214,23 @@ def test_nothing_is_captured_ahead_at_the_cost_of_others(
 
 
 def test_what_cannot_run_ahead_harms_nobody(
-    rig: Rig, recorder: Rerun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rig: Rig,
+    recorder: Rerun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Rows that nobody asked for find no memory: the model goes on without graphs."""
+    """Rows that nobody asked for find no memory: nothing more is tried ahead, and steps get their graphs."""
     model = plain(save_tiny(tmp_path / "m"))
     rig.load("s", tmp_path / "m")
     mine = rig.worker._resident["s"].graphs
     with monkeypatch.context() as patched:
         patched.setattr(type(mine), "_advance", refuse_memory)
         assert prepare(rig) == 1
+    assert "graphs of llama are not captured ahead any more: no memory" in capsys.readouterr().err
+    assert not rig.worker.unprepared
     decode(rig, model, begin(rig, model, 2), 3)
-    assert recorder.captured == 0
+    assert (recorder.captured, recorder.replayed) == (1, 2)
 
 
 def test_only_a_worker_without_work_captures_ahead(rig: Rig, recorder: Rerun, tmp_path: Path) -> None:
