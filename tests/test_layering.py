@@ -39,7 +39,9 @@ _OUTSIDE = frozenset({"io", "logging", "multiprocessing", "os", "pathlib", "sign
 _CHANCE = frozenset({"asyncio", "concurrent", "random", "secrets", "threading", "uuid"})
 _IMPURE = _CLOCKS | _OUTSIDE | _CHANCE
 _CORE = ("seallmd.core", "seallmd.errors")
-_CORE_STRUCTS = tuple(f"seallmd.core.{name}" for name in ("events", "messages", "settings", "status"))
+_CORE_STRUCTS = tuple(
+    f"seallmd.core.{name}" for name in ("events", "messages", "settings", "shapes", "status")
+)
 _RUNTIME = ("seallmd.runtime", *_CORE, "seallmd.config", "seallmd.files", "seallmd.paths")
 _LIGHT = frozenset({"msgspec"})
 
@@ -65,7 +67,7 @@ LAYERS = {
     "seallmd.ui": Layer(()),
     "seallmd.worker": Layer(
         (
-            *("seallmd.worker", "seallmd.core.framing", "seallmd.core.messages"),
+            *("seallmd.worker", "seallmd.core.framing", "seallmd.core.messages", "seallmd.core.shapes"),
             *("seallmd.errors", "seallmd.files"),
         )
     ),

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from seallmd.core import messages as msg
+from seallmd.core.shapes import ModelShape
 from seallmd.sim.workload import Lengths
 from seallmd.worker.attention import run_recorded
 from seallmd.worker.kv import Page, page_of
@@ -56,7 +57,7 @@ class Memory(NamedTuple):
     blocks: int
 
 
-def memory_of(shape: msg.ModelShape, layout: Layout, lengths: list[int]) -> Memory:
+def memory_of(shape: ModelShape, layout: Layout, lengths: list[int]) -> Memory:
     """Of requests with so many tokens at their end."""
     page = page_of(shape.layers, shape.itemsize, layout.block_bytes, layout.name)
     allotted = sum(page.holding(tokens) * page.blocks * layout.block_bytes for tokens in lengths)
@@ -65,7 +66,7 @@ def memory_of(shape: msg.ModelShape, layout: Layout, lengths: list[int]) -> Memo
     return Memory(1 - used / allotted, (1 << 30) * len(lengths) / allotted, table)
 
 
-def outside_windows(shape: msg.ModelShape, windows: list[int | None], lengths: list[int]) -> float:
+def outside_windows(shape: ModelShape, windows: list[int | None], lengths: list[int]) -> float:
     """Share of the KV bytes of such requests that lies outside its layer's window. windows: by layer."""
     sizes = [layer.kv_heads * (layer.k_dim + layer.v_dim) for layer in shape.layers]
     outside = sum(
@@ -145,7 +146,7 @@ def bench(directory: Path, options: argparse.Namespace, cache: Path) -> None:
 
 
 def _line(
-    shape: msg.ModelShape, layout: Layout, best: list[float], base: list[float], lengths: list[int]
+    shape: ModelShape, layout: Layout, best: list[float], base: list[float], lengths: list[int]
 ) -> None:
     page = page_of(shape.layers, shape.itemsize, layout.block_bytes, layout.name)
     memory = memory_of(shape, layout, lengths)
@@ -157,7 +158,7 @@ def _line(
     print(text, flush=True)
 
 
-def _fits(shape: msg.ModelShape, layout: Layout, options: argparse.Namespace, tokens: int) -> bool:
+def _fits(shape: ModelShape, layout: Layout, options: argparse.Namespace, tokens: int) -> bool:
     """Whether a block holds a token at all, and the arena what is to be measured; says why not."""
     try:
         page: Page = page_of(shape.layers, shape.itemsize, layout.block_bytes, layout.name)

@@ -18,12 +18,13 @@ from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.node import Node
 from seallmd.core.settings import NodeSettings, PolicySettings, ServiceSettings
+from seallmd.core.shapes import LayerShape, ModelShape
 from seallmd.core.snapshot import freeze
 from seallmd.runtime.journal import FlightRecorder
 
 BLOCK = 1 << 16
-LAYER = msg.LayerShape(kv_heads=2, k_dim=64, v_dim=64)
-SHAPE = msg.ModelShape("bench", "bfloat16", 2, (LAYER,) * 8, (BLOCK * 4,) * 8, 1000, 4096)
+LAYER = LayerShape(kv_heads=2, k_dim=64, v_dim=64)
+SHAPE = ModelShape("bench", "bfloat16", 2, (LAYER,) * 8, (BLOCK * 4,) * 8, 1000, 4096)
 
 
 class Bench:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from seallmd.core import messages as msg
-from seallmd.core.messages import LayerShape
+from seallmd.core.shapes import LayerShape
 from seallmd.worker.attention import Answerer, Call
 from seallmd.worker.device import Device
 from seallmd.worker.kv import KvView

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import msgspec
 
 from seallmd.api.schema import CompletionRequest, GenerationRequest
-from seallmd.core.messages import Grammar, ModelShape, Sampling
+from seallmd.core.messages import Grammar, Sampling
+from seallmd.core.shapes import ModelShape
 from seallmd.errors import RequestError
 from seallmd.runtime.face import Generation
 

@@ -26,7 +26,7 @@ from seallmd.api.structured import Form, Grammars
 from seallmd.api.text import TextModel, TextModels
 from seallmd.api.tool_formats import ToolFormat
 from seallmd.api.wire import EVENTS, Wire, send_stream
-from seallmd.core.messages import ModelShape
+from seallmd.core.shapes import ModelShape
 from seallmd.errors import RequestError
 from seallmd.runtime.face import EngineFace, ServiceView
 

@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from seallmd.api.grammar_process import Compiled, Job, Kind
 from seallmd.api.helper import HelperFailed, HelperProcess
-from seallmd.core.messages import ModelShape
+from seallmd.core.shapes import ModelShape
 from seallmd.errors import RequestError
 
 COMPILE_SECONDS = 10.0  # of one grammar, a model's tokens read for the first time included

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import msgspec
 
-from seallmd.core.messages import ModelShape
+from seallmd.core.shapes import ModelShape
 
 
 class Work(msgspec.Struct, frozen=True):

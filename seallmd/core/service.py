@@ -11,12 +11,12 @@ from enum import Enum
 from math import inf
 from typing import TYPE_CHECKING
 
-from seallmd.core.messages import ModelShape
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.ranks import Ranks
 from seallmd.core.rate import Rate
 from seallmd.core.request import IllegalTransition, Request
 from seallmd.core.settings import NodeSettings, ServiceSettings
+from seallmd.core.shapes import ModelShape
 
 if TYPE_CHECKING:
     from seallmd.core.outlook import Outlook

@@ -10,7 +10,7 @@ before any step has taught better, and stands while it is resident.
 from __future__ import annotations
 
 from seallmd.core.cost import Roofline, Work
-from seallmd.core.messages import ModelShape
+from seallmd.core.shapes import ModelShape
 
 
 def worthwhile_ranks(shape: ModelShape, roofline: Roofline, fewest: int, efficiency: float) -> list[int]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import msgspec
 
-from seallmd.core.messages import ModelShape
 from seallmd.core.plan import Devices, Plan
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.settings import ServiceSettings
+from seallmd.core.shapes import ModelShape
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):

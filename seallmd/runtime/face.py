@@ -13,8 +13,9 @@ from typing import Protocol
 import msgspec
 
 from seallmd.core.events import Finish, OperatorEvent, Tier
-from seallmd.core.messages import ModelShape, Pooled, Sampling, Scores
+from seallmd.core.messages import Pooled, Sampling, Scores
 from seallmd.core.settings import ServiceSettings
+from seallmd.core.shapes import ModelShape
 from seallmd.core.status import ArenaMap, NodeStatus, PlanStatus, RequestStatus, ServiceDetail
 from seallmd.runtime.feed import EventFeed
 

@@ -22,6 +22,7 @@ from seallmd.core.plan import Plan
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.scheduler import POLICIES
 from seallmd.core.settings import NodeSettings, PolicySettings, ReplacementSettings, ServiceSettings
+from seallmd.core.shapes import ModelShape
 from seallmd.sim import metrics, static
 from seallmd.sim.device import STOP, Span
 from seallmd.sim.metrics import Report, Served
@@ -57,7 +58,7 @@ class Setup:
     host_kv_bytes: of each device, for the KV of preempted requests; None = as in the daemon.
     """
 
-    shapes: Mapping[str, msg.ModelShape]
+    shapes: Mapping[str, ModelShape]
     devices: tuple[Roofline, ...]
     arrivals: Sequence[Arrival]
     policy: str = "budget"

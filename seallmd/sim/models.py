@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from seallmd.core.cost import ROOFLINES, Roofline
-from seallmd.core.messages import LayerShape, ModelShape, Shard
+from seallmd.core.shapes import LayerShape, ModelShape, Shard
 from seallmd.errors import SeallmdError
 
 _SMALL_BLOCK, _LARGE_BLOCK = 512 << 10, 2 << 20

@@ -14,8 +14,8 @@ from msgspec.structs import replace
 from seallmd.core import baselines
 from seallmd.core.cost import Roofline, StepCosts
 from seallmd.core.latency import estimate
-from seallmd.core.messages import ModelShape
 from seallmd.core.plan import Demand, Machine, Plan, Split
+from seallmd.core.shapes import ModelShape
 from seallmd.sim.models import SimError
 from seallmd.sim.workload import Arrival, fitted
 

@@ -12,8 +12,8 @@ from types import MappingProxyType
 from typing import Protocol
 
 from seallmd.core.cost import Roofline, Work
-from seallmd.core.messages import ModelShape
 from seallmd.core.profile import ServiceProfile
+from seallmd.core.shapes import ModelShape
 
 
 class Timing(Protocol):

@@ -19,6 +19,7 @@ from seallmd.core import messages as msg
 from seallmd.core.node import Node
 from seallmd.core.placement import place
 from seallmd.core.settings import NodeSettings
+from seallmd.core.shapes import ModelShape
 from seallmd.sim.contention import Contention
 from seallmd.sim.contents import Contents, Corruption, expected_output
 from seallmd.sim.device import Blank, Memory, SimDevice, Span
@@ -34,7 +35,7 @@ HostAnswer = msg.Probed | msg.ProbeFailed | msg.ImageReady | msg.ImageFailed
 class SimHost:
     """The host process: probes and reads, one job after another."""
 
-    def __init__(self, world: World, shapes: dict[str, msg.ModelShape | str]) -> None:
+    def __init__(self, world: World, shapes: dict[str, ModelShape | str]) -> None:
         self._world = world
         self._shapes = shapes
         self._free_at = 0.0
@@ -71,7 +72,7 @@ class SimHost:
                 self._answer(self._world.timing.probe, lambda: answer)
             case msg.BuildImage(service):
                 shape = self._shapes[service]
-                assert isinstance(shape, msg.ModelShape)
+                assert isinstance(shape, ModelShape)
                 bytes_ = shape.weights_bytes
                 self._answer(self._world.timing.read(bytes_), lambda: self._built(service, bytes_))
             case _:
@@ -106,7 +107,7 @@ class World:
     def __init__(
         self,
         settings: NodeSettings,
-        shapes: dict[str, msg.ModelShape | str],
+        shapes: dict[str, ModelShape | str],
         arena_bytes: tuple[int, ...],
         timing: Timing | None = None,
         observe: Callable[[ev.Event, list[ev.Action]], None] | None = None,
@@ -120,7 +121,7 @@ class World:
         self.timing: Timing = timing or Costs()
         self.node = Node(settings)
         self.host = SimHost(self, shapes)
-        known = {name: shape for name, shape in shapes.items() if isinstance(shape, msg.ModelShape)}
+        known = {name: shape for name, shape in shapes.items() if isinstance(shape, ModelShape)}
         vocab = min((shape.vocab for shape in known.values()), default=2)
         unit = settings.block_bytes
         runs = {name: self._run_of(name) for name in known}

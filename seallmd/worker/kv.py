@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from seallmd.core.messages import LayerShape
+from seallmd.core.shapes import LayerShape
 from seallmd.worker.transfer import to_device
 
 

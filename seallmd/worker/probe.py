@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from seallmd.core.messages import LayerShape, ModelShape, Shard
+from seallmd.core.shapes import LayerShape, ModelShape, Shard
 from seallmd.errors import ModelRefused
 from seallmd.worker import quantised
 from seallmd.worker.attention import NAME, LayerCall, run_recorded

@@ -26,7 +26,6 @@ from seallmd.core.messages import (
     DropWeights,
     Forget,
     JobProgress,
-    LayerShape,
     Message,
     MoveBlocks,
     Ping,
@@ -38,6 +37,7 @@ from seallmd.core.messages import (
     StepFailed,
     WorkerSettings,
 )
+from seallmd.core.shapes import LayerShape
 from seallmd.worker import forward, grammar, ops, quantised
 from seallmd.worker.attention import run_recorded
 from seallmd.worker.binding import Weights

@@ -17,8 +17,9 @@ import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from seallmd.core.events import Finish, OperatorEvent
-from seallmd.core.messages import LayerShape, ModelShape, Pooled, Scores
+from seallmd.core.messages import Pooled, Scores
 from seallmd.core.settings import ServiceSettings
+from seallmd.core.shapes import LayerShape, ModelShape
 from seallmd.core.status import (
     ArenaMap,
     DeviceStatus,

@@ -14,7 +14,7 @@ from openai import AsyncOpenAI
 
 from seallmd.api.grammar_process import Job, compile_grammar
 from seallmd.api.structured import Form, Grammars
-from seallmd.core.messages import LayerShape, ModelShape
+from seallmd.core.shapes import LayerShape, ModelShape
 from seallmd.errors import RequestError
 from tests.api.engine_double import FakeEngine
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from seallmd.core import events as ev
-from seallmd.core.messages import LayerShape, ModelShape, Sampling, Shard
+from seallmd.core.messages import Sampling
 from seallmd.core.settings import (
     GroupSettings,
     NodeSettings,
@@ -14,6 +14,7 @@ from seallmd.core.settings import (
     ReplacementSettings,
     ServiceSettings,
 )
+from seallmd.core.shapes import LayerShape, ModelShape, Shard
 from seallmd.core.tiers import Tier
 from seallmd.sim.world import Costs, World, expected_output
 

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from seallmd.core import events as ev
-from seallmd.core.messages import ModelShape
 from seallmd.core.placement import place
 from seallmd.core.plan import Demand, Machine, Plan
 from seallmd.core.settings import GroupSettings, ReplacementSettings
+from seallmd.core.shapes import ModelShape
 from seallmd.core.tiers import Tier
 from seallmd.core.transition import Bring, Change, Drop
 from tests.core.helpers import Recorder, shape, world

@@ -11,9 +11,9 @@ import pytest
 from seallmd.core.baselines import alpa, one_each
 from seallmd.core.cost import ROOFLINES, StepCosts
 from seallmd.core.latency import Work, estimate
-from seallmd.core.messages import LayerShape, ModelShape
 from seallmd.core.placement import _Planner, place
 from seallmd.core.plan import Demand, Machine, Plan, Split, broken, groups_of
+from seallmd.core.shapes import LayerShape, ModelShape
 from tools.bench_placement import compare, draw
 
 GIB = 1 << 30

@@ -16,9 +16,9 @@ from seallmd.api.server import http_addresses, start_http
 from seallmd.api.settings import HttpSettings
 from seallmd.core.cost import StepCosts
 from seallmd.core.events import OperatorEvent
-from seallmd.core.messages import LayerShape, ModelShape
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.settings import ServiceSettings
+from seallmd.core.shapes import LayerShape, ModelShape
 from seallmd.core.status import (
     ArenaMap,
     Cell,

@@ -14,8 +14,9 @@ import pytest
 from seallmd.config import DeviceSettings
 from seallmd.core.cost import ROOFLINES, Roofline, Work
 from seallmd.core.events import Action, Arrived, Event
-from seallmd.core.messages import LayerShape, ModelShape, Sampling
+from seallmd.core.messages import Sampling
 from seallmd.core.settings import NodeSettings, PolicySettings, ServiceSettings
+from seallmd.core.shapes import LayerShape, ModelShape
 from seallmd.runtime.devices import plan
 from seallmd.sim import experiment
 from seallmd.sim.device import STOP

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from seallmd.core import messages as msg
-from seallmd.core.messages import LayerShape
+from seallmd.core.shapes import LayerShape
 from seallmd.worker import ops
 from seallmd.worker.attention import Call
 from seallmd.worker.kv import KvView, Span

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from seallmd.core import messages as msg
+from seallmd.core.shapes import ModelShape
 from seallmd.worker import forward
 from seallmd.worker.device import CpuDevice
 from seallmd.worker.graphs import Recorder
@@ -151,7 +152,7 @@ class Rig:
         self.worker = Worker(self.device, settings, self.said.append, recorder)
         self.free = list(range(blocks))
         random.Random(7).shuffle(self.free)
-        self.shapes: dict[str, msg.ModelShape] = {}
+        self.shapes: dict[str, ModelShape] = {}
         self.sent: dict[str, msg.CopyIn] = {}
         self.steps = 0
         self.logits = torch.empty(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from seallmd.core import messages as msg
-from seallmd.core.messages import LayerShape
+from seallmd.core.shapes import LayerShape
 from seallmd.worker.device import CpuDevice, _rows
 from seallmd.worker.kv import KvView, page_of
 from tests.worker.helpers import VOCABULARY, Rig, Talk, plain, plain_logits, run_step, save_tiny

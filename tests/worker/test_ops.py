@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from seallmd.core import messages as msg
-from seallmd.core.messages import LayerShape
+from seallmd.core.shapes import LayerShape
 from seallmd.worker.attention import Call
 from seallmd.worker.kv import KvView, Span
 from seallmd.worker.ops import modules, reference

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from seallmd.core import messages as msg
+from seallmd.core.shapes import ModelShape
 from seallmd.worker import host, main
 from tests.worker.helpers import GREEDY, plain, plain_logits, save_tiny
 from tests.worker.test_process import BLOCK_BYTES, Peer
@@ -34,7 +35,7 @@ class Processes:
         for peer in (self.host, *self.workers):
             assert isinstance(peer.hear(), msg.Hello)
 
-    def image(self, service: str, directory: Path, ranks: int) -> tuple[msg.ModelShape, str]:
+    def image(self, service: str, directory: Path, ranks: int) -> tuple[ModelShape, str]:
         """Probe and build; returns the shape and where the image is."""
         self.host.say(msg.Probe(service, str(directory), "auto", 0))
         probed = self.host.hear()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from seallmd.core.messages import LayerShape
+from seallmd.core.shapes import LayerShape
 from seallmd.worker.attention import Call
 from seallmd.worker.kv import KvView, Span
 from seallmd.worker.ops import reference, trials, triton_attention, triton_linear, triton_rows, triton_store

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from seallmd.core.messages import LayerShape
+from seallmd.core.shapes import LayerShape
 from seallmd.worker import ops
 from seallmd.worker.attention import NAME, Call
 from seallmd.worker.kv import KvView

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from seallmd.core.messages import LayerShape
+from seallmd.core.shapes import LayerShape
 from seallmd.worker.attention import Answerer, Call, answered_by
 from seallmd.worker.kv import KvView, Span
 from seallmd.worker.ops.modules import KnownNorm, KnownNorms, recognise_activation

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
-from seallmd.core.messages import LayerShape
+from seallmd.core.shapes import LayerShape
 from seallmd.worker.attention import Answerer
 from seallmd.worker.ops.layers import (
     Backend,

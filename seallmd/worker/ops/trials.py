@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from seallmd.core.messages import LayerShape
+from seallmd.core.shapes import LayerShape
 from seallmd.worker.attention import Call
 from seallmd.worker.kv import KvView, Span
 from seallmd.worker.ops import flash, reference
