@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-rows", type=int, default=PolicySettings().max_rows)
     add("--split-efficiency", type=float, default=PolicySettings().split_efficiency)
     add("--no-replicate", action="store_true", help="no service comes in on a second device")
+    add("--no-migrate", action="store_true", help="running requests stay where they are")
     add("--host-kv", type=_bytes, metavar="SIZE", help="[devices] host_kv, like '4 GiB'")
     add("--drain-seconds", type=float, default=600.0, help="who is not done then counts as failed")
     add("--no-replacement", action="store_true", help="services come and go by demand alone")
@@ -138,6 +139,7 @@ def _run_all(options: argparse.Namespace, console: Console, recorded: Sequence[S
         step_tokens=options.step_tokens,
         max_rows=options.max_rows,
         replicate=not options.no_replicate,
+        migrate=not options.no_migrate,
         split_efficiency=options.split_efficiency,
     )
     plots = options.plots is not None

@@ -207,8 +207,8 @@ class ControlServer:
                 await _say(writer, PlanReport(self._engine.plan()))
             case Cancel(number):
                 await _say(writer, self._cancel(number))
-            case Load(service):
-                await self._follow(self._engine.load(service), service, writer)
+            case Load(service, devices):
+                await self._follow(self._engine.load(service, devices), service, writer)
             case Evict(service, now):
                 await self._follow(self._engine.evict(service, now), service, writer)
             case Pin(service, on):

@@ -72,9 +72,10 @@ class Cancel(Request, frozen=True):
 
 
 class Load(Request, frozen=True):
-    """Bring a service in."""
+    """Bring a service in. devices: where another replica of it is to be, in rank order; empty = anywhere."""
 
     service: str
+    devices: tuple[int, ...] = ()
 
 
 class Evict(Request, frozen=True):

@@ -293,6 +293,7 @@ def _of_services(status: NodeStatus) -> Iterator[Metric]:
     yield counter("vllm:prefix_cache_hits", "Of these, not computed again.", lambda s: s.cached_tokens)
     yield counter("vllm:num_preemptions", "Requests that lost their memory.", lambda s: s.preemptions)
     yield counter("seallmd_kv_saves", "Preemptions whose KV went to host memory.", lambda s: s.saves)
+    yield counter("seallmd_migrations", "Running requests that went elsewhere.", lambda s: s.migrations)
     yield counter("vllm:prompt_tokens", "Tokens of prompts.", lambda s: s.prompt_tokens)
     yield counter("vllm:generation_tokens", "Tokens generated.", lambda s: s.output_tokens)
     yield _gauge("seallmd_service_state", "1 for the state it is in.", (*_MODEL, "state"), states)

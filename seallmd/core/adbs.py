@@ -93,7 +93,7 @@ class Adbs:
         if any(request.pending > 1 for request in replica.running.values()):
             return True
         waiting = next(iter(state.services[replica.service].waiting.values()), None)
-        if waiting is None or (waiting.saved is not None and waiting.saved.devices == replica.devices):
+        if waiting is None or (waiting.saved is not None and waiting.saved.within_reach(replica.devices)):
             return False  # whose KV comes back from host memory would only decode
         return self.admits(state, device, replica, waiting)
 

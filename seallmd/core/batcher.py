@@ -9,14 +9,15 @@ rows and time the others leave.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import inf
 from operator import attrgetter
 
 from seallmd.core.estimate import begun
-from seallmd.core.messages import Admit, RestoreBlocks, Row, Step
+from seallmd.core.host_kv import SavedKv
+from seallmd.core.messages import Admit, Row, Step
 from seallmd.core.ranks import Tables
-from seallmd.core.request import Life, Request, SavedKv
+from seallmd.core.request import Life, Request
 from seallmd.core.room import Room
 from seallmd.core.scheduler import Admits
 from seallmd.core.service import Replica, Service, Stage
@@ -68,7 +69,9 @@ class Batcher:
             # A preempted request whose last rows are still on their way would be announced without the
             # token that they draw.
             if request.inflight == 0 and not self._awaits_leader(request):
-                yield request
+                saved = request.saved
+                if saved is None or saved.copied or saved.devices == replica.devices:  # soon it is
+                    yield request
 
     def _awaits_leader(self, request: Request) -> bool:
         """Whether another request is computing the prompt that this one will share."""
@@ -186,10 +189,19 @@ class _StepFormer:
         fresh = self._service.blocks_for(request.scheduled + count) - len(request.tables[0])
         if not count:
             return
-        if fresh <= 0:  # most tokens go where the last one went
+        if not request.announced:  # it has come from another replica
+            self._add_landed(request, count, pending, max(0, fresh))
+        elif fresh <= 0:  # most tokens go where the last one went
             self._append(request, count, pending)
         elif self._had(fresh, request):
             self._append(request, count, pending, self._take(request, fresh))
+
+    def _add_landed(self, request: Request, count: int, pending: int, fresh: int) -> None:
+        """Its first row here: the workers know neither the request nor its blocks."""
+        if self._had(fresh, request):
+            self._take(request, fresh)
+            self._announce(request)
+            self._append(request, count, pending, request.tables)
 
     @property
     def has_place(self) -> bool:
@@ -228,7 +240,7 @@ class _StepFormer:
         self._enter(request, shared)
         taken = self._take(request, fresh)
         if saved is not None:
-            self._restore(request, saved, len(shared[0]))
+            self._state.restore(request, saved, skip=len(shared[0]))
         self._state.drop_saved(request)
         request.scheduled = request.computed = done
         if not request.emitted:
@@ -252,22 +264,15 @@ class _StepFormer:
         if not self._state.settings.policy.prefix_reuse:
             return tuple([] for _ in self._group)
         service, tokens = self._service, request.tokens[: request.reusable]
-        return self._ranks.share_prefix(self._root(request), tokens, service.run_tokens, service.run_blocks)
-
-    def _root(self, request: Request) -> Hashable:
-        """What prefixes that the request may share begin with."""
-        return (request.root, self._service.breaks)
+        return self._ranks.share_prefix(
+            self._service.root_of(request), tokens, service.run_tokens, service.run_blocks
+        )
 
     def _worth_restoring(self, saved: SavedKv | None, shared_tokens: int) -> SavedKv | None:
-        """KV in host memory, if it lies beside this group and is more than the arena still has."""
-        useful = saved is not None and saved.devices == self._replica.devices and saved.tokens > shared_tokens
-        return saved if useful else None
-
-    def _restore(self, request: Request, saved: SavedKv, shared_blocks: int) -> None:
-        """Bring back what was saved, beyond the blocks that are shared."""
-        for device, slots, table in zip(self._group, saved.slots, request.tables, strict=True):
-            back, blocks = slots[shared_blocks:], table[shared_blocks : len(slots)]
-            self._state.send(device.index, RestoreBlocks(tuple(back), tuple(blocks)))
+        """KV in host memory, if this group can read it and it is more than the arena still has."""
+        if saved is None or saved.tokens <= shared_tokens:
+            return None
+        return saved if saved.within_reach(self._replica.devices) else None
 
     def _has_room(self, blocks: int, request: Request, margin: int) -> bool:
         """Room for an admission, without pushing out what runs but yielding tiers; alone, it may take all."""
@@ -291,9 +296,13 @@ class _StepFormer:
         request.replica = self._replica
         request.tables = tuple(list(table) for table in shared)
         request.indexed = len(shared[0]) // self._service.run_blocks
-        request.parents = self._ranks.parents(self._root(request), shared)
-        request.announced = True
+        request.parents = self._ranks.parents(self._service.root_of(request), shared)
         self._replica.running[request.id] = request
+        self._announce(request)
+
+    def _announce(self, request: Request) -> None:
+        """Have the workers know a request before its first row."""
+        request.announced = True
         tokens = tuple(request.tokens)
         self._admits.append(Admit(request.id, tokens, request.prompt, request.sampling, request.told))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from seallmd.core.messages import (
+    BlocksCopied,
     CopyDone,
     CopyFailed,
     ImageFailed,
@@ -172,7 +173,7 @@ class FromDevice(_Tagged, frozen=True):
     """A worker said something."""
 
     device: int
-    message: JobProgress | CopyDone | CopyFailed | StepDone | StepFailed
+    message: JobProgress | CopyDone | CopyFailed | BlocksCopied | StepDone | StepFailed
 
 
 class FromHostProcess(_Tagged, frozen=True):

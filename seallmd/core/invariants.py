@@ -18,6 +18,7 @@ def check_node(state: NodeState) -> None:
     """Raise AssertionError on the first broken invariant."""
     _check_requests(state)
     _check_places(state)
+    state.host_kv.check(request.saved for request in state.requests.values() if request.saved is not None)
     for device in state.devices.values():
         _check_device(state, device)
     for service in state.services.values():
@@ -66,7 +67,8 @@ def _check_requests(state: NodeState) -> None:
             assert request.scheduled == 0
             assert state.services[request.service].waiting[request.order] is request
         else:
-            assert request.saved is None
+            assert (request.saved is not None) == request.landing
+            assert not (request.landing and request.announced)
 
 
 def _check_device(state: NodeState, device: Device) -> None:
@@ -101,10 +103,3 @@ def _check_device(state: NodeState, device: Device) -> None:
     assert len(device.inflight) <= state.settings.policy.pipeline_depth
     if device.reserved is not None:
         assert device.replicas.get(device.reserved.service) is device.reserved
-    saved = [request.saved for request in state.requests.values() if request.saved is not None]
-    device.host.check(
-        slot
-        for kept in saved
-        if device.index in kept.devices
-        for slot in kept.slots[kept.devices.index(device.index)]
-    )

@@ -156,17 +156,26 @@ class MoveBlocks(Message, frozen=True):
 
 
 class SaveBlocks(Message, frozen=True):
-    """Copy KV blocks `src[i]` of the arena to slots `dst[i]` of the device's host memory for KV."""
+    """Copy KV blocks `src[i]` of the arena to slots `dst[i]` of the device's host memory for KV.
+
+    copy: comes back in `BlocksCopied`; 0 = nobody asks.
+    """
 
     src: tuple[int, ...]
     dst: tuple[int, ...]
+    copy: int = 0
 
 
 class RestoreBlocks(Message, frozen=True):
-    """Copy slots `src[i]` of the device's host memory for KV to blocks `dst[i]` of the arena."""
+    """Copy slots `src[i]` of host memory for KV to blocks `dst[i]` of the arena.
+
+    copy: as in `SaveBlocks`. device: whose host memory; -1 = one's own.
+    """
 
     src: tuple[int, ...]
     dst: tuple[int, ...]
+    copy: int = 0
+    device: int = -1
 
 
 # Bounds of compiling a grammar and of each step in it, by the names of llguidance's `LLParserLimits`: an
@@ -317,6 +326,12 @@ class CopyFailed(Message, frozen=True):
     copy: int = 0
 
 
+class BlocksCopied(Message, frozen=True):
+    """What was asked for under this number has been copied."""
+
+    copy: int
+
+
 class Scores(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log-probabilities of neighbouring tokens of one request, each given all tokens before it; packed.
 
@@ -397,7 +412,7 @@ ToWorker = (
     | Ping
     | Shutdown
 )
-FromWorker = Hello | Pong | JobProgress | CopyDone | CopyFailed | StepDone | StepFailed
+FromWorker = Hello | Pong | JobProgress | CopyDone | CopyFailed | BlocksCopied | StepDone | StepFailed
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, gc=False):
@@ -406,10 +421,11 @@ class WorkerSettings(msgspec.Struct, frozen=True, gc=False):
     device: "cpu" or "cuda:N". arena_bytes: size of the arena, 0 = what the GPU has free, less `reserve_bytes`
     (activations, workspaces, CUDA context). block_bytes: the arena's unit. threads: CPU threads for math.
     cache: directory for downloaded and converted models and for compiled operations. host_kv_bytes: host
-    memory for preempted KV, in slots of one block. kv_layout: "merged" (a block holds all layers of its
-    tokens) or "split" (one layer). image_cache_bytes: of host images on disk, 0 = none.
-    kernels: whether a GPU runs operations of its own, where they agree with plain torch. graph_bytes: how
-    much of `reserve_bytes` CUDA graphs may take, 0 = none are captured.
+    memory of each device for KV, in slots of one block. host_kv: the files in memory that hold it, of all
+    devices of the machine in order, `index` being this one's; none = memory of its own, that no other reads.
+    kv_layout: "merged" (a block holds all layers of its tokens) or "split" (one layer). image_cache_bytes: of
+    host images on disk, 0 = none. kernels: whether a GPU runs operations of its own, where they agree with
+    plain torch. graph_bytes: how much of `reserve_bytes` CUDA graphs may take, 0 = none are captured.
     rendezvous: a private directory in which the members of tensor-parallel groups find each other.
     """
 
@@ -421,6 +437,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, gc=False):
     threads: int = 1
     cache: str = ""
     host_kv_bytes: int = 0
+    host_kv: tuple[str, ...] = ()
+    index: int = 0
     kv_layout: Literal["merged", "split"] = "merged"
     kernels: bool = True
     graph_bytes: int = 0

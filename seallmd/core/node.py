@@ -19,11 +19,12 @@ from seallmd.core.arena import Arena
 from seallmd.core.cost import StepCosts
 from seallmd.core.dispatch import Dispatch
 from seallmd.core.estimate import queue_guess
-from seallmd.core.host_kv import HostSlots
+from seallmd.core.host_kv import HostKv
 from seallmd.core.idle import IdleLimits
 from seallmd.core.images import Images
 from seallmd.core.invariants import check_node
 from seallmd.core.loads import Loads
+from seallmd.core.migration import Migration
 from seallmd.core.operators import Operators
 from seallmd.core.outgrown import Outgrown
 from seallmd.core.places import Places
@@ -56,6 +57,7 @@ class Node:
             settings,
             devices={index: Device(index) for index in range(settings.devices)},
             services={s.name: Service(s, wanted=s.preload or s.pinned) for s in settings.services},
+            host_kv=HostKv.of(range(settings.devices), settings.host_kv_bytes // settings.block_bytes),
             sharing=Sharing(settings.groups),
         )
         self._places = Places(self._state)
@@ -64,6 +66,7 @@ class Node:
         self._loads = Loads(self._state, self._room)
         self._residency = Residency(self._state, self._places, self._room, self._images, self._loads)
         self._scaling = Scaling(self._state, self._places, self._residency, self._images)
+        self._migration = Migration(self._state)
         self._recovery = Recovery(self._state, self._places, self._room, self._loads)
         self._planner = Planner(self._state, self._places, self._room, self._residency, self._images)
         self._operators = Operators(self._state, self._places, self._room, self._planner, self._probe)
@@ -74,7 +77,7 @@ class Node:
         # In the order in which they settle, before steps are sent.
         self._parts: tuple[Part, ...] = (
             *(self._room, self._recovery, self._reconfigure, self._idle, self._outgrown),
-            *(self._residency, self._scaling, self._planner),
+            *(self._residency, self._scaling, self._migration, self._planner),
         )
         self._calm_until, self._wakeup = -inf, inf
         self._dispatch = Dispatch(self._state, self._room)
@@ -251,7 +254,6 @@ class Node:
         device.arena_bytes = event.arena_bytes
         settings = self._state.settings
         device.arena = Arena(event.arena_bytes // settings.block_bytes)
-        device.host = HostSlots(settings.host_kv_bytes // settings.block_bytes)
         self._recovery.worker_up(event.device)
         self._residency.look_at_sizes()
 
@@ -263,6 +265,8 @@ class Node:
                 if sent.leader == device.index:  # the other ranks have nothing to tell
                     self._state.tell(message)
                     self._on_step_done(sent, message.tokens, message.seconds)
+            case msg.BlocksCopied(copy):
+                self._state.blocks_copied(device.index, copy)
             case msg.StepFailed(step, reason, memory):
                 self._recovery.step_failed(device, device.inflight.pop(step), reason, memory=memory)
             case msg.CopyDone(name, seconds, copy, operations):

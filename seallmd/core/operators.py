@@ -16,7 +16,7 @@ from seallmd.core import events as ev
 from seallmd.core.places import Places
 from seallmd.core.planner import Planner
 from seallmd.core.room import Room
-from seallmd.core.service import Service, Stage
+from seallmd.core.service import Replica, Service, Stage
 from seallmd.core.state import NodeState
 
 
@@ -220,6 +220,13 @@ class Operators:
                 service.wanted = not service.replicas and not service.outgoing
             else:
                 self._room.drain(replica, admit_below=0, seconds=None)
+                self._stand_in_for(replica)
+
+    def _stand_in_for(self, replica: Replica) -> None:
+        """What it runs need not be waited for, where another replica can take it over."""
+        service = self._state.services[replica.service]
+        if replica.running and len(service.replicas) == 1 and self._state.settings.policy.migrate:
+            self._planner.stand_in(service)
 
     def _on_node_drain(self, event: ev.NodeDrainWanted) -> None:
         state = self._state

@@ -57,9 +57,9 @@ def look(state: NodeState, replica: Replica) -> Outlook:
     rows, tokens, context, drawing = [], 0, 0, 0
     for request in islice(chain(replica.running.values(), service.waiting.values()), limits.max_rows):
         drawn, scheduled = request.drawn, request.scheduled
-        if drawn >= request.max_tokens > 0 or not left:
+        if drawn >= request.max_tokens > 0 or request.landing or not left:
             continue
-        if request.saved is not None and request.saved.devices == devices:
+        if request.saved is not None and request.saved.within_reach(devices):
             scheduled = request.saved.tokens  # comes back without being computed again
         pending = request.prompt + drawn - scheduled
         if not pending:  # it is pooled, and its last row is on its way

@@ -14,7 +14,7 @@ from math import inf
 from seallmd.core.cost import StepCosts
 from seallmd.core.events import SearchPlan
 from seallmd.core.images import Images
-from seallmd.core.places import Places
+from seallmd.core.places import Places, available
 from seallmd.core.plan import Demand, Devices, Machine, Plan, Split, broken
 from seallmd.core.replacement import Replacement
 from seallmd.core.residency import Residency
@@ -215,14 +215,36 @@ class Planner:
 
     def load(self, service: Service, devices: Devices, ticket: int) -> None:
         """Bring a replica to devices of an operator's choice, if only idle services have to leave for it."""
-        known = len(devices) == service.ranks and self._state.devices.keys() >= set(devices)
-        if known and service.image is Image.READY and self._may_come(service, devices):
-            place = [self._state.devices[index] for index in devices]
-            if self._residency.bring(service, place):
-                service.load_tickets.append(ticket)
-                return
+        why = self._obstacle(service, devices)
+        if not why and self._residency.bring(service, [self._state.devices[index] for index in devices]):
+            service.load_tickets.append(ticket)
+            return
         where = "+".join(map(str, devices))
-        self._state.answer([ticket], f"{service.name} cannot come to devices {where} now")
+        why = why or "what is there is busy, pinned, or came only just now"
+        self._state.answer([ticket], f"{service.name} cannot come to device {where}: {why}")
+
+    def _obstacle(self, service: Service, devices: Devices) -> str:
+        """Why a service cannot come to devices, whoever is there; empty when it can."""
+        if unknown := set(devices) - self._state.devices.keys():
+            return f"there is no device {min(unknown)}"
+        if len(devices) != service.ranks or len(set(devices)) != service.ranks:
+            return f"it takes {service.ranks} at once"
+        if service.image is not Image.READY:
+            return "its weights have not been read yet; load it without naming a device"
+        return (
+            "" if self._may_come(service, devices) else "it is there, or may not be, or the device is drained"
+        )
+
+    def stand_in(self, service: Service) -> None:
+        """Bring a replica to wherever there is room, so that requests of one that leaves can go on there."""
+        need = self._places.need(service)
+        places = [
+            place
+            for place in self._places.of(service)
+            if available(place) >= need and all(service.name not in device.replicas for device in place)
+        ]
+        if service.image is Image.READY and places:
+            self._residency.bring(service, max(places, key=available))
 
     # ------------------------------------------------------------------------------- applying a plan
 

@@ -56,14 +56,23 @@ class Recovery:
                 void(state, sent)
         for service in state.services.values():
             service.former.pop(index, None)
-            for request in service.waiting.values():
-                if request.saved is not None and index in request.saved.devices:
-                    state.drop_saved(request)
+            self._forget_unsaved(service, index)
+        state.host_kv.lost(index)
         state.note("", f"device {index} lost: {reason}")
         state.devices[index] = Device(index, device.label, state="lost", closed=device.closed)
         state.moved()
         if cause is not None and not guilty:
             self._crashed(cause, f"its worker process died ({reason})")
+
+    def _forget_unsaved(self, service: Service, index: int) -> None:
+        """KV that the device was still copying to host memory is lost with it."""
+        for request in [*service.waiting.values(), *service.running]:
+            if request.saved is None or index not in request.saved.copying:
+                continue
+            if request.landing:
+                self._state.restart(request)
+            else:
+                self._state.drop_saved(request)
 
     def worker_up(self, index: int) -> None:
         """The device is there again."""
@@ -139,7 +148,9 @@ class Recovery:
             request = row.request
             if request.life is Life.DONE:
                 continue
-            if row.epoch != request.epoch:  # it waits: what this step was to write for it was never written
+            if row.epoch != request.epoch:  # it waits or moves: what this step was to write was never written
+                if request.landing:
+                    self._state.restart(request)
                 self._state.drop_saved(request)
                 request.trusted = request.epoch
                 continue

@@ -45,7 +45,7 @@ def _device(state: NodeState, device: Device) -> DeviceStatus:
         kv_bytes=arena.kv * unit if arena else 0,
         free_bytes=arena.available * unit if arena else 0,
         cached_bytes=arena.cached * unit if arena else 0,
-        host_kv_bytes=(device.host.capacity - device.host.available) * unit,
+        host_kv_bytes=state.host_kv.used(device.index) * unit,
         steps=device.steps,
         drained=device.closed,
     )
@@ -88,6 +88,7 @@ def _service(state: NodeState, places: Places, service: Service, now: float) -> 
         devices=tuple(sorted(device for r in service.replicas for device in r.devices)),
         groups=tuple(r.devices for r in service.replicas),
         saves=service.saves,
+        migrations=service.migrations,
         cost_error=service.profile.costs.error if service.profile else 0.0,
         coming_seconds=coming_seconds(state, service) if shape and not service.refused else 0.0,
         cached_tokens=service.cached_tokens,

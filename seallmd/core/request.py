@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from seallmd.core.host_kv import SavedKv
 from seallmd.core.messages import Sampling
 from seallmd.core.ranks import Tables
 from seallmd.core.tiers import Tier
@@ -33,18 +34,10 @@ class Life(Enum):
 REQUEST_LIFE = {
     (Life.WAITING, "admit"): Life.RUNNING,
     (Life.RUNNING, "preempt"): Life.WAITING,
+    (Life.RUNNING, "migrate"): Life.RUNNING,
     (Life.WAITING, "finish"): Life.DONE,
     (Life.RUNNING, "finish"): Life.DONE,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class SavedKv:
-    """A preempted request's KV in host memory. tokens: how many; slots: on each of `devices`, by rank."""
-
-    devices: tuple[int, ...]
-    slots: Tables
-    tokens: int
 
 
 @dataclass(slots=True, eq=False)
@@ -54,13 +47,14 @@ class Request:
     order: its seniority, by which memory is given: tier, then arrival. tokens: prompt and every generated
     token that was seen. replica: where it runs; tables: its block table on each rank there. scheduled,
     computed: tokens whose KV steps on their way, or done, have written. drawn: generated tokens, those still
-    on their way included. inflight: rows in steps on their way. epoch: counts preemptions, so that rows of
-    an earlier life are told apart. saved: its KV in host memory, while it waits. indexed: runs of blocks
-    that others may share, and parents: what the next one follows, by rank. budget, attained: seconds of
-    execution it may take before its rank falls, and that it has taken (SeaLLM's doubling budget). told: of
-    the prompt's tokens, how many have been told what is wanted of them (log-probability, part in the pooled
-    vector), or need not be, as the first one has no log-probability. tier: how urgent it is. failures: of
-    steps with it, in a row; alone_until: after one, it has steps to itself until it has more tokens than
+    on their way included. inflight: rows in steps on their way. epoch: counts preemptions and migrations, so
+    that rows of an earlier life are told apart. saved: its KV in host memory, while it waits or is landing.
+    landing: it is on its way to `replica`, and does not run before its blocks there are filled. indexed: runs
+    of blocks that others may share, and parents: what the next one follows, by rank. budget, attained:
+    seconds of execution it may take before its rank falls, and that it has taken (SeaLLM's doubling budget).
+    told: of the prompt's tokens, how many have been told what is wanted of them (log-probability, part in the
+    pooled vector), or need not be, as the first one has no log-probability. tier: how urgent it is. failures:
+    of steps with it, in a row; alone_until: after one, it has steps to itself until it has more tokens than
     that. trusted: rows of earlier epochs no longer count, not even their tokens. expected_wait: seconds that
     those before it seemed to take when it arrived.
     """
@@ -81,6 +75,7 @@ class Request:
     replica: Replica | None = None
     tables: Tables = ()
     saved: SavedKv | None = None
+    landing: bool = False
     scheduled: int = 0
     computed: int = 0
     drawn: int = 0
@@ -133,8 +128,9 @@ class Request:
 
     @property
     def runnable(self) -> bool:
-        """Whether another row makes sense: something is left to draw, or to run of what is only pooled."""
-        return self.drawn < self.max_tokens or (self.pools and self.pending > 0)
+        """Whether it is there, and another row makes sense: something is left to draw, or to run and pool."""
+        left = self.drawn < self.max_tokens or (self.pools and self.pending > 0)
+        return left and not self.landing
 
     @property
     def pools(self) -> bool:

@@ -197,12 +197,24 @@ class Room:
             del self._draining[replica.copy]
             self._state.answer(service.load_tickets)
             return
+        self._move_on(service, replica)
         if replica.drain_until is not None and self._state.now >= replica.drain_until:
             for request in list(replica.running.values()):
                 self._state.preempt(request, "its service makes room for another")
         seniors = any(order < replica.admit_below for order in service.waiting)
         if not replica.running and not seniors:
             self.evict(replica, _why_gone(service, replica))
+
+    def _move_on(self, service: Service, replica: Replica) -> None:
+        """Have what runs on a draining replica go on in others of its service, as far as these have room."""
+        others = [r for r in service.replicas if r is not replica and r.stage is Stage.RESIDENT]
+        if not others or not self._state.settings.policy.migrate:
+            return
+        for request in list(replica.running.values()):
+            roomiest = max(others, key=lambda r: r.ranks.available)
+            blocks = len(request.tables[0]) + len(roomiest.running) * service.run_blocks
+            if roomiest.ranks.available > blocks:
+                self._state.migrate(request, roomiest, "its replica is to leave")
 
     def _unwanted(self, service: Service, replica: Replica) -> bool:
         """Whether somebody wants a draining replica gone, whoever comes after it."""
@@ -243,6 +255,8 @@ class Room:
         service.breaks += 1
         for request in service.waiting.values():
             self._state.drop_saved(request)
+        for request in [r for r in service.running if r.landing]:
+            self._state.restart(request)
 
     def break_up(self, replica: Replica) -> None:
         """A replica that cannot go on: its requests start over, and it comes in again if it may."""

@@ -1,21 +1,20 @@
 """When one replica of a service is not enough.
 
 Owns this judgement and its clock. Must not know how a service comes in (`residency`). A replica more is worth
-having when the service's requests, spread over one device more, would get their steps faster by
-`replicate_gain`, as the learnt costs and the room for their KV predict, and when that has been so for
-`replicate_seconds`. It only ever takes memory and devices that are idle, and leaves again as soon as anybody
-else wants them.
+having when requests, spread over one device more, would get their tokens faster by `replicate_gain`, as
+`rounds` predicts, and when that has been so for `replicate_seconds`. It only ever takes memory and devices
+that are idle, and leaves again as soon as anybody else wants them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import inf
 
-from seallmd.core.estimate import room_for
 from seallmd.core.images import Images
-from seallmd.core.lending import speedup
 from seallmd.core.places import Places, available
 from seallmd.core.residency import Residency
+from seallmd.core.rounds import Part, parts_on, wait_seconds
 from seallmd.core.service import Image, Service, Stage
 from seallmd.core.state import Device, NodeState
 from seallmd.core.wakeup import soonest
@@ -38,7 +37,8 @@ class Scaling:
         if not limits.replicate or state.now < self._look_at:
             return
         self._look_at = state.now + limits.replicate_seconds / 8
-        if not (idle := self._idle_devices()):
+        idle = self._idle_devices()
+        if not idle and not self._pressed:
             return
         for service in state.services.values():
             if not _would_pay(state, service, idle):
@@ -63,8 +63,8 @@ class Scaling:
         times = [s.pressed_since + seconds for s in self._pressed if s.pressed_since is not None]
         return soonest(times, self._state.now)
 
-    def _idle_devices(self) -> int:
-        return sum(map(is_idle, self._state.devices.values()))
+    def _idle_devices(self) -> list[Device]:
+        return [device for device in self._state.devices.values() if is_idle(device)]
 
     def _replicate(self, service: Service) -> bool:
         """Bring a busy service in on idle devices too, taking nothing from anybody. Whether that is begun."""
@@ -92,30 +92,37 @@ class Scaling:
         return True
 
 
-def _would_pay(state: NodeState, service: Service, idle: int) -> bool:
-    """Whether another replica would, where so many devices are idle."""
+def _would_pay(state: NodeState, service: Service, idle: list[Device]) -> bool:
+    """Whether another replica would, on such devices."""
     replicas, limits = service.replicas, state.settings.policy
-    requests = len(service.waiting) + sum([len(replica.running) for replica in replicas])
-    if requests <= len(replicas):
-        return False  # as of most services
-    profile = service.profile
-    if profile is None or not replicas or (len(replicas) + 1) * service.ranks > len(state.devices):
+    if service.profile is None or not replicas or service.ranks > len(idle):
         return False
+    if not service.waiting and not any(replica.running for replica in replicas):
+        return False  # as of most services
     if service.evict_tickets or any(replica.stage is not Stage.RESIDENT for replica in replicas):
         return False
-    costs, context = profile.costs, profile.prompt_tokens + profile.output_tokens / 2
-    own, at_hand = state.settings.threads, len(replicas) * service.ranks + idle
-    most = max(1.0, min(limits.max_rows, *(room_for(state, replica, profile) for replica in replicas)))
+    place = tuple(device.index for device in idle if service.name not in device.replicas)[: service.ranks]
+    if len(place) < service.ranks:
+        return False
+    parts = parts_on(state, state.devices_of(replicas))
+    before = wait_seconds(state, [*parts.values(), Part(service, place, 0.0)])
+    after = min(wait_seconds(state, spread) for spread in _spreads(service, parts, place))
+    return before >= limits.replicate_gain * after
 
-    def round_seconds(replicas: int) -> float:
-        """One token for every request: what does not fit into one step, or memory, takes several."""
-        each = requests / replicas
-        rows = min(each, most)
-        seconds = costs.predict(rows, rows * context)
-        threads = own * (at_hand // (replicas * service.ranks))
-        return seconds / speedup(threads, own, seconds, costs.predict(0, 0)) * each / rows
 
-    return round_seconds(len(replicas)) >= limits.replicate_gain * round_seconds(len(replicas) + 1)
+def _spreads(service: Service, parts: dict[int, Part], place: tuple[int, ...]) -> Iterator[list[Part]]:
+    """Ways to use another replica: an equal part of all requests, or all that one of the others has."""
+    own = [replica.copy for replica in service.replicas]
+    share = sum(parts[copy].requests for copy in own) / (len(own) + 1)
+    yield [
+        *(part._replace(requests=share) if copy in own else part for copy, part in parts.items()),
+        Part(service, place, share),
+    ]
+    for taken in own:
+        yield [
+            *(part._replace(requests=0.0) if copy == taken else part for copy, part in parts.items()),
+            Part(service, place, parts[taken].requests),
+        ]
 
 
 def is_idle(device: Device) -> bool:

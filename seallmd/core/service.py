@@ -5,7 +5,7 @@ Owns these structs and the table of a replica's legal transitions. Must not deci
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
@@ -153,6 +153,7 @@ class Service:
     preemptions: int = 0
     restarts: int = 0
     saves: int = 0
+    migrations: int = 0
     suspects: set[int] = field(default_factory=set)
     crashes: int = 0
     crashed_at: float = 0.0
@@ -209,6 +210,10 @@ class Service:
     def urgent(self) -> int:
         """How many requests wait that are not batch work; they come first in `waiting`."""
         return len(self.waiting) - self.deferred
+
+    def root_of(self, request: Request) -> Hashable:
+        """What prefixes that a request may share begin with."""
+        return (request.root, self.breaks)
 
     def share(self, replica: Replica) -> int:
         """Requests that a replica may run at most while others could run the rest."""

@@ -77,7 +77,9 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     step that serves others too longer by this factor at most. pipeline_depth: steps a device may hold,
     running one included. prefix_reuse: share KV blocks of equal prefixes. replicate: a busy service may come
     in on an idle device too, when its steps would be faster. replicate_gain: faster by this factor at least.
-    replicate_seconds: and so for this long already. split_efficiency: where there are at least as many
+    replicate_seconds: and so for this long already. migrate: running requests may move to another replica of
+    their service, when tokens come faster so. migrate_gain: faster by this factor at least, for all requests
+    of both devices together. split_efficiency: where there are at least as many
     devices as services, one whose tensor_parallel is 0 comes in on more devices than hold it as long as so
     large a share of their speed is kept (`core.splitting`); 1 = never. min_residency_swaps: how long a
     service that was brought in stays before another may push it out, in times of what bringing it in took; at
@@ -98,6 +100,8 @@ class PolicySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     replicate: bool = True
     replicate_gain: Annotated[float, Meta(ge=1, le=100)] = 1.2
     replicate_seconds: Annotated[float, Meta(ge=0, le=3600)] = 1.0
+    migrate: bool = True
+    migrate_gain: Annotated[float, Meta(ge=1, le=100)] = 1.1
     split_efficiency: Annotated[float, Meta(ge=0.1, le=1)] = 1.0
     min_residency_swaps: Annotated[float, Meta(ge=0, le=1000)] = 8.0
     patience_seconds: Annotated[float, Meta(ge=0, le=3600)] = 5.0

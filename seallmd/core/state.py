@@ -13,9 +13,9 @@ import msgspec
 
 from seallmd.core.arena import Arena
 from seallmd.core.events import Action, Answer, Embedded, Finish, Note, Scored, ToDevice
-from seallmd.core.host_kv import HostSlots
-from seallmd.core.messages import Forget, SaveBlocks, StepDone, ToWorker
-from seallmd.core.request import Life, Request, SavedKv
+from seallmd.core.host_kv import HostKv, SavedKv
+from seallmd.core.messages import Forget, StepDone, ToWorker
+from seallmd.core.request import Life, Request
 from seallmd.core.service import Replica, Service
 from seallmd.core.settings import NodeSettings
 from seallmd.core.sharing import Sharing
@@ -79,7 +79,6 @@ class Device:
     state: str = "starting"
     arena: Arena | None = None
     arena_bytes: int = 0
-    host: HostSlots = field(default_factory=lambda: HostSlots(0))
     replicas: dict[str, Replica] = field(default_factory=dict)
     inflight: dict[int, SentStep] = field(default_factory=dict)
     last_served: str = ""
@@ -105,6 +104,7 @@ class NodeState:
     settings: NodeSettings
     devices: dict[int, Device]
     services: dict[str, Service]
+    host_kv: HostKv
     requests: dict[int, Request] = field(default_factory=dict)
     planned: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     actions: list[Action] = field(default_factory=list)
@@ -250,10 +250,9 @@ class NodeState:
         request.announced = False
 
     def drop_saved(self, request: Request) -> None:
-        """The KV that a waiting request has in host memory, if any, is of no use any more."""
+        """The KV that a request has in host memory, if any, is of no use any more."""
         if request.saved is not None:
-            for device, slots in zip(request.saved.devices, request.saved.slots, strict=True):
-                self.devices[device].host.release(slots)
+            self.host_kv.drop(request.saved)
             request.saved = None
             self.services[request.service].changed()
 
@@ -287,10 +286,10 @@ class NodeState:
         retry_after: float = 0.0,
     ) -> None:
         """End a request, wherever it is. Its rows on the way no longer count."""
+        self.drop_saved(request)
         if request.life is Life.RUNNING:
             self.leave(request)
         else:
-            self.drop_saved(request)
             self.services[request.service].dequeue(request)
         self.moves += 1
         request.move("finish")
@@ -301,18 +300,17 @@ class NodeState:
     def preempt(self, request: Request, why: str) -> None:
         """Take a running request's memory; it waits, keeps its tokens, and its KV where that is cheaper."""
         service = self.services[request.service]
-        saved = self._save(request, service)
+        if not request.landing:
+            service.saves += self._save(request)
         self._queue_again(request, service)
-        request.saved = saved
-        service.changed()
         service.preemptions += 1
-        service.saves += saved is not None
-        kept = "its KV goes to host memory" if saved else "its KV will be computed again"
+        kept = "its KV goes to host memory" if request.saved else "its KV will be computed again"
         self.note(service.name, f"request {request.id} preempted, {kept}: {why}")
 
     def restart(self, request: Request) -> None:
         """Have a running request's KV computed again: what its worker held is lost or not to be trusted."""
         service = self.services[request.service]
+        self.drop_saved(request)
         self._queue_again(request, service)
         request.trusted = request.epoch
         service.restarts += 1
@@ -323,21 +321,71 @@ class NodeState:
         request.epoch += 1
         request.scheduled = request.computed = request.indexed = 0
         request.parents = []
+        request.landing = False
         service.enqueue(request)
 
-    def _save(self, request: Request, service: Service) -> SavedKv | None:
-        """Send a request's KV to host memory, if it has room and computing it again would take longer."""
-        replica = request.replica
+    def _save(self, request: Request) -> bool:
+        """Send a request's KV to host memory, if there is room and computing it again would take longer."""
+        service, replica = self.services[request.service], request.replica
         assert replica is not None
         assert service.profile is not None
-        blocks, group = len(request.tables[0]), self.group(replica)
-        link = self.settings.roofline.copy_bytes_per_second
-        there_and_back = 2 * blocks * self.settings.block_bytes / link
-        if min(device.host.available for device in group) < blocks:
-            return None
-        if there_and_back >= service.profile.prefill_seconds(request.scheduled):
-            return None
-        slots = tuple(device.host.take(blocks) for device in group)
-        for device, table, kept in zip(group, request.tables, slots, strict=True):
-            self.send(device.index, SaveBlocks(tuple(table), tuple(kept)))
-        return SavedKv(replica.devices, slots, request.scheduled)
+        if self.host_kv.available(replica.devices) < len(request.tables[0]):
+            return False
+        if self.copy_seconds(request) >= service.profile.prefill_seconds(request.scheduled):
+            return False
+        request.saved, told = self.host_kv.save(
+            request.id, replica.devices, request.tables, request.scheduled
+        )
+        for device, message in told:
+            self.send(device, message)
+        return True
+
+    def copy_seconds(self, request: Request) -> float:
+        """To host memory and back, of the KV of a running request."""
+        bytes_ = len(request.tables[0]) * self.settings.block_bytes
+        return 2 * bytes_ / self.settings.roofline.copy_bytes_per_second
+
+    # --------------------------------------------------------------------------- on its way
+
+    def migrate(self, request: Request, replica: Replica, why: str) -> bool:
+        """Have a running request go on in another replica of its service, which has blocks to spare for it.
+
+        Its KV goes by host memory; False where that has no room for it, or computing again would be quicker.
+        """
+        service, former, tokens = self.services[request.service], request.replica, request.scheduled
+        assert former is not None
+        assert former is not replica
+        blocks = len(request.tables[0])
+        if request.landing or not self._save(request):
+            return False
+        self.leave(request)
+        request.move("migrate")
+        request.epoch += 1
+        request.replica, request.tables = replica, replica.ranks.take(blocks)
+        request.scheduled, request.computed, request.indexed = tokens, 0, 0
+        request.parents = [service.root_of(request)] * len(replica.devices)
+        request.landing = True
+        replica.running[request.id] = request
+        service.migrations += 1
+        self.note(service.name, f"request {request.id} moves from {former.place} to {replica.place}: {why}")
+        return True
+
+    def blocks_copied(self, device: int, copy: int) -> None:
+        """A worker has saved blocks, or read those of another: whoever waited for that goes on."""
+        saved = self.host_kv.copied(device, copy)
+        request = None if saved is None else self.requests.get(saved.request)
+        if saved is None or request is None or request.saved is not saved:
+            return
+        self.services[request.service].changed()
+        self.moves += 1
+        if request.landing:
+            self.restore(request, saved)
+            request.landing, request.computed = False, request.scheduled
+
+    def restore(self, request: Request, saved: SavedKv, skip: int = 0) -> None:
+        """Fill the blocks of a request that is in a replica again, all but the first `skip`."""
+        assert request.replica is not None
+        for device, message in self.host_kv.restore(saved, request.replica.devices, request.tables, skip):
+            self.send(device, message)
+        request.saved = None
+        self.services[request.service].changed()

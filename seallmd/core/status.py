@@ -40,12 +40,12 @@ class ServiceStatus(msgspec.Struct, frozen=True):
     state: probing, refused, absent, reading (image), copying, resident, draining. stage: fraction done of a
     long job (0 to 1), None when none runs. device: where it is or is going, None when nowhere; devices: all
     of these; groups: the same by replica, in rank order. saves: preemptions whose KV went to host memory.
-    reason: why it is refused, or why its last load failed. cost_error: how far predicted step times are off,
-    as a share. tokens_per_second: output, over the last seconds. cached_tokens: of prompts, not computed
-    again. swap_seconds: all copies together. drained: an operator wants no new requests for it. leaving: it
-    has left the configuration. idle_seconds: since its last request, 0 while it has one; expires_seconds:
-    until it leaves for being idle, None when it does not. coming_seconds: roughly how long a request has to
-    wait for the model alone, 0 when it is resident.
+    migrations: requests that went on in another replica. reason: why it is refused, or why its last load
+    failed. cost_error: how far predicted step times are off, as a share. tokens_per_second: output, over the
+    last seconds. cached_tokens: of prompts, not computed again. swap_seconds: all copies together. drained:
+    an operator wants no new requests for it. leaving: it has left the configuration. idle_seconds: since its
+    last request, 0 while it has one; expires_seconds: until it leaves for being idle, None when it does not.
+    coming_seconds: roughly how long a request has to wait for the model alone, 0 when it is resident.
     """
 
     name: str
@@ -71,6 +71,7 @@ class ServiceStatus(msgspec.Struct, frozen=True):
     devices: tuple[int, ...] = ()
     groups: tuple[tuple[int, ...], ...] = ()
     saves: int = 0
+    migrations: int = 0
     cached_tokens: int = 0
     swap_seconds: float = 0.0
     drained: bool = False

@@ -61,9 +61,12 @@ def cancel(path: Path, request: int) -> None:
     _answer(path, {"op": "cancel", "request": request})
 
 
-def load(path: Path, service: str, told: Callable[[Reply], None]) -> None:
-    """Bring a service in and wait; `told` gets each progress line. Raises Unreachable or ControlError."""
-    _ask(path, {"op": "load", "service": service}, told, None)
+def load(path: Path, service: str, devices: list[int], told: Callable[[Reply], None]) -> None:
+    """Bring a service in, to named devices if any, and wait; `told` gets each progress line.
+
+    Raises Unreachable or ControlError.
+    """
+    _ask(path, {"op": "load", "service": service, "devices": devices}, told, None)
 
 
 def evict(path: Path, service: str, now: bool, told: Callable[[Reply], None]) -> None:

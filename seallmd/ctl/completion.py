@@ -31,7 +31,7 @@ _seallmctl() {
             chat) common+=" --url --system --max-tokens --temperature" ;;
             bench) common+=" --url --requests --clients --prompt-tokens --output-tokens" ;;
             doctor) common+=" --config" ;;
-            drain|undrain) common+=" --device" ;;
+            drain|load|undrain) common+=" --device" ;;
             events) common+=" --follow --last" ;;
             evict) common+=" --now" ;;
             list) common+=" --quiet" ;;

@@ -168,6 +168,7 @@ def _counters(status: Record) -> list[tuple[str, str]]:
         ("output now", f"{status['tokens_per_second']:.1f} tokens/s"),
         ("tokens", f"{status['prompt_tokens']} in prompts, {status['output_tokens']} generated"),
         ("preempted", f"{status['preemptions']}, {status['saves']} of them to host memory"),
+        ("moved to other devices", f"{status['migrations']} requests"),
         ("brought in", f"{status['swaps_in']} times, last in {status['last_swap_seconds']:.2f} s"),
     ]
 

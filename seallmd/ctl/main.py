@@ -92,6 +92,14 @@ def make_parser() -> argparse.ArgumentParser:
     batches.add_argument("--cancel", metavar="ID", default="", help="end this one; what is answered is kept")
     load = verb("load", "bring a service in and wait until it is resident")
     load.add_argument("service", metavar="NAME")
+    load.add_argument(
+        "--device",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="on this device, beside other replicas; again for each rank of a split service",
+    )
     evict = verb("evict", "take a service out once its work is done")
     evict.add_argument("service", metavar="NAME")
     evict.add_argument("--now", action="store_true", help="end its requests")
@@ -243,7 +251,8 @@ def _cancel(path: Path, arguments: argparse.Namespace) -> None:
 
 
 def _load(path: Path, arguments: argparse.Namespace) -> None:
-    _follow(arguments, lambda told: client.load(path, arguments.service, told), "is resident")
+    service, devices = arguments.service, arguments.device
+    _follow(arguments, lambda told: client.load(path, service, devices, told), "is resident")
 
 
 def _evict(path: Path, arguments: argparse.Namespace) -> None:

@@ -38,6 +38,7 @@ from seallmd.runtime.devices import DevicePlan
 from seallmd.runtime.face import Generation, ServiceView, TokenStream
 from seallmd.runtime.feed import EventFeed
 from seallmd.runtime.forkserver import ForkServer
+from seallmd.runtime.host_memory import HostMemory
 from seallmd.runtime.journal import FlightRecorder, Journal
 from seallmd.runtime.log import RequestRecord
 from seallmd.runtime.supervised import Supervised
@@ -86,6 +87,7 @@ class Engine:
         self._restart_seconds = restart_seconds
         self._stopping = False
         self._quiet = asyncio.Event()
+        self._host_memory = HostMemory(len(plan.workers), plan.host_kv_bytes)
         self._workers = [
             Supervised(
                 partial(Child, forkserver, "worker", settings, msg.FromWorker),
@@ -93,7 +95,7 @@ class Engine:
                 lost=partial(self._worker_lost, index),
                 said=partial(self._worker_said, index),
             )
-            for index, settings in enumerate(plan.workers)
+            for index, settings in enumerate(self._worker_settings())
         ]
         self._host = Supervised(
             partial(Child, forkserver, "host", plan.host, msg.FromHost),
@@ -101,6 +103,14 @@ class Engine:
             lost=lambda reason: self._happen(ev.HostLost(reason)),
             said=lambda message: self._happen(ev.FromHostProcess(message)),  # type: ignore[arg-type]
         )
+
+    def _worker_settings(self) -> list[msg.WorkerSettings]:
+        """What each worker is started with: all know where each other's host memory is."""
+        paths = self._host_memory.paths
+        return [
+            msgspec.structs.replace(settings, index=index, host_kv=paths)
+            for index, settings in enumerate(self._plan.workers)
+        ]
 
     # --------------------------------------------------------------------------------- life
 
@@ -162,6 +172,7 @@ class Engine:
                 timer.cancel()
         await asyncio.gather(*(child.stop() for child in self._children))
         self._forkserver.close()
+        self._host_memory.close()
         rendezvous.remove(self._plan.rendezvous)
         if self._journal is not None:
             self._journal.close()
@@ -356,9 +367,12 @@ class Engine:
         """Every request that is not over, the most senior first."""
         return request_statuses(self.node.state, self._now())
 
-    async def load(self, service: str) -> None:
-        """Bring a service in; returns when it is resident. Raises ControlError with the reason."""
-        await self.operate(lambda ticket: ev.LoadWanted(ticket, service))
+    async def load(self, service: str, devices: tuple[int, ...] = ()) -> None:
+        """Bring a service in, to named devices if any; returns when it is resident.
+
+        Raises ControlError with the reason.
+        """
+        await self.operate(lambda ticket: ev.LoadWanted(ticket, service, devices))
 
     async def evict(self, service: str, now: bool) -> None:
         """Take a service out; returns when its memory is free. Raises ControlError with the reason."""

@@ -156,8 +156,11 @@ class EngineFace(Protocol):
     def plan(self) -> PlanStatus | None:
         """The plan in force and the best one known; None while nothing is planned."""
 
-    async def load(self, service: str) -> None:
-        """Bring a service in; returns when it is resident. Raises ControlError with the reason."""
+    async def load(self, service: str, devices: tuple[int, ...] = ()) -> None:
+        """Bring a service in, to named devices if any; returns when it is resident.
+
+        Raises ControlError with the reason.
+        """
 
     async def evict(self, service: str, now: bool) -> None:
         """Take a service out; returns when its memory is free. Raises ControlError with the reason."""

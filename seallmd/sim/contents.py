@@ -64,19 +64,28 @@ def _scores(request: int, position: int, tokens: int) -> msg.Scores:
 class Contents:
     """The memory of one device.
 
-    runs: by service, tells the tokens and blocks of a run of KV. vocab: how many ids can be drawn.
+    runs: by service, tells the tokens and blocks of a run of KV. vocab: how many ids can be drawn. index: of
+    the device. host: what slots of host memory hold, by device and slot; of all devices, and for good.
     """
 
-    def __init__(self, block_bytes: int, runs: dict[str, Callable[[], tuple[int, int]]], vocab: int) -> None:
+    def __init__(
+        self,
+        block_bytes: int,
+        runs: dict[str, Callable[[], tuple[int, int]]],
+        vocab: int,
+        index: int = 0,
+        host: dict[tuple[int, int], list[object]] | None = None,
+    ) -> None:
         self._block_bytes = block_bytes
         self._runs_of = runs
         self._vocab = vocab
+        self._index = index
+        self._host: dict[tuple[int, int], list[object]] = {} if host is None else host
         self.reset()
 
     def reset(self) -> None:
-        """An empty arena, empty host memory, and no request known."""
+        """An empty arena, and no request known."""
         self._memory: dict[int, object] = {}
-        self._saved: dict[int, list[object]] = {}
         self._weights: dict[str, list[tuple[int, int]]] = {}
         self._requests: dict[int, _Known] = {}
 
@@ -101,7 +110,8 @@ class Contents:
     def move(self, src: Sequence[int], dst: Sequence[int]) -> None:
         """Blocks are copied and renamed in every table."""
         for source, target in zip(src, dst, strict=True):
-            self._memory[target] = self._memory.pop(source)
+            # One that a request is to have its KV in later may not have been written.
+            self._memory[target] = self._memory.pop(source, None)
         renamed = dict(zip(src, dst, strict=True))
         for known in self._requests.values():
             known.table = [renamed.get(block, block) for block in known.table]
@@ -112,14 +122,15 @@ class Contents:
             held = self._memory.get(block)
             if not isinstance(held, list):
                 raise Corruption(f"block {block} is saved as KV, but holds {held!r:.60}")
-            self._saved[slot] = list(held)
+            self._host[self._index, slot] = list(held)
 
-    def restore(self, src: Sequence[int], dst: Sequence[int]) -> None:
+    def restore(self, src: Sequence[int], dst: Sequence[int], device: int = -1) -> None:
         """Slots of host memory are copied to blocks. Raises Corruption for a slot that was never filled."""
+        home = self._index if device < 0 else device
         for slot, block in zip(src, dst, strict=True):
-            if slot not in self._saved:
-                raise Corruption(f"slot {slot} is restored, but nothing was saved there")
-            self._memory[block] = list(self._saved[slot])
+            if (home, slot) not in self._host:
+                raise Corruption(f"slot {slot} of device {home} is restored, but nothing was saved there")
+            self._memory[block] = list(self._host[home, slot])
 
     def forget(self, requests: Sequence[int]) -> None:
         """Requests that are over, preempted or failed."""

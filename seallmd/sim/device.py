@@ -56,8 +56,8 @@ class Memory(Protocol):
     def save(self, src: Sequence[int], dst: Sequence[int]) -> None:
         """Blocks are copied to slots of host memory."""
 
-    def restore(self, src: Sequence[int], dst: Sequence[int]) -> None:
-        """Slots of host memory are copied to blocks."""
+    def restore(self, src: Sequence[int], dst: Sequence[int], device: int) -> None:
+        """Slots of a device's host memory (-1: its own) are copied to blocks."""
 
     def forget(self, requests: Sequence[int]) -> None:
         """Requests that are over."""
@@ -103,7 +103,7 @@ class Blank:
     def save(self, src: Sequence[int], dst: Sequence[int]) -> None:
         """Nothing is kept."""
 
-    def restore(self, src: Sequence[int], dst: Sequence[int]) -> None:
+    def restore(self, src: Sequence[int], dst: Sequence[int], device: int) -> None:
         """Nothing is kept."""
 
     def forget(self, requests: Sequence[int]) -> None:
@@ -226,7 +226,9 @@ class SimDevice:
         if self.generation == generation:
             do(*what)
 
-    def _say(self, message: msg.CopyDone | msg.CopyFailed | msg.StepDone | msg.StepFailed) -> None:
+    def _say(
+        self, message: msg.CopyDone | msg.CopyFailed | msg.BlocksCopied | msg.StepDone | msg.StepFailed
+    ) -> None:
         self._clock.happen(ev.FromDevice(self.index, message))
 
     def _span(self, service: str, kind: str, began: float) -> None:
@@ -252,12 +254,12 @@ class SimDevice:
                         for block, to in zip(src, dst, strict=True)
                         if block in self._copied_at
                     }
-                case msg.SaveBlocks(src, dst):
+                case msg.SaveBlocks(src, dst, copy):
                     self._memory.save(src, dst)
-                    self._copy_kv(src)
-                case msg.RestoreBlocks(src, dst):
-                    self._memory.restore(src, dst)
-                    self._copy_kv(dst)
+                    self._copy_kv(src, copy)
+                case msg.RestoreBlocks(src, dst, copy, device):
+                    self._memory.restore(src, dst, device)
+                    self._copy_kv(dst, copy)
                 case msg.Forget(requests):
                     self._memory.forget(requests)
                 case _:
@@ -280,11 +282,13 @@ class SimDevice:
         self._link_free_at = max(self._clock.now, self._link_free_at, self.stands_until) + seconds
         return seconds
 
-    def _copy_kv(self, blocks: Sequence[int]) -> None:
+    def _copy_kv(self, blocks: Sequence[int], copy: int) -> None:
         self._take_link(len(blocks) * self._block_bytes)
         now = self._clock.now
         self._copied_at = {block: at for block, at in self._copied_at.items() if at > now}
         self._copied_at.update(dict.fromkeys(blocks, self._link_free_at))
+        if copy:
+            self._later(self._link_free_at - now, self._say, msg.BlocksCopied(copy))
 
     def _end_copy(self, message: msg.CopyIn, began: float, seconds: float) -> None:
         if self._copying.get(message.service) != message.copy:

@@ -101,8 +101,8 @@ class Outcome:
     """What came of a run. busy_seconds: of each device. refused: services that could not be served, and why.
 
     seconds: from the first arrival to the last end, virtual. cpu_seconds: of the processor, that it took.
-    saves: preemptions after which the KV went to host memory.
-    cost_errors: by service, how far predicted step times were off in the end, as a share.
+    saves: preemptions after which the KV went to host memory. migrations: of running requests to other
+    devices. cost_errors: by service, how far predicted step times were off in the end, as a share.
     """
 
     served: list[Served]
@@ -114,6 +114,7 @@ class Outcome:
     swaps: int
     preemptions: int
     saves: int
+    migrations: int
     refused: dict[str, str] = field(default_factory=dict)
     cost_errors: dict[str, float] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
@@ -132,6 +133,7 @@ class Outcome:
             swaps=self.swaps,
             preemptions=self.preemptions,
             saves=self.saves,
+            migrations=self.migrations,
         )
 
 
@@ -242,6 +244,7 @@ class _Run:
             swaps=sum(service.swaps_in for service in status.services) - swaps_before,
             preemptions=sum(service.preemptions for service in status.services),
             saves=sum(service.saves for service in status.services),
+            migrations=sum(service.migrations for service in status.services),
             refused={s.name: s.reason for s in status.services if s.state == "refused"},
             cost_errors={s.name: s.cost_error for s in status.services},
             spans=self._spans,

@@ -114,8 +114,8 @@ class Report(msgspec.Struct, frozen=True):
     """One run. name: what served (a policy, a server). rate: requests per second that were sent.
 
     seconds: from the first arrival to the last end. utilisation: mean share of the time that devices stepped.
-    swaps: copies of a model to a device. saves: preemptions whose KV went to host memory. None: the client
-    cannot know.
+    swaps: copies of a model to a device. saves: preemptions whose KV went to host memory. migrations: of
+    running requests, to other devices. None: the client cannot know.
     """
 
     name: str
@@ -129,6 +129,7 @@ class Report(msgspec.Struct, frozen=True):
     swaps: int | None = None
     preemptions: int | None = None
     saves: int | None = None
+    migrations: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -147,6 +148,7 @@ def report(
     swaps: int | None = None,
     preemptions: int | None = None,
     saves: int | None = None,
+    migrations: int | None = None,
 ) -> Report:
     """All figures of a run. isolated: T_iso by service; the same for all runs that are to be compared."""
     served = list(served)
@@ -165,6 +167,7 @@ def report(
         swaps=swaps,
         preemptions=preemptions,
         saves=saves,
+        migrations=migrations,
     )
 
 
@@ -204,7 +207,7 @@ _COLUMNS = (
     "P99",
     f"SLO {TYPICAL_SCALE}x",
 )
-_RUN_COLUMNS = ("tok/s", "devices", "util.", "swaps", "preempt.", "saved")
+_RUN_COLUMNS = ("tok/s", "devices", "util.", "swaps", "preempt.", "saved", "moved")
 
 
 def table_of_runs(reports: Iterable[Report]) -> Table:
@@ -218,9 +221,13 @@ def table_of_runs(reports: Iterable[Report]) -> Table:
             f"{run.tokens_per_second:.0f}",
             "" if run.devices is None else str(run.devices),
             "" if run.utilisation is None else f"{run.utilisation:.0%}",
-            *("" if count is None else str(count) for count in (run.swaps, run.preemptions, run.saves)),
+            *("" if count is None else str(count) for count in _counts(run)),
         )
     return table
+
+
+def _counts(run: Report) -> tuple[int | None, ...]:
+    return run.swaps, run.preemptions, run.saves, run.migrations
 
 
 def table_of_services(run: Report) -> Table:

@@ -126,15 +126,17 @@ class World:
         unit = settings.block_bytes
         runs = {name: self._run_of(name) for name in known}
 
-        def memory() -> Memory:
-            return Contents(unit, runs, vocab) if lengths is None else Blank(lengths)
+        host: dict[tuple[int, int], list[object]] = {}
+
+        def memory(index: int) -> Memory:
+            return Contents(unit, runs, vocab, index, host) if lengths is None else Blank(lengths)
 
         meetings = Meetings()
         slowdown = {index: self.timing.contention(index) for index in range(len(arena_bytes))}
         contention = Contention(self, {index: share for index, share in slowdown.items() if share})
         self.devices = [
             SimDevice(
-                *(self, index, size, self.timing, memory(), meetings, contention),
+                *(self, index, size, self.timing, memory(index), meetings, contention),
                 *(on_span, unit, settings.threads),
             )
             for index, size in enumerate(arena_bytes)

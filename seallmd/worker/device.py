@@ -8,29 +8,26 @@ The CUDA half has been run nowhere yet: it is unmeasured.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import platform
-import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from seallmd.core.messages import Extent, WorkerSettings
+from seallmd.worker.memory import HostKv, resident
 from seallmd.worker.ops import compiled
 from seallmd.worker.process import require_memory
 
 # The least that is copied between two steps of the residents: 0.7 ms on a CPU, 0.2 ms over PCIe.
 CHUNK_BYTES = 8 << 20
-_POPULATE_BYTES = 4 << 20  # at a time: mappings cannot change meanwhile
-_MADV_POPULATE_WRITE = 23
 _CHUNKS_IN_FLIGHT = 16  # to a GPU: what stopping, and KV behind them on the stream, may have to wait for
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # source and target of a copy
+Done = Callable[[], bool]  # whether a copy is over
 
 
 class Copy(ABC):
@@ -65,8 +62,8 @@ class Device(ABC):
     """arena: uint8 [bytes], a multiple of the block size, on `torch_device`. label: a name for people.
 
     memory: the arena and one block behind it, number `scratch`, that the ledger does not know: whatever is
-    written there is of no use to anybody. host_kv: uint8 [slots, block_bytes] in host memory, for the KV of
-    preempted requests. late: calls return before the device has done what they ask for.
+    written there is of no use to anybody. host_kv: host memory for KV, this device's and the others'. late:
+    calls return before the device has done what they ask for.
     """
 
     torch_device: torch.device
@@ -74,7 +71,7 @@ class Device(ABC):
     memory: torch.Tensor
     arena: torch.Tensor
     scratch: int
-    host_kv: torch.Tensor
+    host_kv: HostKv
     late = False
 
     def _take(self, memory: torch.Tensor, block_bytes: int) -> None:
@@ -125,17 +122,21 @@ class Device(ABC):
     @abstractmethod
     def _start(self, image: torch.Tensor, extents: tuple[Extent, ...]) -> Copy: ...
 
-    def save(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
-        """Copy blocks of the arena to slots of `host_kv`, after all that was enqueued.
+    def save(self, blocks: Sequence[int], slots: Sequence[int]) -> Done:
+        """Copy blocks of the arena to slots of its `host_kv`, after all that was enqueued.
 
-        What `host_kv` holds is for `restore` alone to read, and the copy may still be under way: `wait_for`.
+        The copy may still be under way: `restore` and `wait_for` know of it, others ask what this returns.
         Raises RuntimeError for a block or slot that is not there.
         """
-        self._copy_kv(_rows(self._blocks(), blocks, self.host_kv, slots), blocks)
+        return self._copy_kv(_rows(self._blocks(), blocks, self.host_kv.own, slots), blocks)
 
-    def restore(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
-        """Copy slots of `host_kv` to blocks of the arena, after all that was enqueued. Raises as `save`."""
-        self._copy_kv(_rows(self.host_kv, slots, self._blocks(), blocks), blocks)
+    def restore(self, slots: Sequence[int], blocks: Sequence[int], device: int = -1) -> Done:
+        """Copy slots of a device's `host_kv` (-1: one's own) to blocks, after all that was enqueued.
+
+        Raises as `save`, and OSError or MemoryError when another device's memory cannot be mapped.
+        """
+        source = self.host_kv.own if device < 0 else self.host_kv.of(device)
+        return self._copy_kv(_rows(source, slots, self._blocks(), blocks), blocks)
 
     def wait_for(self, tables: Iterable[Sequence[int]]) -> None:  # noqa: B027 - only where copies are late
         """Have what is enqueued from here on wait for the saving and restoring of these blocks."""
@@ -144,10 +145,10 @@ class Device(ABC):
         """Give back what an allocator holds in reserve, after it could not give more."""
 
     def _blocks(self) -> torch.Tensor:
-        return self.arena.view(-1, self.host_kv.shape[1])
+        return self.arena.view(-1, self.host_kv.own.shape[1])
 
     @abstractmethod
-    def _copy_kv(self, pairs: Iterable[Pair], blocks: Sequence[int]) -> None:
+    def _copy_kv(self, pairs: Iterable[Pair], blocks: Sequence[int]) -> Done:
         """Copy each pair. blocks: those of the arena that are read or written."""
 
 
@@ -185,37 +186,6 @@ def _rows(
             begin = end
 
 
-def _resident(size: int) -> torch.Tensor:
-    """Host memory of zeros, every page of it there soon: what is used sooner costs a page fault."""
-    if not size:
-        return torch.empty(0, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # Huge pages: touching 2 GiB took 1.1 s instead of 3.7 s, and linear layers miss the TLB less.
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    tensor = torch.frombuffer(memory, dtype=torch.uint8)
-    if _populate(tensor[:_POPULATE_BYTES]):
-        threading.Thread(target=_populate, args=(tensor,), name="populate", daemon=True).start()
-    else:
-        tensor.zero_()  # a kernel before Linux 5.14: touched by writing, and so before anybody else writes
-    return tensor
-
-
-def _populate(memory: torch.Tensor) -> bool:
-    """Have the kernel back every page of it, without changing what it holds; False where it cannot."""
-    madvise = ctypes.CDLL(None).madvise  # called without Python's lock, unlike mmap's own
-    for piece in memory.split(_POPULATE_BYTES):
-        address, length = ctypes.c_void_p(piece.data_ptr()), ctypes.c_size_t(piece.numel())
-        if madvise(address, length, _MADV_POPULATE_WRITE) != 0:
-            return False
-    return True
-
-
-def _host_kv(settings: WorkerSettings) -> torch.Tensor:
-    slots = settings.host_kv_bytes // settings.block_bytes
-    require_memory(slots * settings.block_bytes, "host memory for KV")
-    return _resident(slots * settings.block_bytes).view(slots, settings.block_bytes)
-
-
 # -------------------------------------------------------------------------------------------------- CPU
 
 
@@ -230,8 +200,8 @@ class CpuDevice(Device):
         if size <= 0:
             raise MemoryError("a CPU device needs arena_bytes of at least one block")
         require_memory(size, "the arena")
-        self._take(_resident(size + settings.block_bytes), settings.block_bytes)
-        self.host_kv = _host_kv(settings)
+        self._take(resident(size + settings.block_bytes), settings.block_bytes)
+        self.host_kv = HostKv(settings)
         self.label = f"cpu: {_cpu_name()}, {settings.threads} threads"
 
     def _map(self, path: str, size: int) -> torch.Tensor:
@@ -241,10 +211,11 @@ class CpuDevice(Device):
     def _start(self, image: torch.Tensor, extents: tuple[Extent, ...]) -> Copy:
         return _CpuCopy(self.arena, image, extents)
 
-    def _copy_kv(self, pairs: Iterable[Pair], blocks: Sequence[int]) -> None:  # noqa: ARG002
+    def _copy_kv(self, pairs: Iterable[Pair], blocks: Sequence[int]) -> Done:  # noqa: ARG002
         """As `Device._copy_kv`; done when it returns."""
         for source, target in pairs:
             _copy(target, source)
+        return lambda: True
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
@@ -301,9 +272,7 @@ class CudaDevice(Device):
             raise MemoryError("the GPU has no memory left for an arena")
         memory = torch.zeros(size + settings.block_bytes, dtype=torch.uint8, device=device)
         self._take(memory, settings.block_bytes)
-        self.host_kv = _host_kv(settings)
-        if len(self.host_kv):
-            _page_lock(self.host_kv, "host memory for KV")
+        self.host_kv = HostKv(settings, lambda memory: _page_lock(memory, "host memory for KV"))
         self._stream = torch.cuda.Stream(device)
         self._kv_copies: deque[tuple[torch.cuda.Event, frozenset[int]]] = deque()  # in order; their blocks
 
@@ -321,13 +290,15 @@ class CudaDevice(Device):
         self._after_steps()
         return _CudaCopy(self._stream, self.arena, image, extents)
 
-    def _copy_kv(self, pairs: Iterable[Pair], blocks: Sequence[int]) -> None:
+    def _copy_kv(self, pairs: Iterable[Pair], blocks: Sequence[int]) -> Done:
         """As `Device._copy_kv`, on the copy stream: copies are carried out in order, weights included."""
         self._after_steps()
         with torch.cuda.stream(self._stream):
             for source, target in pairs:
                 target.copy_(source, non_blocking=True)
-        self._kv_copies.append((self._stream.record_event(), frozenset(blocks)))
+        event = self._stream.record_event()
+        self._kv_copies.append((event, frozenset(blocks)))
+        return lambda: bool(event.query())
 
     def wait_for(self, tables: Iterable[Sequence[int]]) -> None:
         """As `Device.wait_for`. Steps whose blocks are not being copied do not wait."""

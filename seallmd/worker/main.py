@@ -79,8 +79,10 @@ def _serve(channel: Channel, worker: Worker) -> None:
             worker.handle(message)
         elif worker.flying and worker.arrived():
             worker.land()
-        elif not worker.flying and not worker.copying:
+        elif not worker.flying and not worker.copying and not worker.copying_kv:
             worker.prepare()
+        if worker.copying_kv:
+            worker.tell_copied()
         progressed = _copy_for(worker, _COPY_SHARE * (time.perf_counter() - started))
 
 
@@ -90,6 +92,8 @@ def _patience(worker: Worker, progressed: bool) -> float | None:
         return 0
     if worker.flying:
         return 0 if worker.arrived() else _FLIGHT_POLL_SECONDS
+    if worker.copying_kv:
+        return _FLIGHT_POLL_SECONDS
     if worker.copying:
         return _IMPORT_POLL_SECONDS
     return _QUIET_SECONDS if worker.unprepared else None

@@ -1,7 +1,7 @@
 """A device's worker: carries out the daemon's messages one by one.
 
-Owns which services are resident, their module trees and the copies under way. Must not know sockets,
-processes or why it is asked for anything.
+Owns which services are resident, and the copies under way. Must not know sockets, processes or why it is
+asked for anything.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from seallmd.core.messages import (
     Admit,
+    BlocksCopied,
     CopyDone,
     CopyFailed,
     CopyIn,
@@ -37,25 +37,17 @@ from seallmd.core.messages import (
     StepFailed,
     WorkerSettings,
 )
-from seallmd.core.shapes import LayerShape
-from seallmd.worker import forward, grammar, ops, quantised
-from seallmd.worker.attention import run_recorded
-from seallmd.worker.binding import Weights
-from seallmd.worker.device import Copy, Device
-from seallmd.worker.graphs import GraphPool, Graphs, Recorder
+from seallmd.worker import forward, grammar
+from seallmd.worker.device import Copy, Device, Done
+from seallmd.worker.graphs import Graphs, Recorder
 from seallmd.worker.group import GroupLost, Joining, ProcessGroup
 from seallmd.worker.kv import KvView
-from seallmd.worker.layout import Layout, layout_of
-from seallmd.worker.ops import gpu_model
-from seallmd.worker.ops.kernels import Kernels
-from seallmd.worker.ops.model import FastModel, runs_wide, wide_skeleton
-from seallmd.worker.parallel import Seat, divide, sit
+from seallmd.worker.models import Model, Models
 from seallmd.worker.process import is_out_of_memory, log_line, one_line
 from seallmd.worker.requests import Packed, Requests
-from seallmd.worker.skeleton import DTYPES, build_skeleton, fix_rope, load_config
+from seallmd.worker.skeleton import load_config
 from seallmd.worker.static_steps import Shape
 
-_PROBE_CONTEXT = 8  # tokens that every model takes
 _TELL_BYTES = 64 << 20  # of a copy, between two reports of its progress
 
 
@@ -68,60 +60,6 @@ class _Flight:
     outcome: forward.Outcome
     started: float
     leads: bool  # whether this rank tells the tokens
-
-
-class _Origin(NamedTuple):
-    """What a module tree follows from. rank and ranks: 0 and 1 without tensor parallelism."""
-
-    directory: str
-    dtype: str
-    context: int
-    rank: int
-    ranks: int
-
-
-@dataclass
-class _Model:
-    """A service's module tree; kept while its weights are away, since it is small and takes time to build.
-
-    kv: None until the first forward pass has shown what its layers store. wide: the same tree for float32
-    arithmetic on 16-bit weights, until the first binding has shown whether it runs. fast: what of the tree
-    was replaced by compiled operations. kernels: those of a GPU that its attention runs on. graphs: of its
-    decode steps. seats: of the tensor-parallel rank, one in each tree. group: its process group while it is
-    resident.
-    """
-
-    origin: _Origin
-    model: PreTrainedModel
-    layout: Layout
-    weights: Weights
-    kv: KvView | None = None
-    wide: PreTrainedModel | None = None
-    fast: FastModel | None = None
-    kernels: Kernels | None = None
-    graphs: Graphs | None = None
-    seats: tuple[Seat, ...] = ()
-    group: ProcessGroup | None = None
-
-    def operations(self) -> tuple[tuple[str, int], ...]:
-        """What was replaced in it, as in `messages.CopyDone`."""
-        if self.fast is not None:
-            return self.fast.replaced()
-        return gpu_model.replaced(self.model, self.kernels, 0 if self.kv is None else self.kv.layers)
-
-    def join(self, group: ProcessGroup) -> None:
-        """From here on the layers talk to the other ranks."""
-        self.group = group
-        for seat in self.seats:
-            seat.peers = group
-
-    def leave(self) -> None:
-        """Nobody may wait for this rank any longer."""
-        if self.group is not None:
-            self.group.leave()
-        self.group = None
-        for seat in self.seats:
-            seat.peers = None
 
 
 @dataclass
@@ -141,6 +79,11 @@ class _Arrival:
         """Whether it is here but for an import, or for the other ranks."""
         importing = self.config is not None and not self.config.done()
         return importing or (self.joining is not None and not self.joining.done())
+
+    def parts(self) -> tuple[PreTrainedConfig | None, ProcessGroup | None]:
+        """What it waited for. Raises what kept it from coming."""
+        config = None if self.config is None else self.config.result()
+        return config, None if self.joining is None else self.joining.take()
 
     def stop(self) -> None:
         """It is not wanted any more."""
@@ -166,20 +109,15 @@ class Worker:
         self._say = log_line(settings.name)
         self._rendezvous = Path(settings.rendezvous)
         self._block_bytes = settings.block_bytes
-        self._kv_layout = settings.kv_layout
         self._threads = settings.threads
         self._send = send
         self._requests = Requests()
         self._grammars = grammar.Grammars()
-        self._models: dict[str, _Model] = {}
-        self._resident: dict[str, _Model] = {}
+        self._models = Models(device, settings, self._say, recorder)
+        self._resident: dict[str, Model] = {}
         self._arriving: deque[_Arrival] = deque()
-        self._native = ops.compiled() if device.torch_device.type == "cpu" else None
-        self._kernels = ops.gpu_kernels()
-        self._pool: GraphPool | None = None
-        if recorder is not None and settings.graph_bytes:
-            self._pool = GraphPool(recorder, device.torch_device, settings.graph_bytes, self._say)
         self._flight: _Flight | None = None
+        self._kv_copies: deque[tuple[int, Done, _Flight | None]] = deque()  # number; the step before
         self._landed = 0.0  # when the last step's tokens were read
         # Importing a model's module takes up to a second: beside the copy, not after it.
         self._importer = ThreadPoolExecutor(1, thread_name_prefix="importer")
@@ -224,16 +162,30 @@ class Worker:
                 self._device.drop_image(message.service)
             case MoveBlocks():
                 self._move(message)
-            case SaveBlocks(src, dst):
-                self._device.save(src, dst)
-            case RestoreBlocks(src, dst):
-                self._device.restore(src, dst)
+            case SaveBlocks(src, dst, copy):
+                self._kv_copies.append((copy, self._device.save(src, dst), self._flight))
+            case RestoreBlocks(src, dst, copy, device):
+                self._kv_copies.append((copy, self._device.restore(src, dst, device), self._flight))
             case Forget():
                 self._requests.forget(message.requests)
             case Ping():
                 self._send(Pong())
             case _:
                 raise RuntimeError(f"no worker message: {type(message).__name__}")
+
+    @property
+    def copying_kv(self) -> bool:
+        """Whether `tell_copied` will have something to tell."""
+        return bool(self._kv_copies)
+
+    def tell_copied(self) -> None:
+        """Tell which blocks have been copied; behind the steps that went before."""
+        while self._kv_copies and self._kv_copies[0][1]():
+            copy, _, before = self._kv_copies.popleft()
+            if before is not None and before is self._flight:
+                self.land()
+            if copy:
+                self._send(BlocksCopied(copy))
 
     # -------------------------------------------------------------------------------------------- steps
 
@@ -255,8 +207,8 @@ class Worker:
 
     def _step(self, step: Step) -> None:
         started = time.perf_counter()
-        if self._native is not None:
-            self._native.set_threads(step.threads or self._threads)
+        if self._models.native is not None:
+            self._models.native.set_threads(step.threads or self._threads)
         if not self._may_follow(step):
             self.land()
         try:
@@ -318,7 +270,7 @@ class Worker:
         self._requests.advance(packed)
         return _Flight(step, packed, outcome, started, leads)
 
-    def _constrain(self, admits: tuple[Admit, ...], resident: _Model) -> None:
+    def _constrain(self, admits: tuple[Admit, ...], resident: Model) -> None:
         """Begin to compile the grammars of new requests, beside the forward pass."""
         for admit in admits:
             if admit.sampling.grammar is not None:
@@ -331,10 +283,10 @@ class Worker:
         if resident is not None:
             resident.leave()
 
-    def _forward(self, resident: _Model, kv: KvView, packed: Packed) -> forward.Outcome:
+    def _forward(self, resident: Model, kv: KvView, packed: Packed) -> forward.Outcome:
         runner = forward.Runner(resident.model, kv, resident.kernels, resident.graphs, resident.group)
         before = None if self._flight is None else self._flight.outcome.tokens
-        return forward.run(self._device, self._native, runner, packed, before)
+        return forward.run(self._device, self._models.native, runner, packed, before)
 
     def _move(self, message: MoveBlocks) -> None:
         self._device.wait_for((message.src, message.dst))
@@ -356,9 +308,8 @@ class Worker:
         except (RuntimeError, OSError) as error:
             self._send(CopyFailed(service, one_line(error), wanted.copy))
             return
-        known = self._models.get(service)
         config = None
-        if known is None or known.origin != _origin(wanted):
+        if not self._models.has(wanted):
             config = self._importer.submit(load_config, Path(wanted.directory))
         joining = None
         if wanted.group is not None:
@@ -391,11 +342,11 @@ class Worker:
         self._arriving.remove(arrival)
         service = arrival.wanted.service
         try:
-            self._resident[service] = self._bound(arrival)
+            self._resident[service] = self._models.bind(arrival.wanted, *arrival.parts())
         except torch.AcceleratorError:
             raise
         except Exception as error:  # noqa: BLE001 - a model that cannot be bound must not end its neighbours
-            self._models.pop(service, None)
+            self._models.forget(service)
             if arrival.joining is not None:
                 arrival.joining.give_up()
             self._send(CopyFailed(service, one_line(error), arrival.wanted.copy))
@@ -405,71 +356,6 @@ class Worker:
             self._send(CopyDone(service, seconds, arrival.wanted.copy, operations))
         return True
 
-    def _bound(self, arrival: _Arrival) -> _Model:
-        wanted = arrival.wanted
-        if arrival.config is not None:
-            former = self._models.pop(wanted.service, None)
-            if former is not None and former.graphs is not None:
-                former.graphs.drop()
-            self._models[wanted.service] = self._build(wanted, arrival.config.result())
-        known = self._models[wanted.service]
-        sizes = tuple(extent.bytes_ for extent in wanted.extents)
-        if sizes != known.layout.segments:
-            raise RuntimeError("the extents do not fit the model")
-        known.weights.bind(wanted.extents, self._device.arena)
-        if known.kv is None:
-            self._settle(known, wanted)
-        if known.fast is not None and known.kv is not None:
-            known.fast.bind(known.kv)
-        if known.graphs is not None:
-            known.graphs.place(wanted.extents)
-        if arrival.joining is not None:
-            known.join(arrival.joining.take())
-        return known
-
-    def _settle(self, known: _Model, wanted: CopyIn) -> None:
-        """Decide what only the real weights can show; they are bound."""
-        if self._native is not None and known.wide is not None:
-            weights = Weights(known.wide, known.layout)
-            weights.bind(wanted.extents, self._device.arena)
-            if runs_wide(known.wide, self._native):
-                known.model, known.weights = known.wide, weights
-        known.wide = None
-        # One token through the real weights: shows each layer's KV shape, and that the binding runs.
-        calls, _ = run_recorded(known.model, tokens=1)
-        shapes = [LayerShape(call.kv_heads, call.k_dim, call.v_dim) for call in calls]
-        if self._native is not None:
-            known.fast = FastModel(known.model, self._native)
-            known.fast.install(shapes)
-        dtype = DTYPES[wanted.dtype]
-        known.kv = KvView(self._device.memory, self._block_bytes, shapes, dtype, self._kv_layout)
-        if self._kernels is not None:
-            limit = wanted.context or _PROBE_CONTEXT
-            known.kernels = gpu_model.install(known.model, known.kv, limit, self._kernels, self._say)
-        if self._pool is not None and wanted.group is None:
-            known.graphs = Graphs(
-                self._pool, known.model, known.kv, known.kernels, self._device.scratch, wanted.context
-            )
-
-    def _build(self, wanted: CopyIn, config: PreTrainedConfig) -> _Model:
-        dtype = DTYPES[wanted.dtype]
-        model = build_skeleton(config, dtype, self._device.torch_device)
-        fix_rope(model, wanted.context)
-        wide = None
-        if self._native is not None and dtype.itemsize == 2:
-            wide = wide_skeleton(config, model)
-            fix_rope(wide, wanted.context)
-        seats = ()
-        if wanted.group is not None:
-            division = divide(model, wanted.group.rank, wanted.group.ranks)
-            seats = tuple(sit(tree, division) for tree in (model, wide) if tree is not None)
-        if wanted.dtype == quantised.NAME:  # a rank's part by itself
-            for tree in (model, wide):
-                if tree is not None:
-                    quantised.quantise(tree)
-        layout = layout_of(model)
-        return _Model(_origin(wanted), model, layout, Weights(model, layout), wide=wide, seats=seats)
-
     def _drop(self, service: str) -> None:
         for arrival in list(self._arriving):
             if arrival.wanted.service == service:
@@ -477,13 +363,4 @@ class Worker:
                 self._arriving.remove(arrival)
         resident = self._resident.pop(service, None)
         if resident is not None:
-            if resident.fast is not None:
-                resident.fast.unbind()
-            resident.leave()
-            resident.weights.unbind()
-
-
-def _origin(wanted: CopyIn) -> _Origin:
-    group = wanted.group
-    rank, ranks = (0, 1) if group is None else (group.rank, group.ranks)
-    return _Origin(wanted.directory, wanted.dtype, wanted.context, rank, ranks)
+            resident.unbind()

@@ -196,7 +196,8 @@ class FakeEngine:
     def requests(self) -> list[RequestStatus]:
         raise NotImplementedError
 
-    async def load(self, service: str) -> None:
+    async def load(self, service: str, devices: tuple[int, ...] = ()) -> None:
+        assert not devices, "HTTP clients have no say in that"
         if self.views[service].reason:
             raise ControlError(f"{service} cannot be loaded: {self.views[service].reason}")
         self.loaded.append(service)

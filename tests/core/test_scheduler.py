@@ -153,9 +153,9 @@ def test_what_comes_back_from_host_memory_is_one_token_of_work() -> None:
     request.scheduled, scheduled = 0, request.scheduled
     request.drawn, drawn = len(request.tokens) - request.prompt, request.drawn
     whole = look(state, replica)
-    request.saved = SavedKv(replica.devices, ([],), kept)
+    request.saved = SavedKv(request.id, replica.devices, ([],), kept, copying=set())
     one = look(state, replica)
-    request.saved = SavedKv((7,), ([],), kept)
+    request.saved = SavedKv(request.id, (7,), ([],), kept, copying={7})
     assert look(state, replica) == whole  # beside another device it is of no use
     assert one.worth(state.now, 2.0) < whole.worth(state.now, 2.0)
     assert one.seconds < whole.seconds

@@ -104,7 +104,7 @@ class FakeNode:
         self.go = asyncio.Event()
         self.begun = asyncio.Event()
         self.done = asyncio.Event()
-        self.loaded: list[str] = []
+        self.loaded: list[tuple[str, tuple[int, ...]]] = []
         self.evicted: list[tuple[str, bool]] = []
         self.cancelled: list[int] = []
         self.operated: list[OperatorEvent] = []
@@ -189,7 +189,7 @@ class FakeNode:
     def keep(self, service: str, seconds: float) -> None:
         raise NotImplementedError
 
-    async def load(self, name: str) -> None:
+    async def load(self, name: str, devices: tuple[int, ...] = ()) -> None:
         if name not in self.table:
             raise ControlError(f"there is no service {name!r}")
         if name == "odd":
@@ -197,7 +197,7 @@ class FakeNode:
         if name == "slow":
             self.begun.set()
             await self.go.wait()
-        self.loaded.append(name)
+        self.loaded.append((name, devices))
         self.done.set()
 
     async def evict(self, name: str, now: bool) -> None:

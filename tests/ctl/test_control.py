@@ -111,7 +111,7 @@ async def test_load_outlives_its_client(
     assert (await say(control, b'{"op":"status"}'))[0]["kind"] == "status"
     node.go.set()
     await node.done.wait()
-    assert node.loaded == ["slow"]
+    assert node.loaded == [("slow", ())]
 
 
 @pytest.mark.parametrize(

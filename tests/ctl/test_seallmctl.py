@@ -70,7 +70,8 @@ async def test_load_and_evict(control: Path, node: FakeNode) -> None:
     assert err == "slow: reading 20%\n"
     assert (await run("--socket", control, "evict", "quick", "--now"))[:2] == (0, "quick is evicted\n")
     assert (await run("--socket", control, "evict", "quick", "--json"))[:2] == (0, '{"ok": true}\n')
-    assert node.loaded == ["slow"]
+    assert (await run("--socket", control, "load", "slow", "--device", "1", "--device", "0"))[0] == 0
+    assert node.loaded == [("slow", ()), ("slow", (1, 0))]
     assert node.evicted == [("quick", True), ("quick", False)]
 
 

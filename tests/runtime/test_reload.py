@@ -40,6 +40,8 @@ def test_every_live_setting_is_taken_over() -> None:
             replicate=False,
             replicate_gain=2.0,
             replicate_seconds=2.0,
+            migrate=False,
+            migrate_gain=2.0,
             split_efficiency=0.5,
             min_residency_swaps=1.0,
             patience_seconds=1.0,

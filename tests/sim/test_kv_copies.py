@@ -60,14 +60,17 @@ def test_wrong_slots_are_found(slots: tuple[int, int]) -> None:
 
 
 def test_nothing_is_saved_or_restored_that_is_not_there() -> None:
-    """Weights, blocks that were never written and empty slots are no KV; a new worker has empty slots."""
+    """Weights, blocks that were never written and empty slots are no KV; slots outlive their worker."""
     contents, _ = preempted()
     for block in (0, 30):
         with pytest.raises(Corruption, match="saved as KV"):
             contents.save((block,), (1,))
     contents.reset()
     with pytest.raises(Corruption, match="nothing was saved"):
-        contents.restore((9,), (7,))
+        contents.restore((5,), (7,))
+    with pytest.raises(Corruption, match="of device 3"):
+        contents.restore((9,), (7,), device=3)
+    contents.restore((9,), (7,))
 
 
 class Clock:

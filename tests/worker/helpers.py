@@ -131,6 +131,8 @@ class Rig:
         block_bytes: int = BLOCK_BYTES,
         kv_layout: Literal["merged", "split"] = "merged",
         host_kv_bytes: int = 0,
+        host_kv: tuple[str, ...] = (),
+        index: int = 0,
         recorder: Recorder | None = None,
         graph_bytes: int = 1 << 30,
     ) -> None:
@@ -143,6 +145,8 @@ class Rig:
             block_bytes=block_bytes,
             cache=str(cache),
             host_kv_bytes=host_kv_bytes,
+            host_kv=host_kv,
+            index=index,
             kv_layout=kv_layout,
             graph_bytes=graph_bytes,
             rendezvous=str(cache / "rendezvous"),

@@ -11,8 +11,10 @@ import torch
 
 from seallmd.core import messages as msg
 from seallmd.core.shapes import LayerShape
+from seallmd.runtime.host_memory import HostMemory
 from seallmd.worker.device import CpuDevice, _rows
 from seallmd.worker.kv import KvView, page_of
+from seallmd.worker.memory import HostKv
 from tests.worker.helpers import VOCABULARY, Rig, Talk, plain, plain_logits, run_step, save_tiny
 
 LAYOUTS: list[Literal["merged", "split"]] = ["merged", "split"]
@@ -177,3 +179,54 @@ def test_neighbours_are_copied_together() -> None:
     assert [len(rows) for rows, _ in pairs] == [3, 1, 1, 1]
     assert [to.storage_offset() // 4 for _, to in pairs] == [4, 7, 2, 3]
     assert list(_rows(source, (), target, ())) == []
+
+
+def test_moved_to_another_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A request goes on on another device from what its former worker has left in host memory."""
+    memory = HostMemory(2, 64 * SMALL_BLOCK_BYTES)
+    rigs = [
+        Rig(
+            *(monkeypatch, tmp_path / "cache", 512, SMALL_BLOCK_BYTES, "merged", 64 * SMALL_BLOCK_BYTES),
+            host_kv=memory.paths,
+            index=index,
+        )
+        for index in range(2)
+    ]
+    directory = save_tiny(tmp_path / "m")
+    model = plain(directory)
+    for rig in rigs:
+        rig.load("s", directory)
+    talk = Talk(rigs[0], 1, "s", prompt(38))
+    run_step(rigs[0], model, [(talk, 38)])
+    slots = tuple(range(3, 3 + len(talk.table)))
+    rigs[0].worker.handle(msg.SaveBlocks(tuple(talk.table), slots, 7))
+    rigs[0].worker.handle(msg.Forget((1,)))
+    rigs[0].worker.tell_copied()
+    assert rigs[0].said[-1] == msg.BlocksCopied(7)
+    assert not rigs[0].worker.copying_kv
+    rigs[0].spoil(talk.table)
+    blocks = tuple(rigs[1].free.pop() for _ in slots)
+    rigs[1].worker.handle(msg.RestoreBlocks(slots, blocks, 8, 0))
+    rigs[1].worker.tell_copied()
+    assert rigs[1].said[-1] == msg.BlocksCopied(8)
+    admit = msg.Admit(1, tuple(talk.tokens), talk.prompt, msg.Sampling(temperature=0.0))
+    done = rigs[1].step("s", [admit], [msg.Row(1, talk.run, 1, True, blocks)])
+    assert done.tokens == (int(plain_logits(model, talk.tokens).argmax()),)
+    memory.close()
+
+
+def test_host_memory_outlives_its_worker(tmp_path: Path) -> None:
+    """What a worker has left there is what the next one finds; and nothing where there is to be none."""
+    memory = HostMemory(1, 4 << 12)
+    settings = msg.WorkerSettings(
+        "t", "cpu", block_bytes=1 << 12, cache=str(tmp_path), host_kv_bytes=4 << 12, host_kv=memory.paths
+    )
+    HostKv(settings).own[2] = 7
+    found = HostKv(settings).own
+    assert found.shape == (4, 1 << 12)
+    assert found[2].eq(7).all()
+    assert found[1].eq(0).all()
+    memory.close()
+    assert HostMemory(2, 0).paths == ()
+    nothing = HostKv(msg.WorkerSettings("t", "cpu", block_bytes=1 << 12, cache=str(tmp_path)))
+    assert nothing.own.shape == (0, 1 << 12)
