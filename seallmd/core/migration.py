@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.request import Request
-from seallmd.core.rounds import Part, parts_on, wait_seconds
+from seallmd.core.rounds import Part, Rounds
 from seallmd.core.service import Replica, Service, Stage
 from seallmd.core.state import NodeState
 
-LOOK_SECONDS = 0.1  # Llumnix looks for pairs every 0.05 s
+# Between two looks, at least and at most: whenever the node is looked over anyway. Llumnix: every 0.05 s.
+LEAST_SECONDS, MOST_SECONDS = 0.1, 0.2
 REPAY = 2.0  # a move's gain has to be so many times what it costs: answers are not as long as expected
 
 
@@ -46,19 +47,21 @@ class Migration:
         """Look, often enough, whether requests would be better off elsewhere."""
         state = self._state
         self._spread = [service for service in state.services.values() if len(service.replicas) > 1]
-        if not state.settings.policy.migrate or state.now < self._looked_at + LOOK_SECONDS:
+        if not state.settings.policy.migrate or state.now < self._looked_at + LEAST_SECONDS:
             return
         self._looked_at = state.now
+        rounds = Rounds(state)
         for service in self._spread:
-            if (move := self._best(service)) is not None:
+            if (move := self._best(rounds, service)) is not None:
                 self._carry_out(service, move)
+                rounds = Rounds(state)
 
     @property
     def calm_until(self) -> float:
         """As `wakeup.Part`."""
-        return self._looked_at + LOOK_SECONDS if self._spread else inf
+        return self._looked_at + MOST_SECONDS if self._spread else inf
 
-    def _best(self, service: Service) -> _Move | None:
+    def _best(self, rounds: Rounds, service: Service) -> _Move | None:
         """The move of one service's requests that shortens waits most, if any does by enough."""
         there = [replica for replica in service.replicas if replica.stage is Stage.RESIDENT]
         if len(there) < 2 or service.suspects or any(request.landing for request in service.running):
@@ -68,17 +71,19 @@ class Migration:
             for former in there
             for replica in there
             if former is not replica and former.running
-            for move in self._moves(service, former, replica)
+            for move in self._moves(rounds, service, former, replica)
         ]
         best = max(found, key=lambda move: move.gain, default=None)
         return best if best is not None and best.gain >= self._state.settings.policy.migrate_gain else None
 
-    def _moves(self, service: Service, former: Replica, replica: Replica) -> list[_Move]:
+    def _moves(self, rounds: Rounds, service: Service, former: Replica, replica: Replica) -> list[_Move]:
         """Some numbers of requests that could go from one replica to another: one, half the odds, all."""
         state = self._state
         devices = {device.index: device for device in (*state.group(former), *state.group(replica))}
-        parts = parts_on(state, devices.values())
-        before = wait_seconds(state, list(parts.values()))
+        parts = rounds.parts_on(devices.values())
+        before = rounds.wait_seconds(parts.values())
+        if before < state.settings.policy.migrate_gain * rounds.least_seconds(parts.values()):
+            return []
         here, most = len(former.running), self._room(service, former, replica)
         moves = []
         for count in {1, (here - len(replica.running) + 1) // 2, here}:
@@ -88,7 +93,7 @@ class Migration:
                 former.copy: _with(parts[former.copy], -count),
                 replica.copy: _with(parts[replica.copy], count),
             }
-            after = wait_seconds(state, list(shifted.values()))
+            after = rounds.wait_seconds(shifted.values())
             moves.append(_Move(former, replica, count, before / after, before - after))
         return moves
 

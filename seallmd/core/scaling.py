@@ -14,7 +14,7 @@ from math import inf
 from seallmd.core.images import Images
 from seallmd.core.places import Places, available
 from seallmd.core.residency import Residency
-from seallmd.core.rounds import Part, parts_on, wait_seconds
+from seallmd.core.rounds import Part, Rounds
 from seallmd.core.service import Image, Service, Stage
 from seallmd.core.state import Device, NodeState
 from seallmd.core.wakeup import soonest
@@ -40,14 +40,15 @@ class Scaling:
         idle = self._idle_devices()
         if not idle and not self._pressed:
             return
+        rounds = Rounds(state)
         for service in state.services.values():
-            if not _would_pay(state, service, idle):
+            if not _would_pay(state, rounds, service, idle):
                 service.pressed_since = None
                 continue
             if service.pressed_since is None:
                 service.pressed_since = state.now
             if state.now >= service.pressed_since + limits.replicate_seconds and self._replicate(service):
-                idle = self._idle_devices()
+                idle, rounds = self._idle_devices(), Rounds(state)
         self._pressed = [s for s in state.services.values() if s.pressed_since is not None]
 
     @property
@@ -92,7 +93,7 @@ class Scaling:
         return True
 
 
-def _would_pay(state: NodeState, service: Service, idle: list[Device]) -> bool:
+def _would_pay(state: NodeState, rounds: Rounds, service: Service, idle: list[Device]) -> bool:
     """Whether another replica would, on such devices."""
     replicas, limits = service.replicas, state.settings.policy
     if service.profile is None or not replicas or service.ranks > len(idle):
@@ -101,12 +102,14 @@ def _would_pay(state: NodeState, service: Service, idle: list[Device]) -> bool:
         return False  # as of most services
     if service.evict_tickets or any(replica.stage is not Stage.RESIDENT for replica in replicas):
         return False
+    parts = rounds.parts_on(state.devices_of(replicas))
+    before = rounds.wait_seconds(parts.values())
+    if before < limits.replicate_gain * rounds.least_seconds(parts.values()):
+        return False
     place = tuple(device.index for device in idle if service.name not in device.replicas)[: service.ranks]
     if len(place) < service.ranks:
         return False
-    parts = parts_on(state, state.devices_of(replicas))
-    before = wait_seconds(state, [*parts.values(), Part(service, place, 0.0)])
-    after = min(wait_seconds(state, spread) for spread in _spreads(service, parts, place))
+    after = min(rounds.wait_seconds(spread) for spread in _spreads(service, parts, place))
     return before >= limits.replicate_gain * after
 
 
