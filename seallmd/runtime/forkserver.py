@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 
 OOM_SCORE = 500  # when memory runs out, the kernel takes a child, which is started again, and not the daemon
 
+# torch's own threads (OpenMP) would spin for work after each of its operations, on the cores that those of
+# the compiled operations want next (docs/log.md). Who has set it otherwise is heard.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+
 _DECODER = msgspec.msgpack.Decoder(Exited)
 
 
@@ -48,7 +52,9 @@ class ForkServer:
         ours.setblocking(False)
         number = theirs.fileno()
         command = [sys.executable, "-m", "seallmd.worker.forkserver", str(number), str(os.getpid())]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[number])
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, pass_fds=[number], env=ENVIRONMENT | os.environ
+        )
         theirs.close()
         self._sock = ours
         _prefer_for_oom(self._process.pid)

@@ -61,6 +61,7 @@ async def test_children_are_born_and_missed(forkserver: ForkServer, tmp_path: Pa
         server = psutil.Process(pids[1]).parent()
         assert server is not None
         assert server.ppid() == os.getpid()
+        assert server.environ()["OMP_WAIT_POLICY"] == "passive", "torch's threads would spin on others' cores"
         forgotten = psutil.Process(pids[1])
         server.send_signal(signal.SIGKILL)
         assert await asyncio.wait_for(other.end, SECONDS) == "its fork server is gone (killed by SIGKILL)"
