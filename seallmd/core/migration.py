@@ -59,7 +59,8 @@ class Migration:
     @property
     def calm_until(self) -> float:
         """As `wakeup.Part`."""
-        return self._looked_at + MOST_SECONDS if self._spread else inf
+        looks = self._spread and self._state.settings.policy.migrate
+        return self._looked_at + MOST_SECONDS if looks else inf
 
     def _best(self, rounds: Rounds, service: Service) -> _Move | None:
         """The move of one service's requests that shortens waits most, if any does by enough."""
@@ -71,12 +72,12 @@ class Migration:
             for former in there
             for replica in there
             if former is not replica and former.running
-            for move in self._moves(rounds, service, former, replica)
+            for move in self._moves(rounds, former, replica)
         ]
         best = max(found, key=lambda move: move.gain, default=None)
         return best if best is not None and best.gain >= self._state.settings.policy.migrate_gain else None
 
-    def _moves(self, rounds: Rounds, service: Service, former: Replica, replica: Replica) -> list[_Move]:
+    def _moves(self, rounds: Rounds, former: Replica, replica: Replica) -> list[_Move]:
         """Some numbers of requests that could go from one replica to another: one, half the odds, all."""
         state = self._state
         devices = {device.index: device for device in (*state.group(former), *state.group(replica))}
@@ -84,7 +85,7 @@ class Migration:
         before = rounds.wait_seconds(parts.values())
         if before < state.settings.policy.migrate_gain * rounds.least_seconds(parts.values()):
             return []
-        here, most = len(former.running), self._room(service, former, replica)
+        here, most = len(former.running), self._room(former, replica)
         moves = []
         for count in {1, (here - len(replica.running) + 1) // 2, here}:
             if not 0 < count <= most:
@@ -97,17 +98,14 @@ class Migration:
             moves.append(_Move(former, replica, count, before / after, before - after))
         return moves
 
-    def _room(self, service: Service, former: Replica, replica: Replica) -> int:
+    def _room(self, former: Replica, replica: Replica) -> int:
         """How many of a replica's requests another has memory for, without taking any from anybody."""
-        state, room = self._state, replica.ranks.available
-        room -= len(replica.running) * service.run_blocks
-        count = 0
+        going: list[Request] = []
         for request in _cheapest(former):
-            room -= len(request.tables[0]) + service.run_blocks  # the next tokens too
-            if room < 0 or any(state.claimed(device, request.order) for device in state.group(replica)):
-                break
-            count += 1
-        return count
+            going.append(request)
+            if not self._state.has_room(replica, going):
+                return len(going) - 1
+        return len(going)
 
     def _carry_out(self, service: Service, move: _Move) -> None:
         state, profile = self._state, service.profile

@@ -231,9 +231,10 @@ class Planner:
             return f"it takes {service.ranks} at once"
         if service.image is not Image.READY:
             return "its weights have not been read yet; load it without naming a device"
-        return (
-            "" if self._may_come(service, devices) else "it is there, or may not be, or the device is drained"
-        )
+        if any(service.name in self._state.devices[index].replicas for index in devices):
+            return "it is there already, or was a moment ago"
+        may = self._may_come(service, devices)
+        return "" if may else "it is leaving, its last load failed, or a device is down or drained"
 
     def stand_in(self, service: Service) -> None:
         """Bring a replica to wherever there is room, so that requests of one that leaves can go on there."""

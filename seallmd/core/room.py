@@ -212,8 +212,7 @@ class Room:
             return
         for request in list(replica.running.values()):
             roomiest = max(others, key=lambda r: r.ranks.available)
-            blocks = len(request.tables[0]) + len(roomiest.running) * service.run_blocks
-            if roomiest.ranks.available > blocks:
+            if self._state.has_room(roomiest, [request]):
                 self._state.migrate(request, roomiest, "its replica is to leave")
 
     def _unwanted(self, service: Service, replica: Replica) -> bool:

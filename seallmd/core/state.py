@@ -6,7 +6,7 @@ Owns these structs; `service` and `request` have theirs. Must not decide anythin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -369,6 +369,15 @@ class NodeState:
         service.migrations += 1
         self.note(service.name, f"request {request.id} moves from {former.place} to {replica.place}: {why}")
         return True
+
+    def has_room(self, replica: Replica, requests: Sequence[Request]) -> bool:
+        """Whether a replica has memory for running requests of another, and for the next tokens of all."""
+        next_tokens = (len(replica.running) + len(requests)) * self.services[replica.service].run_blocks
+        blocks = sum(len(request.tables[0]) for request in requests)
+        if replica.ranks.available < blocks + next_tokens:
+            return False
+        most_junior = max(request.order for request in requests)
+        return not any(self.claimed(device, most_junior) for device in self.group(replica))
 
     def blocks_copied(self, device: int, copy: int) -> None:
         """A worker has saved blocks, or read those of another: whoever waited for that goes on."""
