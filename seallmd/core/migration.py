@@ -20,8 +20,7 @@ from seallmd.core.rounds import Part, Rounds
 from seallmd.core.service import Replica, Service, Stage
 from seallmd.core.state import NodeState
 
-# Between two looks, at least and at most: whenever the node is looked over anyway. Llumnix: every 0.05 s.
-LEAST_SECONDS, MOST_SECONDS = 0.1, 0.2
+LOOK_SECONDS = 0.2  # Llumnix pairs every 0.05 s
 REPAY = 2.0  # a move's gain has to be so many times what it costs: answers are not as long as expected
 
 
@@ -47,7 +46,7 @@ class Migration:
         """Look, often enough, whether requests would be better off elsewhere."""
         state = self._state
         self._spread = [service for service in state.services.values() if len(service.replicas) > 1]
-        if not state.settings.policy.migrate or state.now < self._looked_at + LEAST_SECONDS:
+        if not state.settings.policy.migrate or state.now < self._looked_at + LOOK_SECONDS:
             return
         self._looked_at = state.now
         rounds = Rounds(state)
@@ -60,7 +59,7 @@ class Migration:
     def calm_until(self) -> float:
         """As `wakeup.Part`."""
         looks = self._spread and self._state.settings.policy.migrate
-        return self._looked_at + MOST_SECONDS if looks else inf
+        return self._looked_at + LOOK_SECONDS if looks else inf
 
     def _best(self, rounds: Rounds, service: Service) -> _Move | None:
         """The move of one service's requests that shortens waits most, if any does by enough."""
