@@ -203,7 +203,8 @@ class Room:
                 self._state.preempt(request, "its service makes room for another")
         seniors = any(order < replica.admit_below for order in service.waiting)
         if not replica.running and not seniors:
-            self.evict(replica, _why_gone(service, replica))
+            closed = any(device.closed for device in self._state.group(replica))
+            self.evict(replica, "its device is being drained" if closed else _why_gone(service, replica))
 
     def _move_on(self, service: Service, replica: Replica) -> None:
         """Have what runs on a draining replica go on in others of its service, as far as these have room."""
