@@ -68,10 +68,12 @@ class Batcher:
                 return
             # A preempted request whose last rows are still on their way would be announced without the
             # token that they draw.
-            if request.inflight == 0 and not self._awaits_leader(request):
-                saved = request.saved
-                if saved is None or saved.copied or saved.devices == replica.devices:  # soon it is
-                    yield request
+            if (
+                request.inflight == 0
+                and not self._awaits_leader(request)
+                and not _awaits_copy(request, replica)
+            ):
+                yield request
 
     def _awaits_leader(self, request: Request) -> bool:
         """Whether another request is computing the prompt that this one will share."""
@@ -370,6 +372,12 @@ class _StepFormer:
             device.last_served = replica.service
             steps.append((device, Step(sent.id, replica.service, admits, tuple(rows.values()))))
         return steps
+
+
+def _awaits_copy(request: Request, replica: Replica) -> bool:
+    """Whether its KV is still on its way to host memory: until then only its sender may read it."""
+    saved = request.saved
+    return saved is not None and not saved.copied and saved.devices != replica.devices
 
 
 def _joined(first: Tables, second: Tables) -> Tables:

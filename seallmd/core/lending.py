@@ -21,9 +21,12 @@ def threads_for(state: NodeState, device: Device) -> int:
     own = state.settings.threads
     if not own:
         return 0
-    up = [other for other in state.devices.values() if other.arena is not None]
-    busy = sum(other is device or _is_busy(other) for other in up)
-    return own * (len(up) // busy)
+    return threads_among(state, sum(other is device or _is_busy(other) for other in _up(state)))
+
+
+def threads_among(state: NodeState, busy: int) -> int:
+    """Threads of each device where so many of those that are up have something to do."""
+    return state.settings.threads * (len(_up(state)) // max(1, busy))
 
 
 def speedup(threads: int, own: int, seconds: float, fixed: float) -> float:
@@ -35,6 +38,10 @@ def speedup(threads: int, own: int, seconds: float, fixed: float) -> float:
         return 1.0
     times = threads / own
     return float(seconds / (fixed / times**FIXED_GAIN + max(0.0, seconds - fixed) / times**TOKEN_GAIN))
+
+
+def _up(state: NodeState) -> list[Device]:
+    return [device for device in state.devices.values() if device.arena is not None]
 
 
 def _is_busy(device: Device) -> bool:

@@ -169,13 +169,13 @@ class SaveBlocks(Message, frozen=True):
 class RestoreBlocks(Message, frozen=True):
     """Copy slots `src[i]` of host memory for KV to blocks `dst[i]` of the arena.
 
-    copy: as in `SaveBlocks`. device: whose host memory; -1 = one's own.
+    copy: as in `SaveBlocks`. device: whose host memory.
     """
 
     src: tuple[int, ...]
     dst: tuple[int, ...]
     copy: int = 0
-    device: int = -1
+    device: int = 0
 
 
 # Bounds of compiling a grammar and of each step in it, by the names of llguidance's `LLParserLimits`: an

@@ -151,8 +151,9 @@ class Recovery:
             if row.epoch != request.epoch:  # it waits or moves: what this step was to write was never written
                 if request.landing:
                     self._state.restart(request)
-                self._state.drop_saved(request)
-                request.trusted = request.epoch
+                else:
+                    self._state.drop_saved(request)
+                    request.trusted = request.epoch
                 continue
             request.failures += 1
             if (alone and request.failures > 1) or request.failures > FAILURES_ALLOWED:

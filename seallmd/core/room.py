@@ -203,8 +203,7 @@ class Room:
                 self._state.preempt(request, "its service makes room for another")
         seniors = any(order < replica.admit_below for order in service.waiting)
         if not replica.running and not seniors:
-            closed = any(device.closed for device in self._state.group(replica))
-            self.evict(replica, "its device is being drained" if closed else _why_gone(service, replica))
+            self.evict(replica, self._why_gone(service, replica))
 
     def _move_on(self, service: Service, replica: Replica) -> None:
         """Have what runs on a draining replica go on in others of its service, as far as these have room."""
@@ -226,6 +225,13 @@ class Room:
                 for device in self._state.group(replica)
             )
         )
+
+    def _why_gone(self, service: Service, replica: Replica) -> str:
+        if service.evict_tickets:
+            return "asked by an operator"
+        if any(device.closed for device in self._state.group(replica)):
+            return "its device is being drained"
+        return "by plan" if replica.leaving else "another service waits"
 
     def evict(self, replica: Replica, why: str) -> None:
         """Take a replica without running requests out of its arenas; their memory is free at once."""
@@ -268,9 +274,3 @@ class Room:
         if not service.replicas:
             service.wanted = not service.evict_tickets and not service.outgoing
             self._state.answer(service.evict_tickets)
-
-
-def _why_gone(service: Service, replica: Replica) -> str:
-    if service.evict_tickets:
-        return "asked by an operator"
-    return "by plan" if replica.leaving else "another service waits"

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from seallmd.core.estimate import room_for
-from seallmd.core.lending import speedup
+from seallmd.core.lending import speedup, threads_among
 from seallmd.core.profile import ServiceProfile
 from seallmd.core.service import Replica, Service, Stage
 from seallmd.core.state import Device, NodeState
@@ -46,7 +46,10 @@ class Rounds:
         }
 
     def wait_seconds(self, parts: Iterable[Part]) -> float:
-        """From one token to the next, summed up over the requests of parts that are all on their devices."""
+        """From one token to the next, summed up over the requests of parts that are all on their devices.
+
+        Of a group that reaches beyond these devices, the others count as if they had nothing else to do.
+        """
         parts, state = list(parts), self._state
         whole: dict[int, float] = {}
         fixed: dict[int, float] = {}
@@ -57,10 +60,9 @@ class Rounds:
                 fixed[index] = fixed.get(index, 0.0) + least
         own = state.settings.threads
         if own:  # what others do not need is lent
-            up = [device for device in state.devices.values() if device.arena is not None]
-            elsewhere = sum(_is_busy(device) for device in up if device.index not in whole)
-            busy = elsewhere + sum(seconds > 0 for seconds in whole.values())
-            threads = own * (len(up) // max(1, busy))
+            others = (device for device in state.devices.values() if device.index not in whole)
+            busy = sum(map(_runs_any, others)) + sum(seconds > 0 for seconds in whole.values())
+            threads = threads_among(state, busy)
             for index, seconds in whole.items():
                 whole[index] = seconds and seconds / speedup(threads, own, seconds, fixed[index])
         return sum(requests * max(whole[index] for index in devices) for _, devices, requests in parts)
@@ -106,5 +108,5 @@ def _part(service: Service, replica: Replica) -> Part:
     return Part(service, replica.devices, len(replica.running) + waiting)
 
 
-def _is_busy(device: Device) -> bool:
+def _runs_any(device: Device) -> bool:
     return any(replica.running for replica in device.replicas.values())

@@ -29,7 +29,7 @@ OOM_SCORE = 500  # when memory runs out, the kernel takes a child, which is star
 
 # torch's own threads (OpenMP) would spin for work after each of its operations, on the cores that those of
 # the compiled operations want next (docs/log.md). Who has set it otherwise is heard.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
 
 _DECODER = msgspec.msgpack.Decoder(Exited)
 
@@ -53,7 +53,7 @@ class ForkServer:
         number = theirs.fileno()
         command = [sys.executable, "-m", "seallmd.worker.forkserver", str(number), str(os.getpid())]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, pass_fds=[number], env=ENVIRONMENT | os.environ
+            command, stdin=subprocess.DEVNULL, pass_fds=[number], env=_ENVIRONMENT | os.environ
         )
         theirs.close()
         self._sock = ours

@@ -124,13 +124,12 @@ class Contents:
                 raise Corruption(f"block {block} is saved as KV, but holds {held!r:.60}")
             self._host[self._index, slot] = list(held)
 
-    def restore(self, src: Sequence[int], dst: Sequence[int], device: int = -1) -> None:
+    def restore(self, src: Sequence[int], dst: Sequence[int], device: int) -> None:
         """Slots of host memory are copied to blocks. Raises Corruption for a slot that was never filled."""
-        home = self._index if device < 0 else device
         for slot, block in zip(src, dst, strict=True):
-            if (home, slot) not in self._host:
-                raise Corruption(f"slot {slot} of device {home} is restored, but nothing was saved there")
-            self._memory[block] = list(self._host[home, slot])
+            if (device, slot) not in self._host:
+                raise Corruption(f"slot {slot} of device {device} is restored, but nothing was saved there")
+            self._memory[block] = list(self._host[device, slot])
 
     def forget(self, requests: Sequence[int]) -> None:
         """Requests that are over, preempted or failed."""

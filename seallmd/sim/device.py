@@ -57,7 +57,7 @@ class Memory(Protocol):
         """Blocks are copied to slots of host memory."""
 
     def restore(self, src: Sequence[int], dst: Sequence[int], device: int) -> None:
-        """Slots of a device's host memory (-1: its own) are copied to blocks."""
+        """Slots of a device's host memory are copied to blocks."""
 
     def forget(self, requests: Sequence[int]) -> None:
         """Requests that are over."""

@@ -130,13 +130,12 @@ class Device(ABC):
         """
         return self._copy_kv(_rows(self._blocks(), blocks, self.host_kv.own, slots), blocks)
 
-    def restore(self, slots: Sequence[int], blocks: Sequence[int], device: int = -1) -> Done:
-        """Copy slots of a device's `host_kv` (-1: one's own) to blocks, after all that was enqueued.
+    def restore(self, slots: Sequence[int], blocks: Sequence[int], device: int) -> Done:
+        """Copy slots of a device's `host_kv` to blocks, after all that was enqueued.
 
         Raises as `save`, and OSError or MemoryError when another device's memory cannot be mapped.
         """
-        source = self.host_kv.own if device < 0 else self.host_kv.of(device)
-        return self._copy_kv(_rows(source, slots, self._blocks(), blocks), blocks)
+        return self._copy_kv(_rows(self.host_kv.of(device), slots, self._blocks(), blocks), blocks)
 
     def wait_for(self, tables: Iterable[Sequence[int]]) -> None:  # noqa: B027 - only where copies are late
         """Have what is enqueued from here on wait for the saving and restoring of these blocks."""

@@ -106,14 +106,13 @@ class Worker:
         recorder: Recorder | None = None,
     ) -> None:
         self._device = device
-        self._say = log_line(settings.name)
         self._rendezvous = Path(settings.rendezvous)
         self._block_bytes = settings.block_bytes
         self._threads = settings.threads
         self._send = send
         self._requests = Requests()
         self._grammars = grammar.Grammars()
-        self._models = Models(device, settings, self._say, recorder)
+        self._models = Models(device, settings, log_line(settings.name), recorder)
         self._resident: dict[str, Model] = {}
         self._arriving: deque[_Arrival] = deque()
         self._flight: _Flight | None = None
@@ -163,9 +162,9 @@ class Worker:
             case MoveBlocks():
                 self._move(message)
             case SaveBlocks(src, dst, copy):
-                self._kv_copies.append((copy, self._device.save(src, dst), self._flight))
+                self._ask_after(copy, self._device.save(src, dst))
             case RestoreBlocks(src, dst, copy, device):
-                self._kv_copies.append((copy, self._device.restore(src, dst, device), self._flight))
+                self._ask_after(copy, self._device.restore(src, dst, device))
             case Forget():
                 self._requests.forget(message.requests)
             case Ping():
@@ -184,8 +183,11 @@ class Worker:
             copy, _, before = self._kv_copies.popleft()
             if before is not None and before is self._flight:
                 self.land()
-            if copy:
-                self._send(BlocksCopied(copy))
+            self._send(BlocksCopied(copy))
+
+    def _ask_after(self, copy: int, done: Done) -> None:
+        if copy:
+            self._kv_copies.append((copy, done, self._flight))
 
     # -------------------------------------------------------------------------------------------- steps
 

@@ -42,11 +42,11 @@ def preempted() -> tuple[Contents, tuple[int, ...]]:
 def test_a_restored_prefix_is_what_was_saved() -> None:
     """The request goes on behind its restored KV and draws what it must; the slots keep what they hold."""
     contents, tokens = preempted()
-    contents.restore((9, 8), (7, 4))
+    contents.restore((9, 8), (7, 4), 0)
     assert contents.run(step(tokens, msg.Row(1, 7, 1, True, (7, 4)))) == (
         expected_output("s", PROMPT, 2, VOCAB)[1],
     )
-    contents.restore((9, 8), (11, 12))
+    contents.restore((9, 8), (11, 12), 0)
     contents.run(step(tokens, msg.Row(3, 7, 1, True, (11, 12))))
 
 
@@ -54,7 +54,7 @@ def test_a_restored_prefix_is_what_was_saved() -> None:
 def test_wrong_slots_are_found(slots: tuple[int, int]) -> None:
     """Slots in a wrong order, or of another prefix, are corruption as soon as a step reads them."""
     contents, tokens = preempted()
-    contents.restore(slots, (7, 4))
+    contents.restore(slots, (7, 4), 0)
     with pytest.raises(Corruption):
         contents.run(step(tokens, msg.Row(1, 7, 1, True, (7, 4))))
 
@@ -67,10 +67,10 @@ def test_nothing_is_saved_or_restored_that_is_not_there() -> None:
             contents.save((block,), (1,))
     contents.reset()
     with pytest.raises(Corruption, match="nothing was saved"):
-        contents.restore((5,), (7,))
+        contents.restore((5,), (7,), 0)
     with pytest.raises(Corruption, match="of device 3"):
-        contents.restore((9,), (7,), device=3)
-    contents.restore((9,), (7,))
+        contents.restore((9,), (7,), 3)
+    contents.restore((9,), (7,), 0)
 
 
 class Clock:
