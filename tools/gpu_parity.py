@@ -128,6 +128,6 @@ def copies_agree(device: Device, block_bytes: int) -> bool:
     blocks[:3].copy_(before)
     device.save([0, 1, 2], [2, 0, 1])
     blocks[:3].zero_()
-    device.restore([2, 0, 1], [0, 1, 2])
+    device.restore([2, 0, 1], [0, 1, 2], 0)
     device.wait_for([(0, 1, 2)])
     return torch.equal(blocks[:3].cpu(), before)
