@@ -87,7 +87,7 @@ class Engine:
         self.layer_weights = sum(weights) - sum(ends.values())
         fast = resident.fast
         self.what = (
-            "plain torch" if fast is None else f"{len(fast.layers)} of {len(shape.layers)} layers whole"
+            "plain torch" if fast is None else f"{len(fast.layers or ())} of {len(shape.layers)} layers whole"
         )
         if fast is not None and fast.stack is not None:
             self.what += ", in one call"
@@ -159,6 +159,7 @@ class Engine:
         table = self.free[: self.page.holding(len(tokens)) * self.page.blocks]
         span = Span(0, len(tokens), len(tokens), table)
         native = ops.compiled() if resident.fast is not None else None
+        assert resident.kv is not None, "it is bound"
         with answered_by(PagedBatch(resident.kv, [span], torch.device("cpu"), native)):
             ids, positions = torch.tensor([tokens]), torch.arange(len(tokens))[None]
             found: torch.Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=False).logits

@@ -236,6 +236,7 @@ class Bench:
         return done
 
     def _admit(self, count: int, prompt: int, tokens: int) -> tuple[list[msg.Admit], list[tuple[int, ...]]]:
+        assert self.resident.kv is not None, "it is bound"
         page, rng = self.resident.kv.page, random.Random(1)
         need = page.holding(tokens) * page.blocks
         tables = [tuple(self._free[n * need : (n + 1) * need]) for n in range(count)]
@@ -362,12 +363,12 @@ def bench_model(name: str, bench: Bench, sizes: Sizes, limits: Limits, weights: 
     batch = sizes.batches[0]
     plain, graphs = (bench.mixed(batch, _CHUNK, used) * 1e3 for used in (False, True))
     print(f"  decode {batch} beside a prompt of {_CHUNK} tokens: {plain:.2f} ms, from graphs {graphs:.2f}")
-    for tokens in sizes.prompts:
-        seconds = bench.prefill(tokens)
-        share = 2 * tokens * weights / limits.matrix / seconds
-        rate = tokens / seconds
+    for prompt in sizes.prompts:
+        seconds = bench.prefill(prompt)
+        share = 2 * prompt * weights / limits.matrix / seconds
+        rate = prompt / seconds
         print(
-            f"  prefill {tokens:5}: {seconds * 1e3:8.2f} ms, {rate:9.0f} tokens/s, {share:4.0%} of matrices"
+            f"  prefill {prompt:5}: {seconds * 1e3:8.2f} ms, {rate:9.0f} tokens/s, {share:4.0%} of matrices"
         )
     bench.swap_out()
     seconds = bench.swap_in()

@@ -32,7 +32,6 @@ class Bench:
 
     def __init__(self, services: int, policy: str) -> None:
         names = [f"service-{i}" for i in range(services)]
-        settings = PolicySettings(scheduler=policy, pipeline_depth=2)  # type: ignore[arg-type]
         settings = NodeSettings(
             services=tuple(
                 ServiceSettings(name=name, model=name, preload=True, max_waiting=1 << 20) for name in names
@@ -40,7 +39,7 @@ class Bench:
             devices=1,
             block_bytes=BLOCK,
             host_bytes=1 << 40,
-            policy=settings,
+            policy=PolicySettings(scheduler=policy, pipeline_depth=2),  # type: ignore[arg-type]
         )
         self.names = names
         self.node = Node(settings)

@@ -97,7 +97,8 @@ class Stream:
         }
         if self._chat:
             message = {"role": "user", "content": self._prompt}
-            chunks = await client.chat.completions.create(messages=[message], **common)
+            common["messages"] = [message]
+            chunks: Any = await client.chat.completions.create(**common)
         else:
             chunks = await client.completions.create(prompt=self._prompt, **common)
         async for chunk in chunks:

@@ -15,7 +15,7 @@ import torch
 
 from seallmd.core import messages as msg
 from seallmd.core.shapes import LayerShape
-from seallmd.worker.attention import Answerer, Call
+from seallmd.worker.attention import Answerer
 from seallmd.worker.device import Device
 from seallmd.worker.kv import KvView
 from seallmd.worker.ops import reference, trials
@@ -90,13 +90,17 @@ def attention_error(
     kernels: None for plain torch.
     """
     here = trials.scene_of(case, device, dtype)
-    shape, page = LayerShape(*here.call.key.shape[1::2], here.call.value.shape[3]), here.kv.page
+    (_, kv_heads, _, k_dim), v_dim = here.call.key.shape, here.call.value.shape[3]
+    shape, page = LayerShape(kv_heads, k_dim, v_dim), here.kv.page
     size = page.tokens * 4 * shape.kv_heads * (shape.k_dim + shape.v_dim)
     blocks = here.kv.views(0)[0].shape[0]
     kv = KvView(torch.zeros(blocks * size, dtype=torch.uint8), size, [shape], torch.float32)
     for mine, theirs in zip(kv.views(0), here.kv.views(0), strict=True):
         mine.copy_(theirs)
-    call = Call(*(t.cpu().float() if isinstance(t, torch.Tensor) else t for t in here.call))
+    widened = {
+        name: t.cpu().float() for name, t in here.call._asdict().items() if isinstance(t, torch.Tensor)
+    }
+    call = here.call._replace(**widened)
     expected = PagedBatch(kv, here.spans, _CPU).attend(call)
     if kernels is None:
         answerer: Answerer = PagedBatch(here.kv, here.spans, device)

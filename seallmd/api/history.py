@@ -171,7 +171,7 @@ def _service_changes(before: ServiceStatus, after: ServiceStatus) -> Iterator[_C
     if (swaps := after.swaps_in - before.swaps_in) > 0:
         where = f" on {_place(after.groups[-1])}" if after.groups else ""
         times = f", {swaps} times" if swaps > 1 else ""
-        yield "in", after.name, f"came in{where} in {after.last_swap_seconds:.2f} s{times}"
+        yield "in", after.name, f"came in{where} in {after.last_swap_seconds:.3f} s{times}"
     if after.reason and after.reason != before.reason:
         yield "failure", after.name, after.reason
     if (preempted := after.preemptions - before.preemptions) > 0:

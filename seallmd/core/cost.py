@@ -62,7 +62,8 @@ class Roofline(msgspec.Struct, frozen=True):
     and computing that is not hidden behind the longer; 1 where one core does both in turn. context_share: KV
     is read at this share of bytes_per_second (it is scattered, and attention is more than reading).
     reduce_seconds: of one sum over the ranks of a tensor-parallel group. contention: by how much a step is
-    slower, as a share, for each other device of the machine that runs one at the same time.
+    slower, as a share, for each other device of the machine that runs one at the same time. reads_host:
+    weights serve out of host memory until they have been copied.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Roofline(msgspec.Struct, frozen=True):
     context_share: float = 1.0
     reduce_seconds: float = 20e-6
     contention: float = 0.0
+    reads_host: bool = False
 
     def step(self, work: Work, tokens: int, context: int, rows: int) -> float:
         """Seconds of one step: weights and KV are read once, every token is multiplied with every layer."""
@@ -105,6 +107,7 @@ ROOFLINES = {
             context_share=0.19,
             reduce_seconds=0.6e-3,
             contention=0.09,
+            reads_host=True,
         ),
     )
 }

@@ -21,7 +21,7 @@ class Loads:
         self._state = state
         self._room = room
 
-    def copied(self, replica: Replica, device: Device, seconds: float) -> None:
+    def copied(self, replica: Replica, device: Device) -> None:
         """A device has its part of a service; with the last part it is resident."""
         replica.arrived.add(device.index)
         if len(replica.arrived) < len(replica.devices):
@@ -35,7 +35,7 @@ class Loads:
         service.swap_seconds += service.last_swap_seconds
         if all(index in service.former for index in replica.devices):
             service.return_seconds = service.last_swap_seconds
-        self._state.note(service.name, f"resident on {replica.place}, copied in {seconds:.3f} s")
+        self._state.note(service.name, f"resident on {replica.place} after {service.last_swap_seconds:.3f} s")
         self._state.answer(service.load_tickets)
 
     def copy_failed(self, replica: Replica, reason: str) -> None:

@@ -309,8 +309,9 @@ class Hello(Message, frozen=True):
 
 
 class CopyDone(Message, frozen=True):
-    """The service is resident. seconds: from the first byte copied to parameters bound. operations: what of
-    the model fast operations replaced, and how often."""
+    """The service is resident: it computes from the arena, or from its image until all has been copied, which
+    only its JobProgress shows then. seconds: since the copy was begun. operations: what of the model fast
+    operations replaced, and how often."""
 
     service: str
     seconds: float

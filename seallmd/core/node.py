@@ -38,7 +38,7 @@ from seallmd.core.residency import Residency
 from seallmd.core.room import Room
 from seallmd.core.scaling import Scaling
 from seallmd.core.scheduler import charge
-from seallmd.core.service import Image, Replica, Service
+from seallmd.core.service import Image, Replica, Service, Stage
 from seallmd.core.settings import NodeSettings
 from seallmd.core.sharing import Sharing
 from seallmd.core.state import Device, NodeState, SentStep
@@ -269,15 +269,18 @@ class Node:
                 self._state.blocks_copied(device.index, copy)
             case msg.StepFailed(step, reason, memory):
                 self._recovery.step_failed(device, device.inflight.pop(step), reason, memory=memory)
-            case msg.CopyDone(name, seconds, copy, operations):
+            case msg.CopyDone(name, _, copy, operations):
                 if replica := self._awaited(device, name, copy):
                     replica.operations = operations
-                    self._loads.copied(replica, device, seconds)
+                    self._loads.copied(replica, device)
             case msg.CopyFailed(name, reason, copy):
                 if replica := self._awaited(device, name, copy):
                     self._loads.copy_failed(replica, reason)
             case msg.JobProgress(name, stage, done, total):
-                self._on_progress(name, (stage, done, total))
+                # One may serve before all of it has been copied, or have been evicted meanwhile.
+                replica = device.replicas.get(name)
+                if replica is not None and replica.stage is Stage.COPYING:
+                    self._on_progress(name, (stage, done, total))
 
     def _on_progress(self, name: str, progress: tuple[str, int, int]) -> None:
         if name in self._state.services:  # else it has left the configuration meanwhile

@@ -169,7 +169,7 @@ def _counters(status: Record) -> list[tuple[str, str]]:
         ("tokens", f"{status['prompt_tokens']} in prompts, {status['output_tokens']} generated"),
         ("preempted", f"{status['preemptions']}, {status['saves']} of them to host memory"),
         ("moved to other devices", f"{status['migrations']} requests"),
-        ("brought in", f"{status['swaps_in']} times, last in {status['last_swap_seconds']:.2f} s"),
+        ("brought in", f"{status['swaps_in']} times, last in {status['last_swap_seconds']:.3f} s"),
     ]
 
 

@@ -163,7 +163,7 @@ def _device(service: Record) -> str:
 
 
 def _swaps(service: Record) -> str:
-    return f"{service['last_swap_seconds']:.2f} s" if service["swaps_in"] else "-"
+    return f"{service['last_swap_seconds']:.3f} s" if service["swaps_in"] else "-"
 
 
 def _leaves(service: Record) -> str:

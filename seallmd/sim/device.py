@@ -275,6 +275,8 @@ class SimDevice:
         seconds = self._take_link(sum(e.bytes_ for e in message.extents))
         ends = self._link_free_at
         self._later(ends - self._clock.now, self._end_copy, message, ends - seconds, seconds)
+        if self._timing.reads_host(self.index):
+            self._bind(message, 0.0)
 
     def _take_link(self, bytes_: int) -> float:
         """Copy something, behind what is being copied: one link per device. Seconds of the copy itself."""
@@ -295,8 +297,13 @@ class SimDevice:
             return  # dropped meanwhile
         del self._copying[message.service]
         self._span(message.service, "copy", began)
+        if not self._timing.reads_host(self.index):
+            self._bind(message, seconds)
+
+    def _bind(self, message: msg.CopyIn, seconds: float) -> None:
         if self.fail_copies:
             self.fail_copies -= 1
+            self._copying.pop(message.service, None)
             self._say(msg.CopyFailed(message.service, "made to fail", message.copy))
         else:
             self._memory.copy_ended(message)

@@ -39,13 +39,19 @@ class Timing(Protocol):
     def copy(self, device: int, bytes_: int) -> float:
         """Weights from the host to a device."""
 
+    def reads_host(self, device: int) -> bool:
+        """Whether weights serve before all of them have been copied."""
+
     def read(self, bytes_: int) -> float:
         """Weights from disk into a host image."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The same costs for every device and service, in seconds; copy_byte and read_byte: per byte."""
+    """The same costs for every device and service, in seconds; copy_byte and read_byte: per byte.
+
+    early: weights serve before they have been copied.
+    """
 
     step_fixed: float = 0.01
     step_token: float = 0.0002
@@ -53,6 +59,7 @@ class Costs:
     read_byte: float = 5e-10
     probe: float = 0.2
     start: float = 2.0
+    early: bool = False
 
     def step(
         self, _device: int, _service: str, tokens: int, _context: int, _rows: int, _ranks: int = 1
@@ -67,6 +74,10 @@ class Costs:
     def copy(self, _device: int, bytes_: int) -> float:
         """Proportional to the bytes."""
         return bytes_ * self.copy_byte
+
+    def reads_host(self, _device: int) -> bool:
+        """As given."""
+        return self.early
 
     def read(self, bytes_: int) -> float:
         """Proportional to the bytes."""
@@ -111,6 +122,10 @@ class RooflineTiming:
     def copy(self, device: int, bytes_: int) -> float:
         """At the rate of the device's link."""
         return self._devices[device].copy(bytes_)
+
+    def reads_host(self, device: int) -> bool:
+        """As CPUs do."""
+        return self._devices[device].reads_host
 
     def read(self, bytes_: int) -> float:
         """At the rate of the disk."""

@@ -31,7 +31,12 @@ Done = Callable[[], bool]  # whether a copy is over
 
 
 class Copy(ABC):
-    """Weights on their way into the arena, chunk by chunk."""
+    """Weights on their way into the arena, chunk by chunk.
+
+    image: where they come from, if steps can compute from there as well as from the arena; else None.
+    """
+
+    image: torch.Tensor | None = None
 
     @abstractmethod
     def advance(self) -> int:
@@ -227,15 +232,17 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 class _CpuCopy(Copy):
+    image: torch.Tensor
+
     def __init__(self, arena: torch.Tensor, image: torch.Tensor, extents: tuple[Extent, ...]) -> None:
-        self._arena, self._image = arena, image
+        self._arena, self.image = arena, image
         self._chunks = _chunks(extents)
 
     def advance(self) -> int:
         """Copies extents until a chunk's worth of bytes is done."""
         done = 0
         for to, at, size in self._chunks:
-            _copy(self._arena[to : to + size], self._image[at : at + size])
+            _copy(self._arena[to : to + size], self.image[at : at + size])
             done += size
             if done >= CHUNK_BYTES:
                 break

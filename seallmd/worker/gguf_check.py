@@ -39,7 +39,8 @@ class _Walk:
         self._alignment = 32
 
     def run(self) -> None:
-        magic, version, tensors, pairs = self._unpack("<4sIQQ")
+        magic = self._source.read(4)
+        version, tensors, pairs = self._unpack("<IQQ")
         if magic != b"GGUF" or version not in (2, 3):
             raise ModelRefused("the file is no GGUF of version 2 or 3")
         if max(tensors, pairs) > MAX_ENTRIES or tensors < 1:

@@ -107,7 +107,8 @@ class Grammars:
             text_of_file = file.read_text(encoding="utf-8")
             tokenizer = LLTokenizer(text_of_file, n_vocab=origin.vocabulary, eos_token=origin.end)
             self._tokenizers[origin] = tokenizer
-        return LLMatcher(tokenizer, text, log_level=0, limits=LLParserLimits(**GRAMMAR_LIMITS))
+        limits = LLParserLimits(**GRAMMAR_LIMITS)  # type: ignore[arg-type]  # all of them are numbers
+        return LLMatcher(tokenizer, text, log_level=0, limits=limits)
 
 
 def masks_of(

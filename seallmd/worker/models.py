@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from seallmd.core.messages import CopyIn, WorkerSettings
 from seallmd.core.shapes import LayerShape
 from seallmd.worker import ops, quantised
 from seallmd.worker.attention import run_recorded
-from seallmd.worker.binding import Weights
+from seallmd.worker.binding import Location, Weights
 from seallmd.worker.device import Device
 from seallmd.worker.graphs import GraphPool, Graphs, Recorder
 from seallmd.worker.group import ProcessGroup
@@ -84,6 +85,12 @@ class Model:
         for seat in self.seats:
             seat.peers = None
 
+    def bind(self, at: Location) -> None:
+        """Its weights are here from now on."""
+        self.weights.bind(at)
+        if self.fast is not None and self.kv is not None:
+            self.fast.bind(self.kv)
+
     def unbind(self) -> None:
         """Its weights' places belong to others."""
         if self.fast is not None:
@@ -113,6 +120,11 @@ class Models:
         if recorder is not None and settings.graph_bytes:
             self._pool = GraphPool(recorder, device.torch_device, settings.graph_bytes, say)
 
+    @property
+    def captures(self) -> bool:
+        """Whether models have graphs."""
+        return self._pool is not None
+
     def has(self, wanted: CopyIn) -> bool:
         """Whether the tree of what comes in is there."""
         known = self._known.get(wanted.service)
@@ -122,10 +134,17 @@ class Models:
         """Do not use its tree again."""
         self._known.pop(service, None)
 
-    def bind(self, wanted: CopyIn, config: PreTrainedConfig | None, group: ProcessGroup | None) -> Model:
-        """Give a service's tree the weights that have been copied. config: None where the tree is there.
+    def bind(
+        self,
+        wanted: CopyIn,
+        config: PreTrainedConfig | None,
+        group: ProcessGroup | None,
+        image: torch.Tensor | None = None,
+    ) -> Model:
+        """Give a service's tree its weights. config: None where the tree is there.
 
-        Raises RuntimeError, and whatever a model raises that does not run.
+        image: what to compute from until `arrive`; None when the weights have been copied. Raises
+        RuntimeError, and whatever a model raises that does not run.
         """
         if config is not None:
             former = self._known.pop(wanted.service, None)
@@ -136,22 +155,29 @@ class Models:
         sizes = tuple(extent.bytes_ for extent in wanted.extents)
         if sizes != known.layout.segments:
             raise RuntimeError("the extents do not fit the model")
-        known.weights.bind(wanted.extents, self._device.arena)
+        at = self._in_arena(wanted) if image is None else _in_image(wanted, image)
+        known.bind(at)
         if known.kv is None:
-            self._settle(known, wanted)
-        if known.fast is not None and known.kv is not None:
-            known.fast.bind(known.kv)
+            self._settle(known, wanted, at)
+            known.bind(at)
         if known.graphs is not None:
             known.graphs.place(wanted.extents)
         if group is not None:
             known.join(group)
         return known
 
-    def _settle(self, known: Model, wanted: CopyIn) -> None:
-        """Decide what only the real weights can show; they are bound."""
+    def arrive(self, wanted: CopyIn) -> None:
+        """From here on compute from the arena: the weights have been copied."""
+        self._known[wanted.service].bind(self._in_arena(wanted))
+
+    def _in_arena(self, wanted: CopyIn) -> Location:
+        return Location(self._device.arena, tuple(extent.arena_at for extent in wanted.extents))
+
+    def _settle(self, known: Model, wanted: CopyIn, at: Location) -> None:
+        """Decide what only the real weights can show; they are bound, and here."""
         if self.native is not None and known.wide is not None:
             weights = Weights(known.wide, known.layout)
-            weights.bind(wanted.extents, self._device.arena)
+            weights.bind(at)
             if runs_wide(known.wide, self.native):
                 known.model, known.weights = known.wide, weights
         known.wide = None
@@ -179,7 +205,7 @@ class Models:
         if self.native is not None and dtype.itemsize == 2:
             wide = wide_skeleton(config, model)
             fix_rope(wide, wanted.context)
-        seats = ()
+        seats: tuple[Seat, ...] = ()
         if wanted.group is not None:
             division = divide(model, wanted.group.rank, wanted.group.ranks)
             seats = tuple(sit(tree, division) for tree in (model, wide) if tree is not None)
@@ -189,6 +215,10 @@ class Models:
                     quantised.quantise(tree)
         layout = layout_of(model)
         return Model(_origin(wanted), model, layout, Weights(model, layout), wide=wide, seats=seats)
+
+
+def _in_image(wanted: CopyIn, image: torch.Tensor) -> Location:
+    return Location(image, tuple(extent.image_at for extent in wanted.extents))
 
 
 def _origin(wanted: CopyIn) -> Origin:

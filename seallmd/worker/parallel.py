@@ -279,16 +279,17 @@ class _VocabularyPart:
 
     def __init__(self, module: nn.Module, seat: Seat) -> None:
         self._seat = seat
-        self._rows = module._parameters["weight"].shape[0]  # type: ignore[union-attr]  # before it is quantised
+        self._rows = module._parameters["weight"].shape[0]  # before it is quantised
         self._here: torch.Tensor | None = None
         module.padding_idx = None  # of use in training alone, and perhaps outside the smaller table
 
     def before(self, _: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         """Ids -> rows of the part."""
         ids = given[0] - self._seat.rank * self._rows
-        self._here = (ids >= 0) & (ids < self._rows)
-        return (ids.where(self._here, 0), *given[1:])
+        self._here = here = (ids >= 0) & (ids < self._rows)
+        return (ids.where(here, 0), *given[1:])
 
     def after(self, _: nn.Module, __: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
         """[..., dim] of this part -> of all."""
+        assert self._here is not None, "an embedding's hooks run in turn"
         return self._seat.sum(out * self._here[..., None])

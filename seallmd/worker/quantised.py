@@ -178,7 +178,7 @@ def quantise(model: nn.Module) -> None:
     for whole, modules in owners.items():
         large = whole.dtype is REST_DTYPE and whole.ndim == 2 and whole.shape[0] >= PANEL
         if large and all(_takes(module, whole) for module in modules):
-            blocks = Blocks.empty(*whole.shape, device="meta")
+            blocks = Blocks.empty(whole.shape[0], whole.shape[1], device="meta")
             weight, scale = (nn.Parameter(t, requires_grad=False) for t in blocks[:2])
             for module in modules:
                 _convert(module, weight, scale, whole)

@@ -141,7 +141,7 @@ def _converted(source: Path, cache: Path, progress: Progress) -> Path:
 
 
 def _downloaded(model: str, cache: Path, progress: Progress) -> Path:
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):
         """Tells our caller what the bar would have shown."""
 
         def display(self, *_: object, **__: object) -> None:

@@ -233,7 +233,8 @@ class MixedStep(StaticStep):
             room = shape.tokens // size + min(shape.spans, shape.tokens // 2)
             self._cuts[size] = torch.empty(2, room, dtype=torch.int32, device=self.ids.device)
             self._cut(size)
-        return Tiles(*self._cuts[size], size, self._longest)
+        spans, starts = self._cuts[size]
+        return Tiles(spans, starts, size, self._longest)
 
     def _cut(self, size: int) -> None:
         """Put this step's tiles where the kernels look for them; the others belong to padding."""
@@ -248,7 +249,7 @@ class _PaddedTables(Tables):
     """Tables whose spans only the buffer knows. tiles: those of a size. numbers: as `Tables` takes them."""
 
     def __init__(self, tiles: Callable[[int], Tiles], *numbers: torch.Tensor) -> None:
-        super().__init__(*numbers, ())
+        super().__init__(*numbers, spans=())  # type: ignore[misc]  # as many as `Tables` takes
         self._room = tiles
 
     def finite(self, out: torch.Tensor) -> torch.Tensor:

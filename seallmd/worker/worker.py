@@ -62,23 +62,30 @@ class _Flight:
     leads: bool  # whether this rank tells the tokens
 
 
-@dataclass
+@dataclass(eq=False)
 class _Arrival:
-    """A service being copied in."""
+    """A service being copied in.
+
+    image: what it may compute from before all has been copied; None where it may not. bound: it does.
+    """
 
     wanted: CopyIn
     copy: Copy
     config: Future[PreTrainedConfig] | None  # None when its module tree is at hand
     joining: Joining | None  # None for a service on one device
+    image: torch.Tensor | None
     started: float | None = None
     done_bytes: int = 0
     told_bytes: int = 0
     copied: bool = False
+    bound: bool = False
 
-    def waits(self) -> bool:
-        """Whether it is here but for an import, or for the other ranks."""
+    def may_bind(self) -> bool:
+        """Whether it can compute from now on; it must not wait for an import, nor for the other ranks."""
+        if self.bound or not (self.copied or self.image is not None):
+            return False
         importing = self.config is not None and not self.config.done()
-        return importing or (self.joining is not None and not self.joining.done())
+        return not importing and (self.joining is None or self.joining.done())
 
     def parts(self) -> tuple[PreTrainedConfig | None, ProcessGroup | None]:
         """What it waited for. Raises what kept it from coming."""
@@ -88,7 +95,7 @@ class _Arrival:
     def stop(self) -> None:
         """It is not wanted any more."""
         self.copy.stop()
-        if self.joining is not None:
+        if self.joining is not None and not self.bound:
             self.joining.give_up()
 
 
@@ -129,7 +136,7 @@ class Worker:
     @property
     def binding(self) -> bool:
         """Whether what `advance` does next is no copy but a binding, some milliseconds of work or more."""
-        return bool(self._arriving) and self._arriving[0].copied
+        return any(arrival.may_bind() for arrival in self._arriving)
 
     @property
     def unprepared(self) -> bool:
@@ -316,47 +323,58 @@ class Worker:
         joining = None
         if wanted.group is not None:
             joining = Joining(wanted.group, self._device.torch_device, self._rendezvous)
-        self._arriving.append(_Arrival(wanted, copy, config, joining))
+        image = None if self._models.captures else copy.image  # graphs read the arena
+        self._arriving.append(_Arrival(wanted, copy, config, joining, image))
 
     def advance(self) -> bool:
-        """Do a piece of the oldest copy; False when there is nothing to do but wait for others.
+        """Bind what may compute from now on, or do a piece of the oldest copy; False when there is nothing to
+        do but wait for others.
 
         A service that waits for its import or its group holds up no copy behind it.
         """
-        arrival = next((a for a in self._arriving if not (a.copied and a.waits())), None)
-        if arrival is None:
-            return False
+        for arrival in self._arriving:
+            if arrival.may_bind():
+                self._bind(arrival)
+                return True
+        for arrival in self._arriving:
+            if not arrival.copied:
+                self._copy_piece(arrival)
+                return True
+        return False
+
+    def _copy_piece(self, arrival: _Arrival) -> None:
         if arrival.started is None:
             arrival.started = time.perf_counter()
-        if not arrival.copied:
-            piece = arrival.copy.advance()
-            arrival.done_bytes += piece
-            arrival.copied = piece == 0
+        piece = arrival.copy.advance()
+        arrival.done_bytes += piece
+        arrival.copied = piece == 0
+        if arrival.copied and arrival.bound:
+            self._models.arrive(arrival.wanted)
+            self._arriving.remove(arrival)
+        if arrival.copied or arrival.done_bytes >= arrival.told_bytes + _TELL_BYTES:
+            arrival.told_bytes = arrival.done_bytes
             total = sum(extent.bytes_ for extent in arrival.wanted.extents)
-            if piece and (
-                arrival.done_bytes == total or arrival.done_bytes >= arrival.told_bytes + _TELL_BYTES
-            ):
-                arrival.told_bytes = arrival.done_bytes
-                self._send(JobProgress(arrival.wanted.service, "copy", arrival.done_bytes, total))
-            return True
-        if arrival.waits():
-            return False
-        self._arriving.remove(arrival)
+            self._send(JobProgress(arrival.wanted.service, "copy", arrival.done_bytes, total))
+
+    def _bind(self, arrival: _Arrival) -> None:
         service = arrival.wanted.service
+        started = arrival.started or time.perf_counter()
         try:
-            self._resident[service] = self._models.bind(arrival.wanted, *arrival.parts())
+            image = None if arrival.copied else arrival.image
+            known = self._models.bind(arrival.wanted, *arrival.parts(), image)
         except torch.AcceleratorError:
             raise
         except Exception as error:  # noqa: BLE001 - a model that cannot be bound must not end its neighbours
             self._models.forget(service)
-            if arrival.joining is not None:
-                arrival.joining.give_up()
+            arrival.stop()
+            self._arriving.remove(arrival)
             self._send(CopyFailed(service, one_line(error), arrival.wanted.copy))
-        else:
-            seconds = time.perf_counter() - arrival.started
-            operations = self._resident[service].operations()
-            self._send(CopyDone(service, seconds, arrival.wanted.copy, operations))
-        return True
+            return
+        self._resident[service], arrival.bound = known, True
+        if arrival.copied:
+            self._arriving.remove(arrival)
+        seconds = time.perf_counter() - started
+        self._send(CopyDone(service, seconds, arrival.wanted.copy, known.operations()))
 
     def _drop(self, service: str) -> None:
         for arrival in list(self._arriving):

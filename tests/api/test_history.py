@@ -40,7 +40,7 @@ async def test_swaps_between_two_samples(fake: FakeEngine, history: History) -> 
     fake.states["m"] = {"swaps_in": 2, "last_swap_seconds": 0.25, "groups": ((0, 1),)}
     assert await told(history) == [
         ("out", "m", "left device 0"),
-        ("in", "m", "came in on devices 0+1 in 0.25 s"),
+        ("in", "m", "came in on devices 0+1 in 0.250 s"),
     ]
     fake.states["m"] = {"swaps_in": 2, "preemptions": 5, "groups": (), "reason": "no room"}
     assert await told(history) == [

@@ -27,6 +27,7 @@ from seallmd.core.settings import GroupSettings, ReplacementSettings
 from seallmd.core.shapes import ModelShape
 from seallmd.core.tiers import Tier
 from seallmd.core.transition import Bring, Change, Drop
+from seallmd.sim.timing import Costs
 from tests.core.helpers import Recorder, shape, world
 
 SERVICES: dict[str, ModelShape | str] = {
@@ -62,7 +63,8 @@ def stay(_demands: Sequence[Demand], _machine: Machine, near: Plan) -> Plan:
 class History:
     """A world and the random things that are done to it.
 
-    search: for plans; the real one takes most of the time of a history.
+    search: for plans; the real one takes most of the time of a history. early: weights serve before they have
+    been copied, as on CPUs.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class History:
         arenas: tuple[int, ...] = (48, 44),
         services: dict[str, ModelShape | str] = SERVICES,
         search: Callable[[Sequence[Demand], Machine, Plan], Plan] = stay,
+        early: bool = False,
         **options: object,
     ) -> None:
         self.random = random.Random(seed)
@@ -80,6 +83,7 @@ class History:
             arenas,
             min_residency_swaps=2.0,
             patience_seconds=0.5,
+            costs=Costs(early=early),
             **options,  # type: ignore[arg-type]
         )
         self.world = self.recorder.world
@@ -301,6 +305,7 @@ def test_long_history_with_faults(seed: int, policy: str) -> None:
     history = History(
         seed,
         policy=policy,
+        early=seed % 2 == 1,
         pipeline_depth=1 + seed % 3,
         step_tokens=8 + 8 * (seed % 6),
         host_kv=seed % 6 * 6,
@@ -377,7 +382,11 @@ def test_history_with_the_real_search(seed: int) -> None:
 def test_operators_at_work(seed: int) -> None:
     """Pins, drains, idle limits, groups and reloads among requests and faults: nothing is lost or stays."""
     history = History(
-        seed, arenas=(48, 44, 46)[: 1 + seed % 3], pipeline_depth=1 + seed % 2, host_kv=seed * 4
+        seed,
+        arenas=(48, 44, 46)[: 1 + seed % 3],
+        early=seed % 2 == 0,
+        pipeline_depth=1 + seed % 2,
+        host_kv=seed * 4,
     )
     for _ in range(1000):
         history.act(history.random.choice(ACTIONS + OPERATIONS * 2))

@@ -67,6 +67,7 @@ def make(seed: int, actions: int = ACTIONS_PER_HISTORY) -> Case:
         "kv_layout": draw.choice(("merged", "merged", "split")),
         "prefix_reuse": draw.random() < 0.8,
         "replicate_seconds": draw.choice((0.05, 1.0)),
+        "early": draw.random() < 0.3,
     }
     kinds = ACTIONS + HARDSHIPS + OPERATIONS * (draw.random() < 0.4)
     return Case(parallel, options, tuple((draw.choice(kinds), draw.getrandbits(32)) for _ in range(actions)))

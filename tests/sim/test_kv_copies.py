@@ -8,7 +8,7 @@ from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.sim.contention import Contention
 from seallmd.sim.contents import Contents, Corruption, expected_output
-from seallmd.sim.device import Blank, SimDevice
+from seallmd.sim.device import Blank, SimDevice, Span
 from seallmd.sim.group import Meetings
 from seallmd.sim.timing import Costs
 
@@ -111,3 +111,22 @@ def test_steps_wait_for_the_blocks_that_they_are_given(given: tuple[int, ...], e
     assert isinstance(event, ev.FromDevice)
     assert event.message == msg.StepDone(1, (), 1.0)
     assert at == ended
+
+
+@pytest.mark.parametrize(("early", "served"), [(True, 0.0), (False, 1.0)])
+def test_weights_that_serve_before_they_have_been_copied(early: bool, served: float) -> None:
+    """As on CPUs; the copy takes as long, and KV waits for it."""
+    clock = Clock()
+    costs = Costs(copy_byte=1 / BLOCK_BYTES, early=early)
+    spans: list[Span] = []
+    device = SimDevice(
+        *(clock, 0, 1 << 20, costs, Blank({}), Meetings(), Contention(clock, {}), spans.append),
+        block_bytes=BLOCK_BYTES,
+    )
+    device.start()
+    device.receive(WEIGHTS)
+    device.receive(msg.SaveBlocks((3,), (0,), 7))
+    clock.run()
+    answers = [(at, event.message) for at, event in clock.said[1:] if isinstance(event, ev.FromDevice)]
+    assert answers == [(served, msg.CopyDone("s", served)), (2.0, msg.BlocksCopied(7))]
+    assert [(span.began, span.ended) for span in spans] == [(0.0, 1.0)]

@@ -1,8 +1,7 @@
-"""The worker's messages: copies cancelled or failing, steps that fail, and what none of it may disturb."""
+"""The worker's messages: steps that fail, and what they may not disturb."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from seallmd.core import messages as msg
-from seallmd.worker import device, main
 from tests.worker.helpers import BLOCK_BYTES, GREEDY, Rig, Talk, plain, run_step, save_tiny
 
 
@@ -98,89 +96,6 @@ def test_dropped_service_cannot_step(loaded: Rig) -> None:
     loaded.evict("s")
     failed = loaded.step("s", [admit(1, [3])], [msg.Row(1, 0, 1, True)])
     assert "not resident" in failed.reason
-
-
-def test_cancelled_copy_says_nothing_and_writes_nothing(
-    loaded: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """DropWeights during a copy ends it: no CopyDone, and the extents may be given away at once."""
-    back = loaded.evict("s")
-    monkeypatch.setattr(device, "CHUNK_BYTES", 4096)
-    copy = msg.CopyIn("s", back[0].directory, "float32", 256, back[1], extents_of(loaded), 9)
-    loaded.worker.handle(copy)
-    for _ in range(3):
-        loaded.worker.advance()
-    loaded.worker.handle(msg.DropWeights("s"))
-    assert not loaded.worker.copying
-    assert not [m for m in loaded.said if not isinstance(m, msg.JobProgress)]
-    loaded.copy_in("s", *back)
-    run_step(loaded, plain(tmp_path / "m"), [(Talk(loaded, 1, "s", [3, 4, 5]), 3)])
-
-
-def extents_of(rig: Rig) -> tuple[msg.Extent, ...]:
-    extents, at = [], 0
-    for size in rig.shapes["s"].segments:
-        extents.append(msg.Extent(at, size, rig.take_run(-(-size // BLOCK_BYTES)) * BLOCK_BYTES))
-        at += size
-    return tuple(extents)
-
-
-@pytest.mark.parametrize("fault", ["image", "extents", "outside", "twice"])
-def test_failed_copy(fault: str, loaded: Rig) -> None:
-    """A copy that cannot be done is told with its number, and the worker goes on."""
-    image = loaded.sent["s"].image
-    directory = loaded.sent["s"].directory
-    if fault != "twice":
-        loaded.evict("s")
-    extents = extents_of(loaded)
-    if fault == "image":
-        image = "/proc/self/fd/9999"
-    if fault == "extents":
-        extents = extents[:-1]
-    if fault == "outside":
-        extents = (*extents[:-1], msg.Extent(extents[-1].image_at, extents[-1].bytes_, 1 << 40))
-    loaded.worker.handle(msg.CopyIn("s", directory, "float32", 256, image, extents, 3))
-    while loaded.worker.copying:
-        loaded.worker.advance()
-    failed = loaded.take()
-    assert isinstance(failed, msg.CopyFailed)
-    assert failed.copy == 3
-
-
-def test_residents_step_during_a_copy(loaded: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One message, then one chunk: steps are answered while a long copy is under way, and the copy ends."""
-    loaded.load("t", save_tiny(tmp_path / "t", "qwen2"))
-    probed, image = loaded.evict("t")
-    extents, at = [], 0
-    for size in probed.shape.segments:
-        extents.append(msg.Extent(at, size, loaded.take_run(-(-size // BLOCK_BYTES)) * BLOCK_BYTES))
-        at += size
-    monkeypatch.setattr(device, "CHUNK_BYTES", 4096)
-    monkeypatch.setattr(main, "_COPY_SHARE", 0)  # one piece a message, however long it took
-    talk = Talk(loaded, 1, "s", [3, 4, 5])
-    admits, row = talk.row(3)
-
-    class Script:
-        """Messages at once, then silence until the copy is done."""
-
-        def __init__(self) -> None:
-            self.messages: Iterator[Any] = iter(
-                [
-                    msg.CopyIn("t", probed.directory, "float32", 256, image, tuple(extents)),
-                    msg.Step(1, "s", tuple(admits), (row,)),
-                    *(msg.Step(2 + i, "s", (), (msg.Row(1, 3 + i, 1, True),)) for i in range(4)),
-                ]
-            )
-
-        def get(self, timeout: float | None) -> Any:
-            message = next(self.messages, None)
-            return msg.Shutdown() if message is None and timeout is None else message
-
-    main._serve(Script(), loaded.worker)  # type: ignore[arg-type]
-    said = [m for m in loaded.said if isinstance(m, msg.StepDone | msg.CopyDone)]
-    assert [type(m) for m in said] == [msg.StepDone] * 5 + [msg.CopyDone]
-    progress = [m for m in loaded.said if isinstance(m, msg.JobProgress)]
-    assert progress[-1].done == progress[-1].total == sum(probed.shape.segments)
 
 
 def test_draws_survive_batching_and_restart(loaded: Rig) -> None:

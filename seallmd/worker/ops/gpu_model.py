@@ -123,7 +123,7 @@ def _install_modules(model: nn.Module, kernels: Kernels) -> KnownNorms:
         if module in norms and kernels.norm is not None:
             module.forward = KernelNorm(norms[module], kernels.norm)
         elif isinstance(module, QuantisedLinear) and kernels.in_blocks is not None:
-            module.forward = KernelBlocks(module, kernels.in_blocks)
+            module.forward = KernelBlocks(module, kernels.in_blocks)  # type: ignore[method-assign]
         elif kernels.gated is not None and (unit := recognise_gated(module, kernels.gated)) is not None:
             module.forward = unit
     return norms
@@ -140,8 +140,8 @@ def recognise_gated(module: nn.Module, gated: Callable[..., torch.Tensor]) -> Ke
         return None
     unit, first = KernelGated(module, gated, activation), linears[0]
     x = torch.randn(3, shape_of(first)[1], generator=torch.Generator().manual_seed(1)).to(
-        first.weight.device,  # type: ignore[union-attr]
-        REST_DTYPE if isinstance(first, QuantisedLinear) else first.weight.dtype,  # type: ignore[union-attr]
+        first.weight.device,
+        REST_DTYPE if isinstance(first, QuantisedLinear) else first.weight.dtype,
     )
     try:
         agrees = difference(unit(x), type(module).forward(module, x)) <= TOLERANCES[x.dtype]

@@ -154,11 +154,11 @@ def _parts(layer: nn.Module, norms: KnownNorms) -> Parts | None:
     if "before_attention" not in known or "before_mlp" not in known:
         return None
     own = [*linears.values(), mlp, *(module for module in present.values() if module is not None)]
-    owned = {id(p) for module in own for p in module.parameters()}  # type: ignore[union-attr]
+    owned = {id(p) for module in own for p in module.parameters()}
     if {id(p) for p in layer.parameters()} != owned:
         return None
     optional = dict.fromkeys(("q_norm", "k_norm", "after_attention", "after_mlp"))
-    return Parts(**optional | known, **linears, mlp=mlp, unit=_unit(mlp))  # type: ignore[arg-type]
+    return Parts(**optional | known, **linears, mlp=mlp, unit=_unit(mlp))
 
 
 def _unit(mlp: nn.Module) -> Unit | None:
@@ -166,7 +166,7 @@ def _unit(mlp: nn.Module) -> Unit | None:
     activation = recognise_activation(getattr(mlp, "act_fn", None))
     if activation is None or not all(map(is_linear, linears)):
         return None
-    if {id(p) for p in mlp.parameters()} != {id(p) for linear in linears for p in linear.parameters()}:  # type: ignore[union-attr]
+    if {id(p) for p in mlp.parameters()} != {id(p) for linear in linears for p in linear.parameters()}:
         return None
     gate, up, down = linears
     return Unit(gate, up, down, activation)

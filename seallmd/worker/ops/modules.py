@@ -34,7 +34,7 @@ class KnownNorm(NamedTuple):
     @property
     def bound(self) -> reference.Norm:
         """As operations take it, with the weight that is bound now."""
-        return reference.Norm(self.module._parameters["weight"], self.eps, self.offset)  # type: ignore[arg-type]
+        return reference.Norm(self.module._parameters["weight"], self.eps, self.offset)
 
 
 KnownNorms = dict[nn.Module, KnownNorm]
@@ -45,7 +45,7 @@ def install(model: nn.Module, native: Native) -> KnownNorms:
     norms = known_norms(model)
     for module in model.modules():
         if isinstance(module, QuantisedLinear):
-            module.forward = FastBlocks(module, native)
+            module.forward = FastBlocks(module, native)  # type: ignore[method-assign]
         elif type(module) is nn.Linear and module.weight.dtype in DTYPE_CODES:
             module.forward = FastLinear(module, native)
         elif module in norms:
@@ -117,7 +117,7 @@ def _run(module: Callable[..., Any], *inputs: torch.Tensor) -> torch.Tensor | No
 def struct_of(linear: nn.Linear) -> Linear:
     """Where the weights of a linear layer lie, quantised or not. They must be bound."""
     weight = linear.blocks if isinstance(linear, QuantisedLinear) else linear._parameters["weight"]
-    return linear_struct(weight, linear._parameters["bias"])  # type: ignore[arg-type]
+    return linear_struct(weight, linear._parameters["bias"])
 
 
 class FastLinear:
@@ -129,7 +129,7 @@ class FastLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., k] -> [..., n], in the dtype of x."""
         module = self._module
-        if x.device.type != "cpu" or module._parameters["weight"].device.type != "cpu":  # type: ignore[union-attr]
+        if x.device.type != "cpu" or module._parameters["weight"].device.type != "cpu":
             return type(module).forward(module, x)
         if not x.numel():  # no row of a prompt's chunk draws a token; torch wants one dtype even of nothing
             return x.new_empty((*x.shape[:-1], shape_of(module)[0]))
@@ -173,5 +173,5 @@ class WideEmbedding:
         if isinstance(module, QuantisedEmbedding):
             rows = module.blocks.rows(numbers)
         else:
-            rows = module._parameters["weight"][numbers].float()  # type: ignore[index]
+            rows = module._parameters["weight"][numbers].float()
         return looked_up(self._shadow, rows, ids)

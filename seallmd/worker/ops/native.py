@@ -126,9 +126,10 @@ class Step:
     """Where the packed tokens of one step belong; shared by all layers."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
-        ours, tables, tokens = (_Span * len(spans))(), [], 0
+        ours, tokens = (_Span * len(spans))(), 0
+        tables: list[int] = []
         for at, span in enumerate(spans):
-            ours[at] = (span.first, span.tokens, span.context, len(tables))
+            ours[at] = _Span(span.first, span.tokens, span.context, len(tables))
             tables += span.table
             tokens += span.tokens
         # Everything pointed to must live as long as the pointers.

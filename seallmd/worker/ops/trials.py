@@ -215,7 +215,8 @@ def with_flash(
             f"{theirs * 1e6:.0f} us, Triton {ours * 1e6:.0f}",
         )
         say(f"attention of {case.name}: {winner} ({flash.NAME} {figures})")
-    return replace(kernels, flash=replace(library, **chosen)) if any(chosen.values()) else kernels
+    flash_for = replace(library, **chosen)  # type: ignore[arg-type]  # all of _TIMED are flags
+    return replace(kernels, flash=flash_for) if any(chosen.values()) else kernels
 
 
 def _short_dtypes(device: torch.device) -> list[torch.dtype]:
@@ -227,12 +228,12 @@ def _short_dtypes(device: torch.device) -> list[torch.dtype]:
 def _problem(trial: Callable[[], float], dtype: torch.dtype) -> str:
     """What is wrong with an operation, nothing where it agrees."""
     try:
-        error = trial()
+        off = trial()
     except torch.AcceleratorError:
         raise  # the device is lost to this process
     except Exception as error:  # noqa: BLE001 - compilers fail in many ways, and plain torch always runs
         return one_line(error)
-    return "" if error <= TOLERANCES[dtype] else f"it is off by {error:.1e}"
+    return "" if off <= TOLERANCES[dtype] else f"it is off by {off:.1e}"
 
 
 def _seconds_of(kernels: Kernels, scene: Scene, device: torch.device) -> float:
