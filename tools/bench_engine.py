@@ -106,7 +106,7 @@ class Engine:
         random.Random(0).shuffle(self.free)
 
     def _last(self, kind: type) -> Any:
-        said = self._said[-1]
+        said = [message for message in self._said if not isinstance(message, msg.JobProgress)][-1]
         self._said.clear()
         if not isinstance(said, kind):
             raise SystemExit(f"bench_engine: {said}")

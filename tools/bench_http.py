@@ -159,7 +159,7 @@ class Bench:
         return [(now, said.seconds) for now, said in self._heard() if isinstance(said, msg.StepDone)]
 
     def bringing_in(self) -> tuple[float, float]:
-        """Seconds that the host image took, and its copy into the arena, once the daemon has ended."""
+        """Seconds that the host image took, and coming in from there, once the daemon has ended."""
         said = [said for _, said in self._heard()]
         image = next(m.seconds for m in said if isinstance(m, msg.ImageReady))
         return image, next(m.seconds for m in said if isinstance(m, msg.CopyDone))
@@ -330,11 +330,11 @@ class Run:
                 used.append(bench.cpu_seconds())
             finally:
                 bench.end()
-            image, copy = bench.bringing_in()
+            image, coming = bench.bringing_in()
             ready = bench.ready - bench.started
             print(f"start, {name}: ready {ready:.2f} s after the command ({used[0]:.2f} s of CPU time),")
             print(f"  first token {first:.2f} s later ({used[1] - used[0]:.2f} s), ", end="")
-            print(f"host image {image:.2f} s, its copy and binding {copy:.2f} s", flush=True)
+            print(f"host image {image:.2f} s, coming in {coming:.2f} s", flush=True)
 
 
 def _spread(ratios: Sequence[float]) -> str:

@@ -83,7 +83,8 @@ def _serve(channel: Channel, worker: Worker) -> None:
             worker.prepare()
         if worker.copying_kv:
             worker.tell_copied()
-        progressed = _copy_for(worker, _COPY_SHARE * (time.perf_counter() - started))
+        share = _COPY_SHARE if worker.awaited else 0.0  # nobody waits for one that serves out of its image
+        progressed = _copy_for(worker, share * (time.perf_counter() - started))
 
 
 def _patience(worker: Worker, progressed: bool) -> float | None:

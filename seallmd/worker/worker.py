@@ -134,6 +134,11 @@ class Worker:
         return bool(self._arriving)
 
     @property
+    def awaited(self) -> bool:
+        """Whether a service cannot serve before its copy is complete."""
+        return any(not arrival.bound for arrival in self._arriving)
+
+    @property
     def binding(self) -> bool:
         """Whether what `advance` does next is no copy but a binding, some milliseconds of work or more."""
         return any(arrival.may_bind() for arrival in self._arriving)

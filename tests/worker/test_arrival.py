@@ -130,11 +130,10 @@ def test_failed_copy(fault: str, loaded: Rig) -> None:
     assert failed.copy == 9
 
 
-def test_residents_step_during_a_copy(loaded: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_residents_step_during_a_copy(loaded: Rig, tmp_path: Path) -> None:
     """One message, then one chunk: steps are answered while a long copy is under way, and the copy ends."""
     loaded.load("t", save_tiny(tmp_path / "t", "qwen2"))
     copy = coming(loaded, *loaded.evict("t"))
-    monkeypatch.setattr(main, "_COPY_SHARE", 0)  # one piece a message, however long it took
     admits, row = Talk(loaded, 1, "s", [3, 4, 5]).row(3)
 
     class Script:
