@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Hashable, Iterable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from seallmd.core.prefix import PrefixIndex
@@ -79,23 +80,22 @@ class Arena:
     # ------------------------------------------------------------------------------------- KV blocks
 
     def take(self, count: int) -> list[int]:
-        """`count` blocks with one reference each. The caller has looked at `available`."""
+        """`count` blocks with one reference each, free ones first. The caller has looked at `available`."""
         assert count <= self.available, f"{count} blocks wanted, {self.available} available"
-        return [self._take_one() for _ in range(count)]
-
-    def _take_one(self) -> int:
-        block = self._highest_free(self._state)
-        if block < 0:
-            block = next(iter(self._cached))
+        taken, state, refs, top = [], self._state, self._refs, self._top
+        for _ in range(min(count, self._counts[FREE])):
+            top = state.rfind(FREE, 0, top)  # everything above was seen to be taken
+            state[top], refs[top] = KV, 1
+            taken.append(top)
+        self._top = top
+        self._counts[FREE] -= len(taken)
+        for block in [*islice(self._cached, count - len(taken))]:
             self._uncache(block)
-        self._set(block, KV)
-        self._refs[block] = 1
-        return block
-
-    def _highest_free(self, state: bytearray) -> int:
-        block = state.rfind(FREE, 0, self._top)
-        self._top = block + 1  # everything above was seen to be taken
-        return block
+            state[block], refs[block] = KV, 1
+            taken.append(block)
+            self._counts[CACHED] -= 1
+        self._counts[KV] += len(taken)
+        return taken
 
     def share(self, block: int) -> None:
         """One more table names `block`, which is held or cached."""

@@ -66,11 +66,12 @@ class Migration:
         there = [replica for replica in service.replicas if replica.stage is Stage.RESIDENT]
         if len(there) < 2 or service.suspects or any(request.landing for request in service.running):
             return None
+        crowded = [replica for replica in there if replica.running and not rounds.is_best(replica)]
         found = [
             move
-            for former in there
+            for former in crowded
             for replica in there
-            if former is not replica and former.running
+            if former is not replica
             for move in self._moves(rounds, former, replica)
         ]
         best = max(found, key=lambda move: move.gain, default=None)

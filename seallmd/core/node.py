@@ -95,9 +95,9 @@ class Node:
         moves = state.moves
         self._on(event)
         devices = self._touched(event)
-        if self._is_calm(event, moves):
+        if type(event) is ev.FromDevice and type(event.message) is msg.StepDone and self._is_calm(moves):
             self._dispatch.fill(devices)
-            if self._is_calm(event, moves):
+            if self._is_calm(moves):
                 return state.actions
             devices = list(state.devices.values())
         while self._settle(devices):
@@ -105,11 +105,9 @@ class Node:
         self._look_ahead()
         return state.actions
 
-    def _is_calm(self, event: ev.Event, moves: int) -> bool:
-        """Whether an event was but a step that ended, and there have been no more moves than so many."""
+    def _is_calm(self, moves: int) -> bool:
+        """Whether a step that ended concerns its devices alone; no more moves than so many have been made."""
         state = self._state
-        if type(event) is not ev.FromDevice or type(event.message) is not msg.StepDone:
-            return False
         return state.moves == moves and state.now < self._calm_until and not state.stranded
 
     def _look_ahead(self) -> None:

@@ -45,6 +45,20 @@ class Rounds:
             for replica in device.replicas.values()
         }
 
+    def is_best(self, replica: Replica) -> bool:
+        """Whether what a replica has to run cannot get its tokens faster anywhere: it is one request, alone.
+
+        Never told where idle devices lend their threads.
+        """
+        state = self._state
+        if state.settings.threads or len(replica.running) > 1:
+            return False
+        return not any(
+            state.services[other.service].waiting or (other.running and other is not replica)
+            for device in state.group(replica)
+            for other in device.replicas.values()
+        )
+
     def wait_seconds(self, parts: Iterable[Part]) -> float:
         """From one token to the next, summed up over the requests of parts that are all on their devices.
 
@@ -86,8 +100,7 @@ class Rounds:
             return known
         profile = service.profile
         assert profile is not None
-        most = self._most_rows(service, profile)
-        rows = min(requests, most)
+        rows = requests if requests <= 1 else min(requests, self._most_rows(service, profile))
         context = profile.prompt_tokens + profile.output_tokens / 2
         steps = requests / rows
         seconds = steps * profile.costs.predict(rows, rows * context), steps * profile.costs.predict(0, 0)

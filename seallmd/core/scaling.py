@@ -102,6 +102,8 @@ def _would_pay(state: NodeState, rounds: Rounds, service: Service, idle: list[De
         return False  # as of most services
     if service.evict_tickets or any(replica.stage is not Stage.RESIDENT for replica in replicas):
         return False
+    if all(map(rounds.is_best, replicas)):
+        return False
     parts = rounds.parts_on(state.devices_of(replicas))
     before = rounds.wait_seconds(parts.values())
     if before < limits.replicate_gain * rounds.least_seconds(parts.values()):

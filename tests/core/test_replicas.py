@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from seallmd.core import events as ev
+from seallmd.core.rounds import Rounds
 from seallmd.core.settings import ReplacementSettings
 from seallmd.core.status import ServiceStatus
 from tests.core.helpers import Recorder, shape, world
@@ -153,3 +154,19 @@ def test_an_operator_says_where_a_replica_goes() -> None:
     for ticket, devices in enumerate(((here,), (0, 1), (7,)), 2):  # there already, too many, unknown
         recorder.world.happen(ev.LoadWanted(ticket, "a", devices))
         assert "cannot come to" in recorder.answers[ticket]
+
+
+def test_a_request_alone_is_as_well_off_as_can_be() -> None:
+    """What is left out for being quicker to see is what the prediction would say, too."""
+    recorder, seen = two_devices(), set()
+    for request, service in enumerate("aabab", 1):
+        recorder.arrive(request, service, (request, 1), 10 * request)
+    while recorder.world.step():
+        state = recorder.world.node.state
+        rounds = Rounds(state)
+        for replica in (r for service in state.services.values() for r in service.replicas if r.running):
+            parts = rounds.parts_on(state.group(replica)).values()
+            least = rounds.wait_seconds(parts) <= rounds.least_seconds(parts) * 1.000001
+            seen.add((rounds.is_best(replica), least))
+    assert (True, False) not in seen
+    assert seen >= {(True, True), (False, False)}
