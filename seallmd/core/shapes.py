@@ -58,7 +58,9 @@ class ModelShape(msgspec.Struct, frozen=True, gc=False):
         for shard in self.shards:
             if shard.ranks == ranks:
                 return shard
-        raise ValueError(f"{self.architecture} cannot be split over {ranks} devices")
+        feasible = " or ".join(str(shard.ranks) for shard in self.shards)
+        instead = f"only over {feasible}" if feasible else "it has to be on one"
+        raise ValueError(f"{self.architecture} cannot be split over {ranks} devices: {instead}")
 
     @property
     def kv_bytes_per_token(self) -> int:

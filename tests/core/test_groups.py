@@ -29,7 +29,7 @@ def test_a_model_that_cannot_be_split_is_refused() -> None:
     services = {"big": shape(64, segments=(16384,)), "a": shape()}
     recorder = world(services, arenas=(40, 40), tensor_parallel={"a": 2})
     assert "needs" in status_of(recorder, "big").reason
-    assert "cannot be split over 2 devices" in status_of(recorder, "a").reason
+    assert "cannot be split over 2 devices: it has to be on one" in status_of(recorder, "a").reason
 
 
 def test_parts_of_the_image_go_to_their_ranks() -> None:
