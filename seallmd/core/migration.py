@@ -46,7 +46,8 @@ class Migration:
         """Look, often enough, whether requests would be better off elsewhere."""
         state = self._state
         self._spread = [service for service in state.services.values() if len(service.replicas) > 1]
-        if not state.settings.policy.migrate or state.now < self._looked_at + LOOK_SECONDS:
+        looks = self._spread and state.settings.policy.migrate
+        if not looks or state.now < self._looked_at + LOOK_SECONDS:
             return
         self._looked_at = state.now
         rounds = Rounds(state)

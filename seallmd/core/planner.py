@@ -73,7 +73,7 @@ class Planner:
         """As `wakeup.Part`."""
         if not self.enabled or self._state.draining:
             return inf
-        return -inf if self._steps else self._tick_at
+        return self._step_ends if self._steps else self._tick_at
 
     def next_wakeup(self) -> float:
         """When a Tick is wanted; inf: never, as on an idle node."""

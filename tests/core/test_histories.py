@@ -60,6 +60,9 @@ def stay(_demands: Sequence[Demand], _machine: Machine, near: Plan) -> Plan:
     return near
 
 
+EAGER = ReplacementSettings(min_interval_seconds=2.0, max_interval_seconds=8.0, drift=1.5)
+
+
 class History:
     """A world and the random things that are done to it.
 
@@ -369,8 +372,7 @@ def test_without_faults_everything_succeeds(seed: int) -> None:
 @pytest.mark.parametrize("seed", seeds(1))
 def test_history_with_the_real_search(seed: int) -> None:
     """Plans that the search finds are looked for, moved to and given up while everything else goes on."""
-    eager = ReplacementSettings(min_interval_seconds=2.0, max_interval_seconds=8.0, drift=1.5)
-    history = History(seed, (60, 56), search=place, replacement=eager, host_kv=12)
+    history = History(seed, (60, 56), search=place, replacement=EAGER, host_kv=12)
     for _ in range(400):
         history.act(history.random.choice(REPLAYABLE))
     history.finish()
@@ -465,28 +467,30 @@ def test_same_history_gives_same_actions() -> None:
     assert first.outputs == second.outputs
 
 
-@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "parallel", "planned"])
 @pytest.mark.parametrize("seed", seeds(2))
-def test_what_calm_leaves_out_would_have_changed_nothing(seed: int, parallel: bool) -> None:
+def test_what_calm_leaves_out_would_have_changed_nothing(seed: int, kind: str) -> None:
     """A node that settles after every event does the same as one that does not while it is calm."""
     options: dict[str, object] = {"host_kv": 6, "replicate_seconds": 0.2, "pipeline_depth": 1 + seed}
-    if parallel:
+    if kind == "parallel":
         options["tensor_parallel"] = {"pair": 2, "trio": 3}
         history = History(seed, (48, 44, 46), PARALLEL, **options)
+    elif kind == "planned":
+        history = History(seed, (60, 56), search=place, replacement=EAGER, **options)
     else:
         history = History(seed, (60, 56), **options)
     restless = deepcopy(history.world.node)
-    restless._is_calm = lambda _event, _moves: False  # type: ignore[method-assign]
+    restless._is_calm = lambda _moves: False  # type: ignore[method-assign]
     follow, calm, node = history.recorder.observe, 0, history.world.node
 
     def observe(event: ev.Event, actions: list[ev.Action]) -> None:
         nonlocal calm
         assert restless.handle(event, history.world.now) == actions
-        calm += node._is_calm(event, node.state.moves)
+        calm += type(event) is ev.FromDevice and node._is_calm(node.state.moves)
         follow(event, actions)
 
     history.world._observe = observe
     for _ in range(400):
         history.act(history.random.choice(REPLAYABLE + OPERATIONS))
     history.finish()
-    assert calm > 0.1 * len(history.world.history), "the node was never calm"
+    assert calm, "the node was never calm"
