@@ -261,7 +261,8 @@ class Node:
                 sent = device.inflight.pop(message.step)
                 device.steps += 1
                 if sent.leader == device.index:  # the other ranks have nothing to tell
-                    self._state.tell(message)
+                    if message.scores or message.pooled or message.failed:
+                        self._state.tell(message, sent)
                     self._on_step_done(sent, message.tokens, message.seconds)
             case msg.BlocksCopied(copy):
                 self._state.blocks_copied(device.index, copy)

@@ -267,7 +267,10 @@ class Room:
     def break_up(self, replica: Replica) -> None:
         """A replica that cannot go on: its requests start over, and it comes in again if it may."""
         for request in list(replica.running.values()):
-            self._state.restart(request)
+            if request.landing:  # its KV has not left host memory
+                self._state.preempt(request, "where it was to go on is lost")
+            else:
+                self._state.restart(request)
         service = self.remove(replica)
         if len(replica.devices) > 1:
             self.distrust_kv(service)

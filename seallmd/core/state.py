@@ -256,18 +256,22 @@ class NodeState:
             request.saved = None
             self.services[request.service].changed()
 
-    def tell(self, done: StepDone) -> None:
+    def tell(self, done: StepDone, sent: SentStep) -> None:
         """Pass on log-probabilities and parts of vectors, and end what failed in a step that went well.
 
-        Whichever life of a request they are of: what was told is not asked for again.
+        Whichever life of a request they are of: what was told is not asked for again. But not of rows whose
+        tokens do not count: those come again, and all that belongs to them.
         """
+        void = {row.request.id for row in sent.rows if row.epoch < row.request.trusted}
         for scores in done.scores:
-            if (request := self.requests.get(scores.request)) is not None:
+            request = self.requests.get(scores.request)
+            if request is not None and request.id not in void:
                 if scores.position < request.prompt:
                     request.told = scores.position + scores.tokens
                 self.actions.append(Scored(request.id, scores))
         for pooled in done.pooled:
-            if (request := self.requests.get(pooled.request)) is not None:
+            request = self.requests.get(pooled.request)
+            if request is not None and request.id not in void:
                 request.told = pooled.position + pooled.tokens
                 self.actions.append(Embedded(request.id, pooled))
         for row in done.failed:

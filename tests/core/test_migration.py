@@ -34,7 +34,8 @@ class Crowd:
         self.sent: list[tuple[int, msg.Message]] = []
         self.recorder.world._observe = self.observe
         for request in range(1, requests + 1):
-            self.recorder.arrive(request, "ab"[request % 2], tuple(range(request, request + 9)), TOKENS)
+            prompt = tuple(range(request, request + 9))
+            self.recorder.arrive(request, "ab"[request % 2], prompt, TOKENS, scores=True)
 
     def observe(self, event: ev.Event, actions: list[ev.Action]) -> None:
         self.sent += [(a.device, a.message) for a in actions if isinstance(a, ev.ToDevice)]
@@ -127,11 +128,30 @@ def test_a_client_leaves_meanwhile() -> None:
 
 @pytest.mark.parametrize("device", [0, 1])
 def test_a_worker_dies_meanwhile(device: int) -> None:
-    """The one that it leaves, or the one that it goes to: it starts over from its tokens."""
-    crowd = Crowd()
-    crowd.until_landing()
+    """The one that it leaves: it starts over from its tokens. The one that it goes to: its KV is still there.
+
+    A step that the former has not ended counts in either case, or is computed again with all that it told.
+    """
+    crowd = Crowd(prefix_reuse=False)
+    request = crowd.until_landing()
     crowd.recorder.world.devices[device].kill(restart_after=0.5)
     crowd.finish()
+    assert (crowd.prefill_tokens(request) == 9) == (device == 1)
+
+
+def test_what_a_step_tells_counts_as_its_tokens_do() -> None:
+    """A step may end after what its requests had was given up: its tokens come again, and so do their scores."""
+    crowd = Crowd(Costs(step_fixed=0.05, copy_byte=1e-4))  # a step is under way when its request goes
+    state, number = crowd.recorder.world.node.state, crowd.until_landing()
+    sent = next(s for s in state.devices[0].inflight.values() if number in {r.request.id for r in s.rows})
+    request = state.requests[number]
+    done = msg.StepDone(sent.id, (1,), 0.1, (msg.Scores(number, len(request.tokens), 0, b"", b"", b""),))
+    state.actions = []
+    state.tell(done, sent)
+    assert [type(action) for action in state.actions] == [ev.Scored]
+    request.trusted, state.actions = request.epoch, []
+    state.tell(done, sent)
+    assert not state.actions
 
 
 def test_the_former_worker_dies_when_all_has_been_copied() -> None:

@@ -46,7 +46,7 @@ async def test_status(control: Path) -> None:
         "512 MiB",
         "4096",
         "bfloat16",
-        "0.420 s",
+        "0.421 s",
     ):
         assert part in rows["busy[red]"]
     assert "reading 25%" in rows["slow"]
