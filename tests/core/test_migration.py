@@ -140,7 +140,7 @@ def test_a_worker_dies_meanwhile(device: int) -> None:
 
 
 def test_what_a_step_tells_counts_as_its_tokens_do() -> None:
-    """A step may end after what its requests had was given up: its tokens come again, and so do their scores."""
+    """A step may end after what its requests had was given up: its tokens come again, and their scores."""
     crowd = Crowd(Costs(step_fixed=0.05, copy_byte=1e-4))  # a step is under way when its request goes
     state, number = crowd.recorder.world.node.state, crowd.until_landing()
     sent = next(s for s in state.devices[0].inflight.values() if number in {r.request.id for r in s.rows})
