@@ -74,23 +74,18 @@ class _Predictor:
         }
         self.tries = 0
         self._max_rows = machine.max_rows
+        of: dict[int, list[Work]] = {}
+        for (service, _), work in self.works.items():
+            of.setdefault(service, []).append(work)
+        # What a second of a service's requests counts; weighted seconds of one that has a group to itself.
+        self.weight = {service: works[0].weight for service, works in of.items()}
+        self.alone = {service: min(w.weight * w.alone() for w in works) for service, works in of.items()}
         number = {demand.name: i for i, demand in enumerate(demands)}
         pairs = ((number.get(one), number.get(other)) for one, other in machine.apart)
         self._apart = {pair for pair in pairs if None not in pair}
         self._known: dict[tuple[int, int], float] = {}
         self._bits: dict[tuple[int, int, int, bool, int], int] = {}  # keys are guests
         self._guests: list[_Guest] = []  # of each bit
-
-    def _of(self, service: int) -> Iterator[Work]:
-        return (work for (owner, _), work in self.works.items() if owner == service)
-
-    def weight(self, service: int) -> float:
-        """What a second of the service's requests counts in the objective."""
-        return next(self._of(service)).weight
-
-    def alone(self, service: int) -> float:
-        """Weighted seconds of the service if it had a group to itself."""
-        return min(work.weight * work.alone() for work in self._of(service))
 
     def bit(self, service: int, ranks: int, replicas: int, visiting: bool, touched: int = 1) -> int:
         """A guest as contents."""
@@ -159,8 +154,8 @@ class _Layout:
         self._arenas = [cell.arena for cell in cells]
         self._contents = [sum(predictor.bit(*guest) for guest in cell.placed) for cell in cells]
         self._costs = [predictor.cost(*cell) for cell in zip(self._arenas, self._contents, strict=True)]
-        self._lost = {s: predictor.weight(s) * NOWHERE_SECONDS for s in order}
-        self._least = _LEAST_GAIN * sum(predictor.alone(s) for s in order)
+        self._lost = {s: predictor.weight[s] * NOWHERE_SECONDS for s in order}
+        self._least = _LEAST_GAIN * sum([predictor.alone[s] for s in order])
         self.objective = sum(self._costs) + sum(self._lost.values())
         self._changes = 0
         self._vain: dict[tuple[_Choices, int], int] = {}  # when a service's choices last gained too little

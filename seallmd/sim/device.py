@@ -216,7 +216,8 @@ class SimDevice:
         """A message from the daemon."""
         if self.alive:
             self._queue.append(message)
-            self._work()
+            if not self._busy:
+                self._work()
 
     def _later(self, seconds: float, do: Callable[..., None], *what: object) -> None:
         self._clock.after(seconds, partial(self._unless_dead, self.generation, do, *what))
