@@ -106,7 +106,7 @@ class Node:
         return state.actions
 
     def _is_calm(self, moves: int) -> bool:
-        """Whether a step that ended concerns its devices alone; no more moves than so many have been made."""
+        """Whether a step that ended concerns its devices alone. moves: how many there had been before it."""
         state = self._state
         return state.moves == moves and state.now < self._calm_until and not state.stranded
 

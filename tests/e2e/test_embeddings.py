@@ -107,12 +107,18 @@ def test_beside_generation(daemon: Daemon, reference: Reference, vectors: Vector
 def test_after_forced_preemption(
     small_daemon: Daemon, reference: Reference, vectors: Vectors, model: str, host_kv: str
 ) -> None:
-    """Too little memory for all: what was pooled before a preemption counts once."""
+    """Too little memory for all: what was pooled before a preemption counts once.
+
+    Who meets whom depends on when requests come, so they come until somebody was in another's way.
+    """
     texts = short_prompts()
-    tokens, embedded = asyncio.run(_mixed(small_daemon, model, texts))
-    assert tokens == reference[model][: len(texts)]
-    same(embedded, vectors[model][: len(texts)])
-    status = small_daemon.service(model)
+    for _ in range(8):
+        tokens, embedded = asyncio.run(_mixed(small_daemon, model, texts))
+        assert tokens == reference[model][: len(texts)]
+        same(embedded, vectors[model][: len(texts)])
+        status = small_daemon.service(model)
+        if status["saves" if host_kv != "0 B" else "preemptions"] > 0:
+            break
     assert status["preemptions"] > 0, "nothing was preempted: the test shows nothing"
     assert (status["saves"] > 0) == (host_kv != "0 B")
 
