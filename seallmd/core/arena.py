@@ -89,12 +89,12 @@ class Arena:
             taken.append(top)
         self._top = top
         self._counts[FREE] -= len(taken)
+        self._counts[KV] += len(taken)
         for block in [*islice(self._cached, count - len(taken))]:
             self._uncache(block)
-            state[block], refs[block] = KV, 1
+            self._set(block, KV)
+            refs[block] = 1
             taken.append(block)
-            self._counts[CACHED] -= 1
-        self._counts[KV] += len(taken)
         return taken
 
     def share(self, block: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from math import inf
+from typing import TypeGuard
 
 from msgspec.structs import replace
 
@@ -95,7 +96,7 @@ class Node:
         moves = state.moves
         self._on(event)
         devices = self._touched(event)
-        if type(event) is ev.FromDevice and type(event.message) is msg.StepDone and self._is_calm(moves):
+        if _is_step_done(event) and self._is_calm(moves):
             self._dispatch.fill(devices)
             if self._is_calm(moves):
                 return state.actions
@@ -132,7 +133,7 @@ class Node:
         have replicas: what they share of their requests, and whom their claims keep waiting.
         """
         state = self._state
-        if type(event) is ev.FromDevice and type(event.message) is msg.StepDone:
+        if _is_step_done(event):
             return state.beside(event.device)
         if type(event) is ev.Arrived and event.service in state.services:
             return state.devices_of(state.services[event.service].replicas)
@@ -412,3 +413,7 @@ class Node:
     def status(self, now: float) -> NodeStatus:
         """The report of this moment."""
         return node_status(self._state, self._places, now)
+
+
+def _is_step_done(event: ev.Event) -> TypeGuard[ev.FromDevice]:
+    return type(event) is ev.FromDevice and type(event.message) is msg.StepDone

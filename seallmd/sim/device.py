@@ -172,6 +172,7 @@ class SimDevice:
         self._meetings = meetings
         self._contention = contention
         self._contends = contention.contends(index)
+        self._reads_host = timing.reads_host(index)
         self._on_span = on_span
         self.index = index
         self.arena_bytes = arena_bytes
@@ -276,7 +277,7 @@ class SimDevice:
         seconds = self._take_link(sum(e.bytes_ for e in message.extents))
         ends = self._link_free_at
         self._later(ends - self._clock.now, self._end_copy, message, ends - seconds, seconds)
-        if self._timing.reads_host(self.index):
+        if self._reads_host:
             self._bind(message, 0.0)
 
     def _take_link(self, bytes_: int) -> float:
@@ -298,7 +299,7 @@ class SimDevice:
             return  # dropped meanwhile
         del self._copying[message.service]
         self._span(message.service, "copy", began)
-        if not self._timing.reads_host(self.index):
+        if not self._reads_host:
             self._bind(message, seconds)
 
     def _bind(self, message: msg.CopyIn, seconds: float) -> None:

@@ -50,7 +50,7 @@ class Timing(Protocol):
 class Costs:
     """The same costs for every device and service, in seconds; copy_byte and read_byte: per byte.
 
-    early: weights serve before they have been copied.
+    early: what `reads_host` answers.
     """
 
     step_fixed: float = 0.01

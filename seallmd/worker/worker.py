@@ -136,7 +136,7 @@ class Worker:
     @property
     def awaited(self) -> bool:
         """Whether a service cannot serve before its copy is complete."""
-        return any(not arrival.bound for arrival in self._arriving)
+        return any(arrival.image is None for arrival in self._arriving)
 
     @property
     def binding(self) -> bool:

@@ -190,17 +190,23 @@ class Rig:
         assert isinstance(ready, msg.ImageReady), ready
         self.copy_in(service, probed, ready.path)
 
-    def copy_in(self, service: str, probed: msg.Probed, image: str) -> None:
-        """Copy to scattered runs of blocks and wait for the end."""
+    def coming(self, probed: msg.Probed, image: str, **fields: Any) -> msg.CopyIn:
+        """The message that brings a service in, to scattered runs of blocks."""
         extents, at = [], 0
         for size in probed.shape.segments:
             extents.append(
                 msg.Extent(at, size, self.take_run(-(-size // self.block_bytes)) * self.block_bytes)
             )
             at += size
-        shape = probed.shape
-        copy = msg.CopyIn(service, probed.directory, shape.dtype, shape.context, image, tuple(extents), 5)
-        self.sent[service] = copy
+        shape, given = probed.shape, {"extents": tuple(extents), **fields}
+        return msg.CopyIn(
+            probed.service, probed.directory, shape.dtype, shape.context, image, copy=5, **given
+        )
+
+    def copy_in(self, service: str, probed: msg.Probed, image: str) -> None:
+        """Bring a service in and wait for the end."""
+        self.sent[service] = copy = self.coming(probed, image)
+        assert probed.service == service
         self.worker.handle(copy)
         while self.worker.copying:
             self.worker.advance()

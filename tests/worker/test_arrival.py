@@ -10,7 +10,7 @@ import pytest
 
 from seallmd.core import messages as msg
 from seallmd.worker import device, main
-from tests.worker.helpers import BLOCK_BYTES, Rig, Talk, plain, run_step, save_tiny
+from tests.worker.helpers import Rig, Talk, plain, run_step, save_tiny
 
 
 @pytest.fixture
@@ -22,19 +22,9 @@ def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Rig:
     return rig
 
 
-def coming(rig: Rig, probed: msg.Probed, image: str, **fields: Any) -> msg.CopyIn:
-    """The message that brings an evicted service in again, to other places."""
-    extents, at = [], 0
-    for size in probed.shape.segments:
-        extents.append(msg.Extent(at, size, rig.take_run(-(-size // BLOCK_BYTES)) * BLOCK_BYTES))
-        at += size
-    told = {"directory": probed.directory, "image": image, "extents": tuple(extents), "copy": 9, **fields}
-    return msg.CopyIn(probed.service, dtype="float32", context=256, **told)
-
-
 def begin(rig: Rig, pieces: int) -> msg.CopyIn:
     """Evict the service and bring it in again, until it computes and so much of it has been copied."""
-    copy = coming(rig, *rig.evict("s"))
+    copy = rig.coming(*rig.evict("s"))
     rig.worker.handle(copy)
     for _ in range(1 + pieces):
         rig.worker.advance()
@@ -116,24 +106,24 @@ def test_failed_copy(fault: str, loaded: Rig) -> None:
     image, probed = loaded.sent["s"].image, msg.Probed("s", loaded.sent["s"].directory, loaded.shapes["s"])
     if fault != "twice":
         loaded.evict("s")
-    copy = coming(loaded, probed, "/proc/self/fd/9999" if fault == "image" else image)
+    copy = loaded.coming(probed, "/proc/self/fd/9999" if fault == "image" else image)
     *others, last = copy.extents
     if fault == "extents":
-        copy = coming(loaded, probed, image, extents=tuple(others))
+        copy = loaded.coming(probed, image, extents=tuple(others))
     if fault == "outside":
         outside = msg.Extent(last.image_at, last.bytes_, 1 << 40)
-        copy = coming(loaded, probed, image, extents=(*others, outside))
+        copy = loaded.coming(probed, image, extents=(*others, outside))
     loaded.worker.handle(copy)
     finish(loaded)
     failed = loaded.take()
     assert isinstance(failed, msg.CopyFailed)
-    assert failed.copy == 9
+    assert failed.copy == 5
 
 
 def test_residents_step_during_a_copy(loaded: Rig, tmp_path: Path) -> None:
     """One message, then one chunk: steps are answered while a long copy is under way, and the copy ends."""
     loaded.load("t", save_tiny(tmp_path / "t", "qwen2"))
-    copy = coming(loaded, *loaded.evict("t"))
+    copy = loaded.coming(*loaded.evict("t"))
     admits, row = Talk(loaded, 1, "s", [3, 4, 5]).row(3)
 
     class Script:
