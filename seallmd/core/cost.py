@@ -117,7 +117,8 @@ _ROWS, _CONTEXT, _PROMPT = 100.0, 1000.0, 100.0  # scales of the features: coeff
 _NOISE = 0.1  # of one step, as a share
 _UNSURE = 50.0  # a first guess may be off by so many times itself
 _DRIFT = 0.003 / _NOISE  # of a coefficient from one step to the next: about 30 steps are remembered
-_ERROR_WEIGHT = 0.02
+_ERROR_STEPS = 50  # that the mean error goes back over
+_ERROR_WEIGHT = 1 / _ERROR_STEPS
 _MANY = 1 << 20  # tokens whose cost is nothing but theirs
 _BATCH = 8  # rows of a decode step
 _LEAST_SECONDS = 1e-6  # of a step
@@ -182,9 +183,9 @@ class StepCosts(msgspec.Struct):
         if seconds < _LEAST_SECONDS:
             seconds = _LEAST_SECONDS
         wrong = 1 - self.predict(tokens, context, rows) / seconds
-        weight = max(_ERROR_WEIGHT, 1 / (self.steps + 1))
-        self.error += weight * (abs(wrong) - self.error)
         self.steps += 1
+        weight = 1 / self.steps if self.steps < _ERROR_STEPS else _ERROR_WEIGHT
+        self.error += weight * (abs(wrong) - self.error)
         if tokens > rows:
             self._learn_prompt((tokens - rows) / _PROMPT / seconds, wrong)
         else:

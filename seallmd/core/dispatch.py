@@ -53,33 +53,26 @@ class Dispatch:
                 self._reserve(replica, group, device)
                 return False
             steps = self._batcher.form(replica)
-            for member, formed in steps:
-                step = self._with_threads(member, formed)
-                self._state.actions.append(ev.ToDevice(member.index, step, self._expected(member, step)))
+            for member, step in steps:
+                self._send(member, step)
                 if member.reserved is replica:
                     member.reserved = None
             if steps:
                 return True
         return False
 
-    def _with_threads(self, device: Device, step: msg.Step) -> msg.Step:
-        """The same step on as many threads as there are for it now."""
-        own = self._state.settings.threads
-        if not own or (threads := threads_for(self._state, device)) <= own:
-            return step
-        sent, profile = device.inflight[step.step], self._state.services[step.service].profile
+    def _send(self, device: Device, step: msg.Step) -> None:
+        """Send a step on as many threads as there are for it now, and say how long it should take."""
+        state, sent = self._state, device.inflight[step.step]
+        profile, own = state.services[step.service].profile, state.settings.threads
         assert profile is not None
-        seconds = profile.costs.predict(sent.tokens, sent.context, sent.drawing)
-        sent.speedup = speedup(threads, own, seconds, profile.costs.predict(0, 0))
-        return replace(step, threads=threads)
-
-    def _expected(self, device: Device, step: msg.Step) -> float:
-        """Seconds that a step should take; 0 while too few of its service were seen to tell."""
-        sent, profile = device.inflight[step.step], self._state.services[step.service].profile
-        assert profile is not None
-        if profile.costs.steps < KNOWN_STEPS:
-            return 0.0
-        return profile.costs.predict(sent.tokens, sent.context, len(sent.rows))
+        costs = profile.costs
+        seconds = costs.predict(sent.tokens, sent.context, sent.drawing)
+        if own and (threads := threads_for(state, device)) > own:
+            sent.speedup = speedup(threads, own, seconds, costs.predict(0, 0))
+            step = replace(step, threads=threads)
+        expected = seconds if costs.steps >= KNOWN_STEPS else 0.0  # too few were seen to tell
+        state.actions.append(ev.ToDevice(device.index, step, expected))
 
     def _in_turn(self, device: Device, ready: list[Replica]) -> list[Replica]:
         """The policy's order; a replica on several devices that has been waiting for another goes first."""

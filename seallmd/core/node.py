@@ -91,7 +91,8 @@ class Node:
     def handle(self, event: ev.Event, now: float) -> list[ev.Action]:
         """Take in what happened at `now` (seconds, never falling) and say what is to be done, in order."""
         state = self._state
-        state.now = max(now, state.now)
+        if now > state.now:
+            state.now = now
         state.actions = []
         moves = state.moves
         self._on(event)

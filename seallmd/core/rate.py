@@ -28,4 +28,5 @@ class Rate:
 
     def value(self, now: float) -> float:
         """The rate at `now`; falls towards 0 while nothing happens."""
-        return self._level * math.exp(-max(0.0, now - self._at) / self.window_seconds)
+        age = now - self._at
+        return self._level * math.exp(-age / self.window_seconds) if age > 0 else self._level

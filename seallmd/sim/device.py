@@ -326,8 +326,9 @@ class SimDevice:
         if step.threads:
             empty = self._timing.step(self.index, step.service, 0, 0, 0, ranks)
             seconds /= speedup(step.threads, self._threads, seconds, empty)
-        waits = max(0.0, self.stands_until - self._clock.now)
-        if self._link_free_at > self._clock.now and self._copied_at:
+        now = self._clock.now
+        waits = self.stands_until - now if self.stands_until > now else 0.0
+        if self._link_free_at > now and self._copied_at:
             waits = max(waits, self._copies_left(step))
         if group is None:
             self._run_step(step, None, waits, seconds)

@@ -6,9 +6,11 @@ which runs here as it does there.
 
 from __future__ import annotations
 
+import gc
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -153,7 +155,21 @@ def run(setup: Setup, progress: Progress | None = None) -> Outcome:
         raise SimError(f"no placement is called {setup.placement!r}; there are {', '.join(PLACEMENTS)}")
     if not setup.arrivals:
         raise SimError("no requests arrive")
-    return _Run(setup).run(progress or (lambda _: None))
+    with _uncollected():
+        return _Run(setup).run(progress or (lambda _: None))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's cyclic collector, which would look at all requests again and again: a run makes no
+    cycles but its world."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _host_kv_bytes(setup: Setup, arena_bytes: int) -> int:
