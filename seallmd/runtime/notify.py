@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _FIRST_INHERITED = 3  # the first descriptor that is handed over, SD_LISTEN_FDS_START
 _STATUS_BYTES = 500  # a sentence for `systemctl status`
+_LONGEST_NAME = 80  # characters of a socket's name that an error shows
 
 
 class Notifier:
@@ -100,7 +101,8 @@ def take_listeners(
         label = labels[index] if index < len(labels) else "unknown"
         if label not in found:
             wanted = " or ".join(names)
-            raise ConfigError(f"a socket named {label!r} was handed over: FileDescriptorName= is {wanted}")
+            shown = label[:_LONGEST_NAME]
+            raise ConfigError(f"a socket named {shown!r} was handed over: FileDescriptorName= is {wanted}")
         found[label].append(_listener(open_(_FIRST_INHERITED + index), label))
     return found
 
