@@ -57,7 +57,8 @@ def test_nothing_but_refusals_guided_by_coverage(tmp_path: Path) -> None:
         errors="replace",
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    # An exception is told on the one, what libFuzzer makes of it on the other.
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "Done " in done.stderr
 
 
