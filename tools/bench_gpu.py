@@ -201,7 +201,9 @@ class Bench:
         self.swap_in()
 
     def close(self) -> None:
-        """Give the image back."""
+        """Give the image and all page-locked memory back."""
+        self._worker.handle(msg.DropWeights(_SERVICE))
+        self.device.close()
         os.close(self._image)
 
     def _hear(self, kind: type) -> Any:
@@ -416,7 +418,7 @@ def main(arguments: list[str] | None = None) -> int:
                 weights = int(weights * config.num_experts_per_tok / experts)  # all but attention
             good &= bench_model(name.partition(" ")[2], bench, sizes, limits, weights)
             bench.close()
-        del bench
+        del bench, layers  # whose parameters lie in the arena
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

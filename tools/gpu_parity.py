@@ -131,6 +131,7 @@ def copies_agree(device: Device, block_bytes: int) -> bool:
     )
     blocks[:3].copy_(before)
     device.save([0, 1, 2], [2, 0, 1])
+    device.wait_for([(0, 1, 2)])
     blocks[:3].zero_()
     device.restore([2, 0, 1], [0, 1, 2], 0)
     device.wait_for([(0, 1, 2)])

@@ -7,6 +7,7 @@ Must not know models. It has been run nowhere yet: it is unmeasured.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -15,11 +16,16 @@ from seallmd.worker.process import one_line
 
 
 class CudaRecorder:
-    """As `graphs.Recorder`. One pool: graphs run one after another, so they share memory for activations."""
+    """As `graphs.Recorder`. One pool: graphs run one after another, so they share memory for activations.
+
+    The stream is the recorder's own: when a graph goes, torch may free what libraries keep for the stream
+    that it was captured on.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
         self._spent = 0
 
     def spent(self) -> int:
@@ -28,18 +34,34 @@ class CudaRecorder:
 
     def capture(self, function: Callable[[], object]) -> Graph:
         """As `Recorder.capture`. Waits for the device; some tenths of a second."""
+        graph, begun = torch.cuda.CUDAGraph(), False
+        usual = torch.cuda.current_stream(self._device)
         try:
             self._rehearse(function)
-            free = torch.cuda.mem_get_info(self._device)[0]
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: another thread may join an NCCL group meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                function()
+            if self._pool is None:
+                self._open_pool()
+            free, begun = torch.cuda.mem_get_info(self._device)[0], True
+            self._record(graph, function)
         except RuntimeError as error:  # out of memory and refused calls are RuntimeErrors too
+            torch.cuda.set_stream(usual)  # torch may leave its own in place
             torch.cuda.synchronize(self._device)  # raises where the CUDA context is lost
+            if begun:
+                self._pool = None  # torch may go on taking it for one that is being recorded to
             raise Uncapturable(one_line(error)) from error
         self._spent += max(0, free - torch.cuda.mem_get_info(self._device)[0])
         return graph
+
+    def _open_pool(self) -> None:
+        """One that is never without a graph: torch refuses a pool whose last graph has gone, as long as
+        anything lies in it (vllm#28426)."""
+        self._pool, self._anchor = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        number = torch.zeros(1, device=self._device)
+        self._record(self._anchor, lambda: number.add_(1))
+
+    def _record(self, graph: torch.cuda.CUDAGraph, function: Callable[[], object]) -> None:
+        # thread_local: another thread may join an NCCL group meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            function()
 
     def _rehearse(self, function: Callable[[], object]) -> None:
         """Run it once where waiting for the device is an error, as in a capture, but one that harms nothing.

@@ -13,6 +13,7 @@ import platform
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -106,6 +107,12 @@ class Device(ABC):
         if known is not None:
             self._release(known[1])
 
+    def close(self) -> None:
+        """Give back what is mapped, in a process that goes on without this device; the last call."""
+        for service in list(self._images):
+            self.drop_image(service)
+        self.host_kv.close()
+
     def _image(self, service: str, path: str) -> torch.Tensor:
         status = os.stat(path)
         identity = (status.st_dev, status.st_ino)  # not the path: its descriptor number is used again
@@ -138,7 +145,7 @@ class Device(ABC):
     def restore(self, slots: Sequence[int], blocks: Sequence[int], device: int) -> Done:
         """Copy slots of a device's `host_kv` to blocks, after all that was enqueued.
 
-        Raises as `save`, and OSError or MemoryError when another device's memory cannot be mapped.
+        Raises as `save`, and as `HostKv.of` when another device's memory cannot be mapped.
         """
         return self._copy_kv(_rows(self.host_kv.of(device), slots, self._blocks(), blocks), blocks)
 
@@ -278,19 +285,25 @@ class CudaDevice(Device):
             raise MemoryError("the GPU has no memory left for an arena")
         memory = torch.zeros(size + settings.block_bytes, dtype=torch.uint8, device=device)
         self._take(memory, settings.block_bytes)
-        self.host_kv = HostKv(settings, lambda memory: _page_lock(memory, "host memory for KV"))
+        self.host_kv = HostKv(settings, _PageLocks("host memory for KV"))
+        self._image_locks = _PageLocks("the host image")
         self._stream = torch.cuda.Stream(device)
         self._kv_copies: deque[tuple[torch.cuda.Event, frozenset[int]]] = deque()  # in order; their blocks
 
     def _map(self, path: str, size: int) -> torch.Tensor:
         # Shared: page-locking a private mapping would copy it.
         image = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-        _page_lock(image, "the host image")
+        self._image_locks.lock(image)
         return image
 
     def _release(self, image: torch.Tensor) -> None:
         self._stream.synchronize()  # a copy may still read it
-        torch.cuda.cudart().cudaHostUnregister(image.data_ptr())
+        self._image_locks.unlock(image)
+
+    def close(self) -> None:
+        """As `Device.close`."""
+        torch.cuda.synchronize(self.torch_device)
+        super().close()
 
     def _start(self, image: torch.Tensor, extents: tuple[Extent, ...]) -> Copy:
         self._after_steps()
@@ -347,10 +360,31 @@ class _Flying(Arriving):
         return numbers
 
 
-def _page_lock(memory: torch.Tensor, name: str) -> None:
-    error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
-    if error != 0:
-        raise RuntimeError(f"{name} cannot be page-locked (CUDA error {error})")
+class _PageLocks:
+    """Page-locks memory of a kind (`name`), as `memory.Locks`. What is locked has to be unlocked before it is
+    unmapped: the driver would take whatever is mapped there next for the pages that it knows."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def lock(self, memory: torch.Tensor) -> None:
+        """Raises RuntimeError when the driver refuses."""
+        error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+        if error != 0:
+            _forget_error()
+            raise RuntimeError(f"{self._name} cannot be page-locked (CUDA error {error})")
+
+    def unlock(self, memory: torch.Tensor) -> None:
+        """Nothing may be copying from or to it."""
+        if int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())) != 0:
+            _forget_error()
+
+
+def _forget_error() -> None:
+    """The runtime keeps a refused call's error for the next launch to report, which would be a step's."""
+    with suppress(torch.AcceleratorError):
+        torch.ones(1, device="cuda")  # reports it, by which it is gone
+    torch.cuda.synchronize()  # raises where the CUDA context is lost
 
 
 class _CudaCopy(Copy):

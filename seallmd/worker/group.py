@@ -17,8 +17,9 @@ import select
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ class ProcessGroup(ABC):
         parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.ranks)]
         self._gather(parts, part.contiguous())
         return torch.cat(parts, -1)
+
+    def meet(self, device: torch.device) -> None:
+        """Return once all members have come."""
+        self._broadcast(torch.zeros(1, dtype=torch.long, device=device))
+        self.finish()
 
     def agree(self, tokens: torch.Tensor) -> list[int]:
         """Rank 0's token ids [n] int64, on every rank; the others bring a tensor of the same size.
@@ -138,15 +144,28 @@ def _join(group: Group, device: torch.device, rendezvous: Path) -> ProcessGroup:
     path = rendezvous / f"group-{group.id}"
     kind = NcclGroup if device.type == "cuda" else GlooGroup
     try:
-        store = distributed.FileStore(str(path), group.ranks)
-        store.set_timeout(timedelta(seconds=JOIN_SECONDS))
-        joined = kind(group, store, device)
-        # The backends connect when they please; a member counts as joined once it has met all others.
-        joined.agree(torch.zeros(1, dtype=torch.long, device=device))
+        with _stream_of_its_own(device):
+            store = distributed.FileStore(str(path), group.ranks)
+            store.set_timeout(timedelta(seconds=JOIN_SECONDS))
+            joined = kind(group, store, device)
+            # The backends connect when they please; a member counts as joined once it has met all others.
+            joined.meet(device)
     except RuntimeError as error:  # c10d's errors
         path.unlink(missing_ok=True)
         raise GroupLost(f"its tensor-parallel group did not come together ({_short(error)})") from error
     return joined
+
+
+@contextmanager
+def _stream_of_its_own(device: torch.device) -> Iterator[None]:
+    """On a GPU a collective waits for the current stream, and has it wait: a thread's is the one that steps
+    run on, and members that step in one group and join another there, in two orders, would wait for ever."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_device(device)  # of this thread
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
 
 
 def _short(error: BaseException) -> str:

@@ -9,7 +9,8 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from contextlib import suppress
+from typing import Protocol
 
 import torch
 
@@ -30,27 +31,45 @@ def resident(size: int) -> torch.Tensor:
     return tensor
 
 
+class Locks(Protocol):
+    """Makes memory fit for a device to copy from and to."""
+
+    def lock(self, memory: torch.Tensor) -> None:
+        """Once, after it is mapped."""
+
+    def unlock(self, memory: torch.Tensor) -> None:
+        """Before it is unmapped."""
+
+
 class HostKv:
     """Host memory for KV of the devices of a machine, uint8 [slots, block_bytes] of each.
 
-    lock: called with what is mapped, before it is used.
+    locks: of a device that needs them; None: none does.
     """
 
-    def __init__(self, settings: WorkerSettings, lock: Callable[[torch.Tensor], None] | None = None) -> None:
-        self._files, self._index, self._lock = settings.host_kv, settings.index, lock
+    def __init__(self, settings: WorkerSettings, locks: Locks | None = None) -> None:
+        self._files, self._index, self._locks = settings.host_kv, settings.index, locks
         self._shape = settings.host_kv_bytes // settings.block_bytes, settings.block_bytes
         self._mapped: dict[int, torch.Tensor] = {}
         self.own = self.of(self._index)
 
     def of(self, device: int) -> torch.Tensor:
-        """A device's; mapped when it is first asked for. Raises MemoryError, OSError."""
+        """A device's; mapped when it is first asked for. Raises MemoryError, OSError, and what `locks` do."""
         if device not in self._mapped:
             slots, block_bytes = self._shape
             memory = self._map(device, slots * block_bytes).view(slots, block_bytes)
-            if slots and self._lock is not None:
-                self._lock(memory)
+            if slots and self._locks is not None:
+                self._locks.lock(memory)
             self._mapped[device] = memory
         return self._mapped[device]
+
+    def close(self) -> None:
+        """Give it back; no copy may be under way."""
+        for memory in self._mapped.values():
+            if memory.numel() and self._locks is not None:
+                self._locks.unlock(memory)
+        self._mapped.clear()
+        del self.own
 
     def _map(self, device: int, size: int) -> torch.Tensor:
         if not self._files:
@@ -71,7 +90,8 @@ class HostKv:
 
 def _mapped(memory: mmap.mmap) -> torch.Tensor:
     # Huge pages: touching 2 GiB took 1.1 s instead of 3.7 s, and linear layers miss the TLB less.
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel that has none
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 

@@ -1,8 +1,9 @@
 """Small numbers on their way to the device, without waiting for it.
 
 `torch.tensor(..., device=)` waits until everything that was enqueued on a GPU is done, so that no step could
-be prepared beside the one that runs. (That a copy from ordinary memory returns early is CUDA's promise;
-unmeasured.) Must not know what the numbers mean.
+be prepared beside the one that runs. A copy from ordinary memory returns early while it is small (CUDA
+promises nothing; 64 KB is what drivers are said to take), so many numbers go by page-locked memory, which
+torch keeps until the copy is over. Unmeasured. Must not know what the numbers mean.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from typing import Any
 
 import torch
 
+_MANY = 4096  # numbers of at most 8 bytes, in a list or in lists of a few
+
 
 def to_device(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
     """As `torch.tensor(numbers, dtype=dtype, device=device)`."""
-    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+    many = device.type == "cuda" and len(numbers) > _MANY
+    return torch.tensor(numbers, dtype=dtype, pin_memory=many).to(device, non_blocking=True)

@@ -22,9 +22,20 @@ class FakeCuda:
         self.free, self.cached, self.lost = 10_000, 50, False
         self.mode, self.modes, self.capturing = "default", list[str](), False
         self.CUDAGraph = SimpleNamespace
+        self.pools, self.filled, self.spoilt, self.stream = 0, set[int](), set[int](), "usual"
 
     def graph_pool_handle(self) -> int:
-        return 7
+        self.pools += 1
+        return self.pools
+
+    def Stream(self, _: Any) -> str:  # noqa: N802 - as torch names it
+        return "capture"
+
+    def current_stream(self, _: Any) -> str:
+        return self.stream
+
+    def set_stream(self, stream: str) -> None:
+        self.stream = stream
 
     def mem_get_info(self, _: Any) -> tuple[int, int]:
         return self.free - self.cached, 10_000
@@ -41,21 +52,29 @@ class FakeCuda:
         self.modes.append(mode)
 
     @contextmanager
-    def graph(self, _: Any, pool: int, capture_error_mode: str) -> Iterator[None]:
-        assert (pool, capture_error_mode) == (7, "thread_local")
+    def graph(self, _: Any, pool: int, stream: str, capture_error_mode: str) -> Iterator[None]:
+        """As torch's: a capture that fails leaves its stream in place, and its pool of no use."""
+        assert (stream, capture_error_mode) == ("capture", "thread_local")
+        assert pool not in self.spoilt, "a capture has failed there"
         self.empty_cache()
-        self.capturing = True
+        self.capturing, self.stream = True, stream
         try:
             yield
+        except RuntimeError:
+            self.spoilt.add(pool)
+            raise
         finally:
             self.capturing = False
-        self.free -= 100
+        self.stream = "usual"
+        if pool in self.filled:
+            self.free -= 100
+        self.filled.add(pool)
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
-    torch_of_module = SimpleNamespace(cuda=fake, device=torch.device)
+    torch_of_module = SimpleNamespace(cuda=fake, device=torch.device, zeros=lambda *_, **__: torch.zeros(1))
     monkeypatch.setattr(cuda_graphs, "torch", torch_of_module)
     return fake
 
@@ -79,9 +98,12 @@ def test_a_function_that_waits(cuda: FakeCuda, when: str) -> None:
         if cuda.capturing == (when == "capture"):
             raise RuntimeError("called a synchronizing CUDA operation")
 
+    recorder = CudaRecorder(torch.device("cuda"))
     with pytest.raises(Uncapturable, match="synchronizing"):
-        CudaRecorder(torch.device("cuda")).capture(function)
-    assert cuda.mode == "default"
+        recorder.capture(function)
+    assert (cuda.mode, cuda.stream) == ("default", "usual")
+    recorder.capture(lambda: None)
+    assert cuda.pools == (2 if when == "capture" else 1)
 
 
 def test_a_lost_device_is_no_mere_refusal(cuda: FakeCuda) -> None:
