@@ -1,7 +1,7 @@
 """How long things take: a roofline to begin with, and a line fitted to what was measured.
 
 Owns the prediction of step times, and its error. Must not know requests or policy. The simulator times its
-devices with the same rooflines; the daemon learns from every `StepDone` (DESIGN section 4).
+devices with the same rooflines; the daemon learns from every `StepDone` (docs/design.md).
 
 A step is described by three numbers: tokens (all rows together), context (tokens of KV that all rows read
 together) and rows (those that draw a token). Seconds are taken to be linear in them: fixed cost (weights read

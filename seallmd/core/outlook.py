@@ -75,7 +75,7 @@ def look(state: NodeState, replica: Replica) -> Outlook:
         tokens += count
         context += scheduled + count
         drawing += count == pending
-    # The first of each is the longest here, but for one that was preempted: that was served before.
+    # The first of each is the longest here of its tier, but for one that was preempted: that was served.
     firsts = (replica.running.values(), service.waiting.values())
     oldest = min(request.arrived for requests in firsts for request in islice(requests, 1))
     seconds = profile.costs.predict(tokens, context, drawing)

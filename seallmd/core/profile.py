@@ -1,8 +1,7 @@
 """What is known of a service's work: how long its steps take, how long its answers are, how many come.
 
 Owns the profile and the execution time that it predicts for a request (SeaLLM's input to scheduling). Must
-not know policies. Profiles are learnt online and outlive the daemon: `record` and the constructor turn them
-into plain data and back.
+not know policies. Profiles are learnt online and outlive the daemon (`Node.profiles`).
 """
 
 from __future__ import annotations

@@ -75,11 +75,12 @@ class Room:
         return evicted
 
     def make_room(self, device: Device, blocks: int, request: Request, kept: Container[int]) -> bool:
-        """Free `blocks` for a request, cheapest means first; never from its seniors nor from rows in `kept`.
+        """Free `blocks` for a request, cheapest means first.
 
-        1. evict idle services; 2. preempt the most junior running request of the device; 3. evict services
-        that have waiting requests only. When nothing is left to take and the request is alone, it has
-        outgrown the device, and waits for its service to move (`outgrown`).
+        1. evict idle services; 2. evict replicas whose service is elsewhere too; 3. preempt the most junior
+        running request of the device, never its seniors nor rows in `kept`; 4. evict services that have
+        waiting requests only. When nothing is left to take and the request is alone, it has outgrown the
+        device, and waits for its service to move (`outgrown`).
         """
         arena = device.arena
         assert arena is not None
@@ -114,11 +115,13 @@ class Room:
     def _evict_spare(self, device: Device, request: Request) -> bool:
         """Evict the replica with least to do of a service that has another one; its requests go on there.
 
-        Only one whose weights free more than the KV that it takes with it.
+        Only one whose weights free more than the KV that it takes with it, and never the one that the request
+        runs on, or is about to.
         """
         found: list[tuple[int, Replica]] = []
         for replica in device.replicas.values():
-            if replica is request.replica or not self._has_stand_in(replica) or not self.may_leave(replica):
+            own = replica.service == request.service
+            if own or not self._has_stand_in(replica) or not self.may_leave(replica):
                 continue
             kv = sum(len(other.tables[0]) for other in replica.running.values())
             if kv < sum(self._state.services[replica.service].segment_blocks):

@@ -1,7 +1,7 @@
 """What a node knows: its devices, what is on its way there, and all the rest.
 
-Owns these structs; `service` and `request` have theirs. Must not decide anything: `batcher`, `residency`,
-`scheduler` and `node` do, on these structs, and nobody else may change them.
+Owns these structs and what is done to several of them at once; `service` and `request` have theirs. Must not
+decide anything: the node's parts do (`batcher`, `room`, `residency`, `recovery`, ...), on these structs.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from seallmd.core import events as ev
 from seallmd.core.rounds import Rounds
 from seallmd.core.settings import ReplacementSettings
 from seallmd.core.status import ServiceStatus
+from seallmd.sim.timing import Costs
 from tests.core.helpers import Recorder, shape, world
 
 
@@ -170,3 +171,33 @@ def test_a_request_alone_is_as_well_off_as_can_be() -> None:
             seen.add((rounds.is_best(replica), least))
     assert (True, False) not in seen
     assert seen >= {(True, True), (False, False)}
+
+
+@pytest.mark.parametrize("prompt", [110, 200])
+def test_nobody_makes_room_for_itself_by_leaving(prompt: int) -> None:
+    """A request that is about to enter a replica needs memory there: the replica is no spare one then, though
+    its service is elsewhere too. It was evicted, and the request entered it all the same."""
+    recorder = world(
+        {"s": shape(segments=(1024, 512, 256), context=1024), "x": shape(segments=(90 * 256,))},
+        arenas=(120, 120),
+        groups={"x": ((0,),)},
+        costs=Costs(copy_byte=1e-4),  # `x` is on its way for two seconds
+        replacement=ReplacementSettings(enabled=False),
+        replicate=False,
+        migrate=False,
+    )
+    now = recorder.world.now
+    recorder.arrive(1, "s", (1,), 3)
+    recorder.world.run(until=now + 3)
+    recorder.world.happen(ev.LoadWanted(2, "s", (1,)))
+    recorder.world.run(until=now + 6)
+    for request in range(2, 6):  # both replicas have served
+        recorder.arrive(request, "s", (request,), 6)
+    recorder.world.run(until=now + 60)
+    recorder.arrive(9, "x", (1,), 3)
+    while not recorder.world.node.state.services["x"].replicas:
+        recorder.world.step()
+    recorder.arrive(30, "s", tuple(i % 50 for i in range(prompt)), 8)
+    recorder.world.run(until=recorder.world.now + 30)
+    recorder.assert_output(30)
+    assert not [note for note in recorder.notes if "elsewhere too" in str(note)]
