@@ -191,7 +191,10 @@ class Planner:
             return here
         if not here and (service.evicted or rate < IDLE_RATE):
             return ()  # nobody asks for it: it is not for plans to bring in
-        return service.settings.devices or None
+        allowed = service.settings.devices
+        if len(allowed) > 1:
+            return here  # demand chooses among these; plans know of none that are merely allowed
+        return allowed or None
 
     def _feasible_ranks(self, service: Service) -> list[int]:
         """While it is resident, those that it has: another number needs another host image."""

@@ -99,8 +99,9 @@ class Residency:
 
     @property
     def calm_until(self) -> float:
-        """As `wakeup.Part`."""
-        return -inf if self._asked_for() else inf
+        """As `wakeup.Part`. One that is only to be there (`preload`) takes memory when somebody looks."""
+        asked_for = any(service.waiting or service.load_tickets for service in self._asked_for())
+        return -inf if asked_for else inf
 
     def _asked_for(self) -> list[Service]:
         return [service for service in self._state.absent if service.demand and not service.refused]

@@ -191,3 +191,39 @@ def test_what_left_for_what_never_came_comes_back() -> None:
     recorder.world.run()
     assert any("given up: it could not come" in note for note in recorder.notes), recorder.notes
     assert status_of(recorder, "a").state == "resident"
+
+
+def searched(recorder: Recorder, services: str, seconds: float) -> list[Plan]:
+    """The plans that are found while the services have requests all the time."""
+    number, end = 1000, recorder.world.now + seconds
+    while recorder.world.now < end:
+        for service in services:
+            number += 1
+            recorder.arrive(number, service, (number % 50,), 10)
+        recorder.world.run(until=recorder.world.now + 0.3)
+    return [event.plan for _, event in recorder.world.history if isinstance(event, ev.PlanFound)]
+
+
+def test_groups_that_a_service_may_come_in_on_are_not_all_its_own() -> None:
+    """Several allowed groups are a choice. Plans took them for an order to be on each, and had no room."""
+    large = shape(segments=(60 * 256,))
+    recorder = world(
+        {"a": large, "b": large, "c": large},
+        (100, 100, 100),
+        groups={"a": ((0,), (1,), (2,))},
+        replacement=EAGER,
+    )
+    plan = searched(recorder, "abc", 30.0)[-1]  # the first is made before anybody has asked
+    assert all(len(plan.of(service)) == 1 for service in "abc")
+
+
+def test_allowed_groups_may_overlap() -> None:
+    """Nothing was planned any more for anybody, as no device could be in two groups of one service."""
+    recorder = world(
+        {"g": shape(ranks=(2,)), "b": shape(), "c": shape()},
+        (100, 100, 100),
+        groups={"g": ((0, 1), (1, 2))},
+        tensor_parallel={"g": 2},
+        replacement=EAGER,
+    )
+    assert searched(recorder, "gbc", 30.0)
