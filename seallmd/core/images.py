@@ -18,11 +18,14 @@ class Images:
         self._state = state
 
     def want(self, service: Service) -> None:
-        """Have the image built, unless that is under way."""
+        """Have the image built, unless that is under way, or host memory is held by images in use: those
+        who want it ask again whenever something happens.
+        """
         if service.image is Image.BUILDING or not self._state.host_up:
             return
         assert service.shape is not None
-        self._trim(service.image_bytes)
+        if not self._make_room(service.image_bytes):
+            return
         service.image, service.image_ranks = Image.BUILDING, service.ranks
         shape = service.shape
         message = BuildImage(service.name, service.directory, shape.dtype, shape.context, service.ranks)
@@ -43,14 +46,28 @@ class Images:
             if device.arena is not None:
                 self._state.send(device.index, DropImage(service.name))
 
-    def _trim(self, coming_bytes: int) -> None:
-        """Drop the images that were used longest ago until `coming_bytes` more are within the limit."""
+    def _make_room(self, coming_bytes: int) -> bool:
+        """Drop the images that were used longest ago until `coming_bytes` more are within the limit.
+
+        False, and nothing is dropped, where that would not do because of images in use: these become
+        droppable. Where nothing is in use, the limit is less than this one image, which is then built.
+        """
+        limit = self._state.settings.host_bytes
         held = [s for s in self._state.services.values() if s.image is not Image.NONE]
+        idle = sorted((s for s in held if not _is_used(s)), key=lambda s: s.image_used)
         total = coming_bytes + sum(service.image_bytes for service in held)
-        for service in sorted(held, key=lambda s: s.image_used):
-            if total <= self._state.settings.host_bytes:
-                return
-            copying = any(r.stage is Stage.COPYING for r in service.replicas)
-            if service.image is Image.READY and not copying:
-                total -= service.image_bytes
-                self.drop(service)
+        if len(idle) < len(held) and total - sum(service.image_bytes for service in idle) > limit:
+            return False
+        for service in idle:
+            if total <= limit:
+                break
+            total -= service.image_bytes
+            self.drop(service)
+        return True
+
+
+def _is_used(service: Service) -> bool:
+    """Whether an image is being built, copied, or about to be: dropping it would have it built again."""
+    absent = bool(service.waiting or service.load_tickets) and not service.replicas
+    copying = any(replica.stage is Stage.COPYING for replica in service.replicas)
+    return service.image is Image.BUILDING or copying or absent

@@ -12,6 +12,8 @@ from seallmd.core.arena import Arena
 from seallmd.core.ranks import Ranks
 from seallmd.core.request import IllegalTransition, Request
 from seallmd.core.service import Replica
+from seallmd.core.settings import ReplacementSettings
+from seallmd.sim.world import Costs
 from tests.core.helpers import Recorder, shape, world
 
 MODELS = {"a": shape(), "b": shape(), "c": shape()}
@@ -356,6 +358,33 @@ def test_host_images_stay_within_their_limit() -> None:
         recorder.world.run()
     images = [s.image.value for s in recorder.world.node.state.services.values()]
     assert images == ["none", "ready", "ready"]
+
+
+def test_host_images_stay_within_their_limit_when_all_are_wanted_at_once() -> None:
+    """One after the other then, each used before it goes. They were all built at once, dropped for each other
+    before they had been copied, and built again."""
+    large, names = shape(segments=(40 * 256,)), "abcdef"
+    recorder = world(
+        dict.fromkeys(names, large),
+        arenas=(60,),
+        host_bytes=large.weights_bytes * 3 // 2,
+        costs=Costs(step_fixed=0.1, read_byte=2e-5, copy_byte=2e-5),
+        replacement=ReplacementSettings(enabled=False),
+    )
+    services = recorder.world.node.state.services.values()
+    for request in range(1, 5):
+        recorder.arrive(request, "a", (request,), 60)
+    run(recorder, 1.0)
+    for request, name in enumerate(names[1:], 5):
+        recorder.arrive(request, name, (1,), 3)
+    builds = 0
+    while len(recorder.finished) < 9:
+        before = [service.image.value for service in services]
+        assert recorder.world.step()
+        held = [service.image.value for service in services]
+        assert held.count("ready") + held.count("building") <= 1
+        builds += held.count("building") > before.count("building")
+    assert builds <= 10, "five, and the first again between two of them"
 
 
 def test_draining_refuses_newcomers_and_finishes_the_rest() -> None:
