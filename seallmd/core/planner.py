@@ -73,7 +73,9 @@ class Planner:
         """As `wakeup.Part`."""
         if not self.enabled or self._state.draining:
             return inf
-        return self._step_ends if self._steps else self._tick_at
+        if self._steps:
+            return self._step_ends
+        return self._tick_at if self._is_ready() else inf
 
     def next_wakeup(self) -> float:
         """When a Tick is wanted; inf: never, as on an idle node."""
