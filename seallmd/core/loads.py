@@ -40,7 +40,7 @@ class Loads:
 
     def copy_failed(self, replica: Replica, reason: str) -> None:
         """A copy came to nothing: its blocks are free again."""
-        service = self._room.remove(replica)
+        service = self._room.remove(replica, reason)
         if service.replicas:  # only the replica more came to nothing
             self._state.note(service.name, f"no replica on {replica.place}: {reason}")
             service.pressed_since = None

@@ -238,13 +238,13 @@ class Room:
 
     def evict(self, replica: Replica, why: str) -> None:
         """Take a replica without running requests out of its arenas; their memory is free at once."""
-        service = self.remove(replica)
+        service = self.remove(replica, why)
         service.former.update(zip(replica.devices, replica.starts, strict=True))
         self._state.note(service.name, f"evicted from {replica.place}: {why}")
         if not service.replicas:
             self._state.answer(service.evict_tickets)
 
-    def remove(self, replica: Replica) -> Service:
+    def remove(self, replica: Replica, why: str) -> Service:
         """Take a replica that runs nothing off the books and out of its devices; returns the service."""
         assert not replica.running, f"{replica.service} still runs requests"
         service = self._state.services[replica.service]
@@ -257,6 +257,8 @@ class Room:
                 device.reserved = None
             arena.free_weights(service.name)
             self._state.send(device.index, DropWeights(service.name))
+        if replica.stage is Stage.COPYING and service.replicas:  # absent, it would be brought in again
+            self._state.answer(service.load_tickets, f"{service.name} did not come to {replica.place}: {why}")
         return service
 
     def distrust_kv(self, service: Service) -> None:
@@ -274,7 +276,7 @@ class Room:
                 self._state.preempt(request, "where it was to go on is lost")
             else:
                 self._state.restart(request)
-        service = self.remove(replica)
+        service = self.remove(replica, "its device was lost")
         if len(replica.devices) > 1:
             self.distrust_kv(service)
         if not service.replicas:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from seallmd.core import events as ev
+from seallmd.core import messages as msg
+from seallmd.core.settings import ReplacementSettings
 from seallmd.core.status import ServiceStatus
+from seallmd.sim.world import Costs
 from tests.core.helpers import Recorder, shape, world
 
 SMALL = {"a": shape(), "b": shape(), "c": shape()}
@@ -211,3 +216,31 @@ def test_a_limit_that_is_no_time_at_all() -> None:
     assert recorder.answers == {1: ""}
     assert "evicted from device 0: idle for 5e-300 s" in recorder.notes
     assert not recorder.world.node.state.services["a"].replicas
+
+
+@pytest.mark.parametrize("how", ["drain", "kill", "fail"])
+def test_a_load_beside_another_replica_that_comes_to_nothing_is_answered(how: str) -> None:
+    """Else the operator waits for ever, and the service counts as asked for, so that it never leaves idle."""
+    recorder = world(
+        SMALL,
+        arenas=(60, 60),
+        costs=Costs(copy_byte=5e-4),
+        idle_seconds={"a": 20.0},
+        replicate=False,
+        replacement=ReplacementSettings(enabled=False),
+    )
+    load(recorder, "a")
+    node, (here,) = recorder.world.node, of(recorder, "a").devices
+    recorder.world.happen(ev.LoadWanted(1, "a", (1 - here,)))
+    assert 1 not in recorder.answers
+    if how == "drain":
+        recorder.world.happen(ev.DeviceDrainWanted(2, 1 - here))
+    elif how == "kill":
+        recorder.world.devices[1 - here].kill(restart_after=2.0)
+    else:
+        copy = node.state.services["a"].replicas[-1].copy
+        recorder.world.happen(ev.FromDevice(1 - here, msg.CopyFailed("a", "no memory", copy)))
+    assert recorder.answers[1].startswith(f"a did not come to device {1 - here}: ")
+    assert of(recorder, "a").devices == (here,)
+    recorder.world.run()
+    assert of(recorder, "a").state == "absent"
