@@ -18,10 +18,11 @@ class Images:
         self._state = state
 
     def want(self, service: Service) -> None:
-        """Have the image built, unless that is under way, or host memory is held by images in use: those
-        who want it ask again whenever something happens.
+        """Have the image built, unless that is under way, failed just now for a replica more, or host memory is
+        held by images in use: those who want it ask again whenever something happens.
         """
-        if service.image is Image.BUILDING or not self._state.host_up:
+        paused = service.replicas and self._state.now < service.image_at
+        if service.image is Image.BUILDING or not self._state.host_up or paused:
             return
         assert service.shape is not None
         if not self._make_room(service.image_bytes):
@@ -34,7 +35,7 @@ class Images:
     def built(self, service: Service, path: str) -> None:
         """It is there; one for another number of ranks than the service has by now is of no use."""
         service.image, service.image_path, service.progress = Image.READY, path, None
-        service.image_used = self._state.now
+        service.image_used, service.image_at = self._state.now, 0.0
         if service.image_ranks != service.ranks:
             self.drop(service)
 

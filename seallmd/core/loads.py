@@ -47,13 +47,24 @@ class Loads:
         else:
             self.failed(service, reason)
 
+    def image_failed(self, service: Service, reason: str) -> None:
+        """An image came to nothing. A service that is there serves on: only a replica more has to wait."""
+        if not service.replicas:
+            self.failed(service, reason)
+            return
+        service.image_at, service.progress = self._state.now + self._next_pause(service), None
+        self._state.note(service.name, f"no image for another replica: {reason}")
+
     def failed(self, service: Service, reason: str) -> None:
         """Tell all who wait, once; the next try is allowed after a pause that doubles."""
-        service.failures += 1
-        pause = min(MAX_RETRY_SECONDS, 2.0 ** (service.failures - 1))
+        pause = self._next_pause(service)
         service.trouble, service.retry_at = reason, self._state.now + pause
         service.wanted, service.progress = False, None
         self._give_up(service, f"model {service.name!r} could not be loaded: {reason}", pause)
+
+    def _next_pause(self, service: Service) -> float:
+        service.failures += 1
+        return min(MAX_RETRY_SECONDS, 2.0 ** (service.failures - 1))
 
     def pause(self, service: Service, reason: str, seconds: float) -> None:
         """Tell all who wait that it cannot be served for so long; it comes back by itself."""

@@ -397,7 +397,7 @@ class Node:
                 self._images.built(self._state.services[name], path)
             case msg.ImageFailed(name, reason):
                 self._state.services[name].image = Image.NONE
-                self._loads.failed(self._state.services[name], reason)
+                self._loads.image_failed(self._state.services[name], reason)
             case msg.JobProgress(name, stage, done, total):
                 self._on_progress(name, (stage, done, total))
 

@@ -189,12 +189,19 @@ class Recovery:
         for service in state.services.values():
             was, service.image = service.image, Image.NONE
             if was is Image.BUILDING:
-                self._crashed(service, "the loader process died while it read the weights")
+                self._lost_image(service, "the loader process died while it read the weights")
         examined = next(iter(self.unexamined()), None)
         if examined is not None:
             self._crashed_in_probe(examined)
         for service in state.services.values():
             service.progress = None if service.shape is None else service.progress
+
+    def _lost_image(self, service: Service, reason: str) -> None:
+        """The breaker is for those who wait for the image: a service that is there serves without it."""
+        if service.replicas:
+            self._loads.image_failed(service, reason)
+        else:
+            self._crashed(service, reason)
 
     def unexamined(self) -> list[Service]:
         """Services to be examined, those that may have ended the process before last.

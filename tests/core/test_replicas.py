@@ -6,9 +6,10 @@ import pytest
 
 from seallmd.core import events as ev
 from seallmd.core.rounds import Rounds
+from seallmd.core.service import Image
 from seallmd.core.settings import ReplacementSettings
 from seallmd.core.status import ServiceStatus
-from seallmd.sim.timing import Costs
+from seallmd.sim.world import Costs
 from tests.core.helpers import Recorder, shape, world
 
 
@@ -201,3 +202,32 @@ def test_nobody_makes_room_for_itself_by_leaving(prompt: int) -> None:
     recorder.world.run(until=recorder.world.now + 30)
     recorder.assert_output(30)
     assert not [note for note in recorder.notes if "elsewhere too" in str(note)]
+
+
+@pytest.mark.parametrize("how", ["fails", "dies"])
+def test_an_image_that_comes_to_nothing_costs_a_replica_and_no_request(how: str) -> None:
+    """A service that is there serves on from its device, nobody is refused, and the next try comes later."""
+    recorder = two_devices(
+        max_rows=4, costs=Costs(read_byte=1e-3), replacement=ReplacementSettings(enabled=False)
+    )
+    recorder.arrive(1, "a", (1, 2), 5)
+    recorder.world.run()
+    host, service, tries = recorder.world.host, recorder.world.node.state.services["a"], list[float]()
+    host.kill(0.5)  # its image is gone; what is on the device stays
+    recorder.world.run()
+    host.fail_images = 2 if how == "fails" else 0
+    busy(recorder, count=90, first=2)
+    while len(tries) < 3:
+        was = service.image
+        assert recorder.world.step(), "it was never tried again"
+        if was is not Image.BUILDING and service.image is Image.BUILDING:
+            tries.append(recorder.world.now)
+            if how == "dies" and len(tries) < 3:
+                host.kill(0.2)
+    assert tries[1] - tries[0] >= 1.0
+    assert tries[2] - tries[1] >= 2.0
+    recorder.arrive(100, "a", (3, 4), 5)
+    recorder.world.run()
+    assert len(status_of(recorder, "a").devices) == 2
+    for request in recorder.prompts:
+        recorder.assert_output(request)
