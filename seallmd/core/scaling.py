@@ -3,7 +3,8 @@
 Owns this judgement and its clock. Must not know how a service comes in (`residency`). A replica more is worth
 having when requests, spread over one device more, would get their tokens faster by `replicate_gain`, as
 `rounds` predicts, and when that has been so for `replicate_seconds`. It only ever takes memory and devices
-that are idle, and leaves again as soon as anybody else wants them.
+that are idle, and leaves again as soon as anybody else wants them; so a pinned service, which leaves for
+nobody, never gets one.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ def _would_pay(state: NodeState, rounds: Rounds, service: Service, idle: list[De
     replicas, limits = service.replicas, state.settings.policy
     if service.profile is None or not replicas or service.ranks > len(idle):
         return False
+    if service.settings.pinned:
+        return False  # nobody could push it out again: the device would not be idle, but taken
     if not service.waiting and not any(replica.running for replica in replicas):
         return False  # as of most services
     if service.evict_tickets or any(replica.stage is not Stage.RESIDENT for replica in replicas):

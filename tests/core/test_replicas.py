@@ -231,3 +231,24 @@ def test_an_image_that_comes_to_nothing_costs_a_replica_and_no_request(how: str)
     assert len(status_of(recorder, "a").devices) == 2
     for request in recorder.prompts:
         recorder.assert_output(request)
+
+
+def test_a_pinned_service_takes_no_device_that_it_would_not_give_back() -> None:
+    """A few busy seconds would else make its pin one of both devices, and the other service be refused."""
+    recorder = world(
+        {"a": shape(), "b": shape(segments=(104 * 256,))},
+        arenas=(120, 120),
+        pinned=("a",),
+        replicate_seconds=0.2,
+        max_rows=8,
+    )
+    recorder.arrive(100, "b", (1, 2), 5)
+    recorder.world.run()
+    recorder.world.happen(ev.EvictWanted(1, "b"))
+    busy(recorder, count=38)
+    recorder.world.run()
+    assert len(status_of(recorder, "a").devices) == 1
+    recorder.arrive(101, "b", tuple(range(20)), 5)
+    recorder.world.run()
+    for request in recorder.prompts:
+        recorder.assert_output(request)
