@@ -63,9 +63,12 @@ class Batcher:
 
     def _admissible(self, replica: Replica, waiting: Iterable[Request]) -> Iterator[Request]:
         """Those of its service's waiting requests that a replica may take, most senior first."""
+        draining = replica.stage is _DRAINING
         for request in waiting:
-            if replica.stage is _DRAINING and request.order >= replica.admit_below:
-                return
+            if draining and request.order >= replica.admit_below:
+                return  # nor any behind it
+            if draining and not replica.lets_in(request.order):
+                continue
             # A preempted request whose last rows are still on their way would be announced without the
             # token that they draw.
             if (

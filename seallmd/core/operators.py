@@ -18,6 +18,7 @@ from seallmd.core.planner import Planner
 from seallmd.core.room import Room
 from seallmd.core.service import Replica, Service, Stage
 from seallmd.core.state import NodeState
+from seallmd.core.tiers import END_OF_ORDERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,8 @@ class Operators:
             if replica.stage is Stage.COPYING:
                 self._room.evict(replica, "asked by an operator")
             else:
-                self._room.drain(replica, admit_below=state.orders + 1, seconds=None)
+                # All who have come by now are served first, of every tier, and nobody who comes later.
+                self._room.drain(replica, END_OF_ORDERS, seconds=None, admit_until=state.orders)
 
     # ------------------------------------------------------------------------------- pinning
 

@@ -162,12 +162,17 @@ class Room:
 
     # ------------------------------------------------------------------------------- going out
 
-    def drain(self, replica: Replica, admit_below: int, seconds: float | None) -> None:
-        """Admit only seniors of `admit_below` from now on; after `seconds`, preempt what still runs."""
+    def drain(
+        self, replica: Replica, admit_below: int, seconds: float | None, admit_until: int | None = None
+    ) -> None:
+        """Admit only seniors of `admit_below` from now on; after `seconds`, preempt what still runs.
+
+        admit_until: and of them only those that had arrived by then.
+        """
         if replica.stage is Stage.RESIDENT:
             replica.move("drain")
             self._draining[replica.copy] = replica
-        replica.admit_below = admit_below
+        replica.admit_below, replica.admit_until = admit_below, admit_until
         replica.drain_until = None if seconds is None else self._state.now + seconds
 
     def settle(self) -> None:
@@ -204,8 +209,7 @@ class Room:
         if replica.drain_until is not None and self._state.now >= replica.drain_until:
             for request in list(replica.running.values()):
                 self._state.preempt(request, "its service makes room for another")
-        seniors = any(order < replica.admit_below for order in service.waiting)
-        if not replica.running and not seniors:
+        if not replica.running and not any(map(replica.lets_in, service.waiting)):
             self.evict(replica, self._why_gone(service, replica))
 
     def _move_on(self, service: Service, replica: Replica) -> None:

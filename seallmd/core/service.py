@@ -17,6 +17,7 @@ from seallmd.core.rate import Rate
 from seallmd.core.request import IllegalTransition, Request
 from seallmd.core.settings import NodeSettings, ServiceSettings
 from seallmd.core.shapes import ModelShape
+from seallmd.core.tiers import arrival_of
 
 if TYPE_CHECKING:
     from seallmd.core.outlook import Outlook
@@ -45,8 +46,9 @@ class Replica:
     in, and of its group. arrived: devices where the copy is done. running: requests that hold blocks here, by
     id. since: when it became resident. used: when a step of it was last sent; served: whether one was.
     drain_until: when running requests are preempted to let it go (None: never, they are finished).
-    admit_below: while draining, requests of a lower order are still admitted. leaving: a plan wants it gone,
-    or a request has outgrown it. operations: what of the model fast operations replaced, and how often.
+    admit_below: while draining, requests of a lower order are still admitted, of these the ones up to the
+    arrival number admit_until, whatever their tier (None: all). leaving: a plan wants it gone, or a request
+    has outgrown it. operations: what of the model fast operations replaced, and how often.
     """
 
     service: str
@@ -62,9 +64,17 @@ class Replica:
     used: float = 0.0
     served: bool = False
     admit_below: int = 0
+    admit_until: int | None = None
     drain_until: float | None = None
     leaving: bool = False
     operations: tuple[tuple[str, int], ...] = ()
+
+    def lets_in(self, order: int) -> bool:
+        """Whether it takes a request of such an order, or is still to take it before it goes."""
+        if self.stage is not Stage.DRAINING:
+            return True
+        came = self.admit_until is None or arrival_of(order) <= self.admit_until
+        return came and order < self.admit_below
 
     @property
     def leader(self) -> int:

@@ -24,11 +24,17 @@ YIELDING = (("priority", "default"), ("flex",), DEFERRED)
 _SPAN = 1 << 40  # more requests than a node ever has
 
 FIRST_ORDER = _SPAN  # seniority of the default tier begins here
+END_OF_ORDERS = len(RANKS) * _SPAN  # goes behind every request
 
 
 def seniority(tier: str, arrival: int) -> int:
     """The order of a request: lower goes first. arrival: its number, counted from FIRST_ORDER."""
     return arrival + (RANKS[tier] - RANKS["default"]) * _SPAN
+
+
+def arrival_of(order: int) -> int:
+    """The number that an order was made of, whatever its tier."""
+    return FIRST_ORDER + order % _SPAN
 
 
 def is_deferred(order: int) -> bool:

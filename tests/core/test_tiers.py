@@ -9,7 +9,8 @@ import pytest
 
 from seallmd.core import events as ev
 from seallmd.core.messages import Step
-from seallmd.core.tiers import RANKS, Tier, is_deferred, seniority, yields
+from seallmd.core.settings import ReplacementSettings
+from seallmd.core.tiers import RANKS, Tier, arrival_of, is_deferred, seniority, yields
 from tests.core.helpers import Recorder, shape, world
 
 PROMPT = tuple(range(8))
@@ -39,6 +40,7 @@ def test_words_of_tiers() -> None:
     orders = [seniority(tier, arrival) for tier in TIERS for arrival in (1 << 40, (1 << 40) + 10**9)]
     assert orders == sorted(orders)
     assert all(first < second for first, second in pairwise(orders))
+    assert [arrival_of(order) for order in orders] == [1 << 40, (1 << 40) + 10**9] * len(TIERS)
     assert [is_deferred(order) for order in orders] == [False] * 6 + [True] * 2
     assert [(a, b) for a in TIERS for b in TIERS if yields(a, b)] == [
         ("flex", "priority"), ("flex", "default"),
@@ -211,3 +213,25 @@ def test_a_flood_of_batch_work_costs_interactive_requests_little() -> None:
     assert answered > 60
     assert end < 1.4 * quiet_end
     assert first < quiet_first + 0.06  # two steps that were on their way
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_an_operators_evict_is_for_those_who_came_before_it(tier: Tier) -> None:
+    """Whatever their tier: nobody who comes later holds it up, nobody who came before has it come back."""
+    unplanned = ReplacementSettings(enabled=False)
+    recorder = world({"a": shape()}, (60,), max_rows=2, replicate=False, replacement=unplanned)
+    for request in range(1, 9):
+        recorder.arrive(request, "a", (request,), 30, tier=tier)
+    recorder.world.run(until=recorder.world.now + 0.3)
+    recorder.world.happen(ev.EvictWanted(1, "a"))
+    assert len(recorder.finished) < 6, "nobody waits"
+    number, ends = 100, recorder.world.now + 10.0
+    while 1 not in recorder.answers:
+        if recorder.world.now >= ends - 10.0 + 0.1 * (number - 100):
+            number += 1
+            recorder.arrive(number, "a", (number % 50,), 30, tier=tier)
+        recorder.world.step()
+        assert recorder.world.now < ends, "it never left"
+    assert set(recorder.finished) == set(range(1, 9))
+    assert number > 105, "nobody came after it"
+    finished_in_order(recorder)
