@@ -226,13 +226,22 @@ class NodeState:
     def claim_on(self, device: Device) -> Claim | None:
         """The device's claim; one that is moot is dropped."""
         claim = device.claim
-        if claim is not None:
+        if claim is not None and claim.load:
+            device.claim = self._load_claim(claim)
+        elif claim is not None:
             service = self.services[claim.service]
-            waits = claim.order in service.waiting or (claim.load and service.load_tickets)
-            in_place = not service.replicas if claim.load else claim.service in device.replicas
-            if not waits or not in_place:
+            if claim.order not in service.waiting or claim.service not in device.replicas:
                 device.claim = None
         return device.claim
+
+    def _load_claim(self, claim: Claim) -> Claim | None:
+        """What is left of a claim for a load: when the first who waited has gone, it is the next one's."""
+        service = self.services[claim.service]
+        if service.replicas or not (service.waiting or service.load_tickets):
+            return None
+        if claim.order in service.waiting or service.load_tickets:
+            return claim
+        return Claim(next(iter(service.waiting)), claim.service, load=True)
 
     def leave(self, request: Request) -> None:
         """Give back all that a running request holds: the workers forget it, its blocks are free."""

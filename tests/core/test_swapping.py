@@ -7,6 +7,7 @@ import pytest
 from seallmd.core import events as ev
 from seallmd.core.estimate import swap_seconds
 from seallmd.core.messages import StepDone
+from seallmd.core.service import Stage
 from seallmd.core.settings import PolicySettings
 from seallmd.core.worth import loss, waited
 from seallmd.sim.world import Costs
@@ -242,3 +243,24 @@ def test_worth_in_request_seconds() -> None:
     recorder.arrive(52, "b", (1,), 2)
     assert waited(b, state.now + 3.0) == pytest.approx(2 * 3.0)
     recorder.world.run()
+
+
+def test_those_who_wait_inherit_the_room_that_is_being_made() -> None:
+    """Where each client gives up before the drain is over, its successors would else begin from the start."""
+    recorder = two(min_residency_swaps=0.0, patience_seconds=1000.0)
+    crowd(recorder, "a", 2, first=100, tokens=60)
+    crowd(recorder, "b", 20, first=200, tokens=5)
+    (replica,) = recorder.world.node.state.services["a"].replicas
+    while replica.stage is not Stage.DRAINING:
+        assert recorder.world.step()
+    ends = replica.drain_until
+    assert ends is not None
+    for request in range(200, 219):
+        recorder.world.happen(ev.Cancelled(request))
+        assert (replica.stage, replica.drain_until) == (Stage.DRAINING, ends)
+    recorder.world.happen(ev.Cancelled(219))
+    assert replica.stage is Stage.RESIDENT, "nobody waits any more"
+    crowd(recorder, "b", 1, first=300, tokens=5)
+    recorder.world.run()
+    for request in (100, 101, 300):
+        recorder.assert_output(request)
