@@ -289,7 +289,8 @@ class Residency:
         arena, leaving = device.arena, self._leavers(device, service, need)
         assert arena is not None
         for replica in leaving:
-            if replica.stage is Stage.RESIDENT:
+            if replica.drain_until is None or replica.stage is Stage.RESIDENT:
+                # One that an operator lets finish has no deadline, but only while nobody waits for it to go.
                 seconds = drain_seconds(self._state, service, replica)
                 self._room.drain(replica, admit_below=0, seconds=seconds)
             replica.admit_below = 0  # its seniors would wait for ever behind the claim

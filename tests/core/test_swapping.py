@@ -264,3 +264,24 @@ def test_those_who_wait_inherit_the_room_that_is_being_made() -> None:
     recorder.world.run()
     for request in (100, 101, 300):
         recorder.assert_output(request)
+
+
+def test_one_that_an_operator_lets_finish_is_hurried_once_another_is_asked_for() -> None:
+    """An evict has no deadline; whoever waits for the room must not have to wait longer for that."""
+    limits, waited_for = {"min_residency_swaps": 0.0, "patience_seconds": 1.0}, list[float]()
+    for evicted in (False, True):
+        slow_steps = Costs(copy_byte=2e-5, step_fixed=0.1)
+        recorder = world({"a": LARGE, "b": LARGE}, ONE_FITS, costs=slow_steps, **limits)
+        crowd(recorder, "a", 1, first=100, tokens=60)
+        recorder.world.run(until=recorder.world.now + 1.0)
+        if evicted:
+            recorder.world.happen(ev.EvictWanted(1, "a"))
+        began = recorder.world.now
+        crowd(recorder, "b", 1, first=200, tokens=5)
+        while 200 not in recorder.finished:
+            assert recorder.world.step()
+        waited_for.append(recorder.world.now - began)
+        recorder.world.run()
+        recorder.assert_output(100)
+    assert waited_for[0] < 3.0, "it waited until all had run to its end"
+    assert waited_for[1] <= waited_for[0], waited_for
