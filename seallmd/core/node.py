@@ -102,8 +102,7 @@ class Node:
             if self._is_calm(moves):
                 return state.actions
             devices = list(state.devices.values())
-        while self._settle(devices):
-            devices = list(state.devices.values())
+        self._settle_all(devices)
         self._look_ahead()
         return state.actions
 
@@ -139,6 +138,16 @@ class Node:
         if type(event) is ev.Arrived and event.service in state.services:
             return state.devices_of(state.services[event.service].replicas)
         return list(state.devices.values())
+
+    def _settle_all(self, devices: list[Device]) -> None:
+        """Settle until nothing moves, and once more when services were found stranded last of all.
+
+        That moves nothing, and no other event may come. Only once for each: it may have to wait for one.
+        """
+        seen: set[str] = set()
+        while self._settle(devices) or not self._state.stranded <= seen:
+            seen |= self._state.stranded
+            devices = list(self._state.devices.values())
 
     def _settle(self, devices: list[Device]) -> bool:
         """Move services and send steps on some devices. True when things moved: look at all of them."""

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from seallmd.core import events as ev
+from seallmd.core.settings import ReplacementSettings
 from tests.core.helpers import VOCAB, Recorder, shape, world
 
 # Blocks of 16 tokens. Weights take four; the small device has 16 for KV, 256 tokens.
@@ -61,6 +62,24 @@ def test_a_long_prompt() -> None:
     recorder.assert_output(1)
     assert place_of(recorder) == (1,)
     assert not any("outgrown" in note for note in recorder.notes)
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_on_a_quiet_node(planned: bool) -> None:
+    """A request that finds its device too small is moved at once, though no other event comes."""
+    settings = ReplacementSettings(enabled=planned)  # plans are not made while a device is drained
+    models = {"a": shape(context=400), "p": shape(segments=(120 * 256,))}
+    groups = {"p": ((0,),), "a": ((0,), (1,))}
+    recorder = world(models, (200, 200, 200), groups=groups, pinned=("p",), replacement=settings)
+    recorder.world.happen(ev.DeviceDrainWanted(1, 2))
+    recorder.world.happen(ev.DeviceDrainWanted(2, 1))
+    recorder.world.happen(ev.LoadWanted(3, "a"))
+    recorder.world.run()
+    recorder.world.happen(ev.DeviceDrainWanted(4, 1, drained=False))
+    recorder.world.run()
+    recorder.arrive(1, "a", LONG + LONG[:130], 10)
+    recorder.world.run(until=recorder.world.now + 10)
+    recorder.assert_output(1)
 
 
 def test_several() -> None:
