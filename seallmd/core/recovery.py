@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from math import inf
 
+from seallmd.core import dedicated
 from seallmd.core.loads import MAX_RETRY_SECONDS, Loads
 from seallmd.core.places import Places
 from seallmd.core.request import Life, Request
@@ -83,8 +84,14 @@ class Recovery:
         if not self._lost_at or self._state.now < max(self._lost_at.values()) + DOWN_SECONDS:
             return
         for service in self._state.services.values():
-            if service.waiting and not service.replicas and not self._places.of(service):
+            if service.waiting and not service.replicas and not self._has_place(service):
                 self._loads.pause(service, "no device that it could run on is up", DOWN_RETRY_SECONDS)
+
+    def _has_place(self, service: Service) -> bool:
+        """Whether devices that are up can take a service: one that is too small for it is of no use."""
+        if dedicated.is_dedicated(self._state):
+            return bool(self._places.of(service))  # all others leave, whoever they are
+        return bool(self._places.able(service))
 
     @property
     def calm_until(self) -> float:

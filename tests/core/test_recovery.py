@@ -6,6 +6,7 @@ import pytest
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
+from seallmd.core.settings import ReplacementSettings
 from tests.core.helpers import Recorder, shape, world
 
 
@@ -172,6 +173,26 @@ def test_nobody_waits_for_a_device_that_does_not_come_back() -> None:
     recorder.arrive(4, "a", (1, 2), 3)
     recorder.world.run()
     recorder.assert_output(4)
+
+
+def test_another_device_that_is_too_small_is_none() -> None:
+    """Nobody waits for the only large device either, while a small one is up and others are served there."""
+    models = {"a": shape(segments=(150 * 256,)), "b": shape()}
+    off = ReplacementSettings(enabled=False)
+    recorder = world(models, (100, 300), groups={"b": ((0,),)}, replicate=False, replacement=off)
+    recorder.arrive(1, "a", (1, 2), 50)
+    wait(recorder, 0.3)
+    recorder.world.devices[1].kill(restart_after=1000.0)
+    wait(recorder, 29.0)
+    assert not recorder.finished
+    recorder.arrive(2, "b", (1, 2), 5)
+    wait(recorder, 2.0)
+    recorder.assert_output(2)
+    assert (recorder.finished[1].code, recorder.finished[1].retry_after) == ("model_unavailable", 5.0)
+    wait(recorder, 1000.0)
+    recorder.arrive(3, "a", (1, 2), 5)
+    recorder.world.run()
+    recorder.assert_output(3)
 
 
 def test_processes_that_die_while_they_start_are_nobodys_fault() -> None:
