@@ -94,6 +94,19 @@ class Places:
             if self._most_kv(service, place) >= least and not any(self._barred(d, service) for d in place)
         ]
 
+    def best(self, service: Service) -> list[Place]:
+        """Those of them with room for whatever the waiting requests may become, else for what they are now.
+
+        In any other it would be found to have outgrown its place at once, and would come and go without end.
+        """
+        able = self.able(service)
+        if found := [place for place in able if self.holds_waiting(service, place)]:
+            return found
+        room = [self._most_kv(service, place) for place in able]
+        now = [service.blocks_for(len(request.tokens) + 1) for request in service.waiting.values()]
+        least = max((blocks for blocks in now if blocks <= max(room, default=0)), default=0)
+        return [place for place, blocks in zip(able, room, strict=True) if blocks >= least]
+
     def most_kv_anywhere(self, service: Service) -> int:
         """KV blocks that it could have on each device of the best of those places."""
         return max((self._most_kv(service, place) for place in self.able(service)), default=0)

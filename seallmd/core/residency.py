@@ -132,8 +132,7 @@ class Residency:
         if dedicated.is_dedicated(self._state):
             self._take_turn(service)
             return
-        need, able = self._places.need(service), self._places.able(service)
-        able = [place for place in able if self._places.holds_waiting(service, place)] or able
+        need, able = self._places.need(service), self._places.best(service)
         free = [place for place in able if not any(self._promised(device, service) for device in place)]
         # Where it fits as things are; where only idle services must leave, the least missed first.
         # Fewest neighbours first: compute is what services share, and a larger device has no more of it.

@@ -28,8 +28,7 @@ def on_the_small_one(pinned: tuple[str, ...] = ()) -> Recorder:
 
 
 def place_of(recorder: Recorder) -> tuple[int, ...]:
-    (status,) = recorder.world.node.status(0).services
-    return status.devices
+    return recorder.world.node.status(0).services[0].devices
 
 
 def test_short_ones_stay() -> None:
@@ -80,6 +79,21 @@ def test_on_a_quiet_node(planned: bool) -> None:
     recorder.arrive(1, "a", LONG + LONG[:130], 10)
     recorder.world.run(until=recorder.world.now + 10)
     recorder.assert_output(1)
+
+
+def test_the_largest_is_lost() -> None:
+    """What no device left can hold to its end goes where it fits now, though a smaller one is emptier."""
+    off, models = ReplacementSettings(enabled=False), {"a": shape(context=2048), "b": shape()}
+    groups = {"b": ((1,),)}
+    recorder = world(models, (100, 200, 400), groups=groups, preload=("b",), replicate=False, replacement=off)
+    recorder.arrive(1, "a", LONG * 2 + LONG[:100], 800)
+    recorder.world.run(until=recorder.world.now + 0.5)
+    before, service = len(recorder.outputs[1]), recorder.world.node.state.services["a"]
+    recorder.world.devices[2].kill(restart_after=1000.0)
+    while len(recorder.outputs[1]) == before:
+        assert service.swaps_in <= 2, "it comes and goes"
+        assert recorder.world.step()
+    assert place_of(recorder) == (1,)
 
 
 def test_several() -> None:
