@@ -220,7 +220,7 @@ class Residency:
             and all(self._clearable(device, service, need) for device in place)
         ]
         if not free:
-            if all(self._is_settled(device) for place in able for device in place):
+            if all(self._is_settled(device, service) for place in able for device in place):
                 self._cannot(service)  # all is free that ever will be, and yet no run is long enough
             return  # else who is there has come but now; `next_wakeup` says when that changes
         costs = {place[0].index: self._asking_costs(place, service, need) for place in free}
@@ -246,11 +246,16 @@ class Residency:
 
         return sorted(filter(self._room.may_leave, device.replicas.values()), key=order)
 
-    def _is_settled(self, device: Device) -> bool:
-        """Whether a device is as empty as it will ever be: those that are there stay for good."""
-        assert device.arena is not None
-        stay = all(self._state.services[name].settings.pinned for name in device.replicas)
-        return stay and not device.arena.kv and self._state.claim_on(device) is None
+    def _is_settled(self, device: Device, service: Service) -> bool:
+        """Whether only those are on a device that stay for good, and no other service comes in before.
+
+        What they run and wait for does not matter: `_clearable` counts on its end.
+        """
+        stay = all(
+            self._state.services[name].settings.pinned and replica.stage is not Stage.DRAINING
+            for name, replica in device.replicas.items()
+        )
+        return stay and not self._loads_another(device, service)
 
     def _clearable(self, device: Device, service: Service, need: int) -> bool:
         """Whether a device has room once all that can leave has left and all that runs has ended."""

@@ -8,7 +8,7 @@ from seallmd.core import events as ev
 from seallmd.core.estimate import swap_seconds
 from seallmd.core.messages import StepDone
 from seallmd.core.service import Stage
-from seallmd.core.settings import PolicySettings
+from seallmd.core.settings import PolicySettings, ReplacementSettings
 from seallmd.core.worth import loss, waited
 from seallmd.sim.world import Costs
 from tests.core.helpers import Recorder, shape, world
@@ -204,6 +204,28 @@ def test_pinned_services_never_leave_and_the_newcomer_hears_it() -> None:
     assert recorder.world.now - began < PolicySettings().patience_seconds
     assert state_of(recorder, "a") == "resident"
     assert recorder.world.node.state.services["a"].swaps_in == 1
+
+
+def test_a_busy_pinned_service_in_the_middle() -> None:
+    """It leaves blocks enough, but no run of them is long enough: that is told though it never pauses."""
+    models = {"x": shape(segments=(20 * 256,)), "p": shape(), "y": shape(segments=(42 * 256,))}
+    recorder = world(models, (64,), replacement=ReplacementSettings(enabled=False))
+    for request, name in enumerate("xp", 1):
+        recorder.arrive(request, name, (1,), 3)
+        recorder.world.run()
+    recorder.world.happen(ev.PinWanted(1, "p"))
+    recorder.world.happen(ev.EvictWanted(2, "x"))
+    recorder.world.run()
+    (replica,) = recorder.world.node.state.services["p"].replicas
+    assert replica.starts[0][0] == 20
+    recorder.arrive(3, "p", (2,), 60)
+    recorder.arrive(4, "y", (1,), 3)
+    while 4 not in recorder.finished:
+        assert recorder.world.step()
+    assert "pinned services leave no room" in recorder.finished[4].error
+    assert 3 not in recorder.finished
+    recorder.world.run()
+    recorder.assert_output(3)
 
 
 def test_others_keep_stepping_while_a_model_is_copied() -> None:
