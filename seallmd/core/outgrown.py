@@ -39,19 +39,27 @@ class Outgrown:
                 self._move(service)
 
     def _move(self, service: Service) -> None:
-        longest = max((len(request.tokens) + 1 for request in service.waiting.values()), default=0)
-        blocks = service.blocks_for(longest)
-        if any(self._state.most_kv_blocks_of(replica) >= blocks for replica in service.replicas):
+        needs = [service.blocks_for(len(request.tokens) + 1) for request in service.waiting.values()]
+        longest = max(needs, default=0)
+        if self._holds(service, longest):
             return  # that one takes it
         most = self._places.most_kv_anywhere(service)
-        if most < blocks:
-            self._fail_longer(service, most)
-            return
+        if most < longest:
+            if not self._state.awaits_devices:
+                self._fail_longer(service, most)
+                return
+            longest = max((blocks for blocks in needs if blocks <= most), default=0)
+            if self._holds(service, longest):
+                return
         for replica in service.replicas:
             if replica.stage is Stage.RESIDENT:
                 replica.leaving = True
                 seconds = drain_seconds(self._state, service, replica)
                 self._room.drain(replica, admit_below=0, seconds=seconds)
+
+    def _holds(self, service: Service, blocks: int) -> bool:
+        """Whether a replica could give so many blocks of KV to one request."""
+        return any(self._state.most_kv_blocks_of(replica) >= blocks for replica in service.replicas)
 
     def _fail_longer(self, service: Service, most: int) -> None:
         """End the waiting requests that no place has blocks enough for."""

@@ -76,14 +76,30 @@ class Places:
         return split.run_tokens > 0 and self._most_kv(split, place) >= split.blocks_for(longest)
 
     def context_limit(self, service: Service) -> int:
-        """Most tokens (prompt and output) that a request of the service can ever have."""
+        """Most tokens (prompt and output) that a request of the service can ever have.
+
+        A worker that starts anew must not make it less meanwhile: what is turned away is not asked again.
+        """
         assert service.shape is not None
         most, longest = -1, service.shape.context
-        for place in self._running(service, service.ranks, closed=True):
-            most = max(most, self._most_kv(service, place) // service.run_blocks * service.run_tokens)
+        for place in self._groups(service, service.ranks):
+            coming = all(device.arena is not None or self._state.awaits(device) for device in place)
+            if len(place) != service.ranks or not coming:
+                continue
+            if any(device.arena is None and not device.arena_bytes for device in place):
+                return longest  # nobody knows yet
+            blocks = min(self._kv_in_time(service, device) for device in place)
+            most = max(most, blocks // service.run_blocks * service.run_tokens)
             if most >= longest:  # asked for with every request, and on most machines of the first place
                 break
         return longest if most < 0 else min(longest, most)
+
+    def _kv_in_time(self, service: Service, device: Device) -> int:
+        """KV blocks that it could have on a device, which is as it was before when it comes back."""
+        if device.arena is not None:
+            return self._state.most_kv_blocks(device, service)
+        capacity = device.arena_bytes // self._state.settings.block_bytes
+        return max(0, capacity - self._state.weights_blocks(service))
 
     def able(self, service: Service) -> list[Place]:
         """Places where the service has room once all have left that can, and nobody stays that bars it."""

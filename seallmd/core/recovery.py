@@ -22,11 +22,11 @@ from seallmd.core.places import Places
 from seallmd.core.request import Life, Request
 from seallmd.core.room import Room
 from seallmd.core.service import Image, Service, Stage
-from seallmd.core.state import Device, NodeState, SentStep
+from seallmd.core.state import DOWN_SECONDS, Device, NodeState, SentStep
 
 CRASHES_ALLOWED = 1  # of a service, in a row, before it pauses
 CALM_SECONDS = 10.0  # a service that steps so long after a crash has recovered from it
-DOWN_SECONDS, DOWN_RETRY_SECONDS = 30.0, 5.0  # requests wait so long for a device to come back; Retry-After
+DOWN_RETRY_SECONDS = 5.0  # Retry-After while a device is down that does not come back
 FAILURES_ALLOWED = 3  # of steps in company, in a row, before a request ends all the same
 
 
@@ -38,14 +38,13 @@ class Recovery:
         self._room = room
         self._places = places
         self._loads = loads
-        self._lost_at: dict[int, float] = {}  # devices that are down, and since when
 
     # ------------------------------------------------------------------------------- devices
 
     def worker_lost(self, index: int, reason: str) -> None:
         """A worker is gone with all that it held. It carried out one step at a time: the oldest one."""
         state, device = self._state, self._state.devices[index]
-        self._lost_at.setdefault(index, state.now)
+        state.lost_at.setdefault(index, state.now)
         device.state = "lost"
         step = next(iter(device.inflight.values()), None)
         guilty = step is not None and self._blame(step, "its worker process died", "worker_lost", 500)
@@ -60,7 +59,9 @@ class Recovery:
             self._forget_unsaved(service, index)
         state.host_kv.lost(index)
         state.note("", f"device {index} lost: {reason}")
-        state.devices[index] = Device(index, device.label, state="lost", closed=device.closed)
+        state.devices[index] = Device(
+            index, device.label, state="lost", arena_bytes=device.arena_bytes, closed=device.closed
+        )
         state.moved()
         if cause is not None and not guilty:
             self._crashed(cause, f"its worker process died ({reason})")
@@ -77,11 +78,11 @@ class Recovery:
 
     def worker_up(self, index: int) -> None:
         """The device is there again."""
-        self._lost_at.pop(index, None)
+        self._state.lost_at.pop(index, None)
 
     def settle(self) -> None:
         """Have nobody wait for ever for devices that do not come back."""
-        if not self._lost_at or self._state.now < max(self._lost_at.values()) + DOWN_SECONDS:
+        if not self._state.lost_at or self._state.now < max(self._state.lost_at.values()) + DOWN_SECONDS:
             return
         for service in self._state.services.values():
             if service.waiting and not service.replicas and not self._has_place(service):
@@ -96,11 +97,11 @@ class Recovery:
     @property
     def calm_until(self) -> float:
         """As `wakeup.Part`."""
-        return -inf if self._lost_at else inf
+        return -inf if self._state.lost_at else inf
 
     def next_wakeup(self) -> float:
         """When `settle` may have something to do; inf: never."""
-        return max(self._lost_at.values()) + DOWN_SECONDS if self._lost_at else inf
+        return max(self._state.lost_at.values()) + DOWN_SECONDS if self._state.lost_at else inf
 
     def _cause(self, device: Device, step: SentStep | None) -> Service | None:
         """The service that the worker was busy with, as far as is known here."""

@@ -220,7 +220,8 @@ class Residency:
             and all(self._clearable(device, service, need) for device in place)
         ]
         if not free:
-            if all(self._is_settled(device, service) for place in able for device in place):
+            settled = all(self._is_settled(device, service) for place in able for device in place)
+            if settled and not self._state.awaits_devices:
                 self._cannot(service)  # all is free that ever will be, and yet no run is long enough
             return  # else who is there has come but now; `next_wakeup` says when that changes
         costs = {place[0].index: self._asking_costs(place, service, need) for place in free}

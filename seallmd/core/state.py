@@ -21,6 +21,8 @@ from seallmd.core.settings import NodeSettings
 from seallmd.core.sharing import Sharing
 from seallmd.core.tiers import FIRST_ORDER
 
+DOWN_SECONDS = 30.0  # a device that is lost is expected back for so long, and requests wait for it
+
 # -------------------------------------------------------------------------------------------- devices
 
 
@@ -69,8 +71,8 @@ class Claim:
 class Device:
     """One device and all that is on it. arena is None while its worker is starting or lost.
 
-    reserved: a replica on several devices that found one of them full; its step goes next here. closed: an
-    operator wants it empty.
+    arena_bytes: while there is none, of the last one; 0 = it never was up. reserved: a replica on several
+    devices that found one of them full; its step goes next here. closed: an operator wants it empty.
     """
 
     index: int
@@ -95,7 +97,7 @@ class NodeState:
     planned: the groups of each service's replicas by the best plan known. sharing: who may not be on one
     device. draining: no new requests are taken; stopping: for good. moves: counts what may give others
     memory or a turn: replicas that come, go, or stay after all, and requests that leave. stranded: services
-    of which a waiting request has outgrown a device.
+    of which a waiting request has outgrown a device. lost_at: devices that are down, and since when.
 
     Who is where is asked for after every event and seldom changes: `absent`, `beside` and `group` are kept
     until `moved`.
@@ -118,6 +120,7 @@ class NodeState:
     copies: int = 0
     moves: int = 0
     stranded: set[str] = field(default_factory=set)
+    lost_at: dict[int, float] = field(default_factory=dict)
     _absent: list[Service] | None = None
     _beside: dict[int, list[Device]] = field(default_factory=dict)
     _groups: dict[tuple[int, ...], list[Device]] = field(default_factory=dict)
@@ -164,6 +167,17 @@ class NodeState:
         for device in self.group(replica):
             del device.replicas[replica.service]
         self.moved()
+
+    def awaits(self, device: Device) -> bool:
+        """Whether a device is down and expected back: what has no room without it is not given up."""
+        if device.arena is not None or device.closed:
+            return False
+        return self.now < self.lost_at.get(device.index, self.now) + DOWN_SECONDS
+
+    @property
+    def awaits_devices(self) -> bool:
+        """Whether any is."""
+        return any(map(self.awaits, self.devices.values()))
 
     # --------------------------------------------------------------------------- common deeds
 

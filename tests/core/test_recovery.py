@@ -7,7 +7,10 @@ import pytest
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
 from seallmd.core.settings import ReplacementSettings
-from tests.core.helpers import Recorder, shape, world
+from tests.core.helpers import VOCAB, Recorder, shape, world
+
+LONG = tuple(number % VOCAB for number in range(600))
+OFF = ReplacementSettings(enabled=False)
 
 
 def wait(recorder: Recorder, seconds: float) -> None:
@@ -178,8 +181,7 @@ def test_nobody_waits_for_a_device_that_does_not_come_back() -> None:
 def test_another_device_that_is_too_small_is_none() -> None:
     """Nobody waits for the only large device either, while a small one is up and others are served there."""
     models = {"a": shape(segments=(150 * 256,)), "b": shape()}
-    off = ReplacementSettings(enabled=False)
-    recorder = world(models, (100, 300), groups={"b": ((0,),)}, replicate=False, replacement=off)
+    recorder = world(models, (100, 300), groups={"b": ((0,),)}, replicate=False, replacement=OFF)
     recorder.arrive(1, "a", (1, 2), 50)
     wait(recorder, 0.3)
     recorder.world.devices[1].kill(restart_after=1000.0)
@@ -189,10 +191,95 @@ def test_another_device_that_is_too_small_is_none() -> None:
     wait(recorder, 2.0)
     recorder.assert_output(2)
     assert (recorder.finished[1].code, recorder.finished[1].retry_after) == ("model_unavailable", 5.0)
-    wait(recorder, 1000.0)
+    wait(recorder, 10.0)
     recorder.arrive(3, "a", (1, 2), 5)
+    assert "no device that it could run on is up" in recorder.finished[3].error
+    wait(recorder, 1000.0)
+    recorder.arrive(4, "a", (1, 2), 5)
     recorder.world.run()
+    recorder.assert_output(4)
+
+
+def large_one_lost(seconds: float) -> Recorder:
+    """A request runs on the larger device when that goes; another as long comes, and one that is short."""
+    recorder = world({"a": shape(context=1024)}, (100, 300), replicate=False, replacement=OFF)
+    recorder.arrive(1, "a", LONG, 100)
+    wait(recorder, 0.5)
+    assert recorder.outputs[1]
+    recorder.world.devices[1].kill(restart_after=seconds)
+    recorder.arrive(2, "a", LONG, 100)
+    recorder.arrive(3, "a", (1, 2), 5)
+    wait(recorder, 2.5)
     recorder.assert_output(3)
+    assert len(recorder.finished) == 1
+    return recorder
+
+
+def test_what_only_a_lost_device_can_hold_waits_for_it() -> None:
+    """A worker's death costs no answer, also where the devices left are too small; others go on there."""
+    recorder = large_one_lost(3.0)
+    recorder.world.run()
+    recorder.assert_output(1)
+    recorder.assert_output(2)
+
+
+def test_it_does_not_wait_for_ever() -> None:
+    """It is told when the device is not expected any more, and who comes then is refused at once."""
+    recorder = large_one_lost(1000.0)
+    wait(recorder, 27.0)
+    assert len(recorder.finished) == 1
+    wait(recorder, 2.0)
+    assert [recorder.finished[n].code for n in (1, 2)] == ["out_of_memory"] * 2
+    recorder.arrive(4, "a", LONG, 100)
+    assert recorder.finished[4].code == "context_length_exceeded"
+
+
+def beside_a_pinned_one(seconds: float) -> Recorder:
+    """Of two equal devices one is lost, the other is almost filled by a pinned service."""
+    models = {"a": shape(context=1024), "p": shape(segments=(80 * 256,))}
+    pinned, groups = ("p",), {"p": ((0,),)}
+    recorder = world(models, (100, 100), pinned=pinned, groups=groups, replicate=False, replacement=OFF)
+    recorder.world.devices[1].kill(restart_after=seconds)
+    return recorder
+
+
+def test_a_lost_device_counts_for_the_limit_of_a_request() -> None:
+    """Until it is given up; no event that asks for the limit ends those who wait for it."""
+    recorder = beside_a_pinned_one(3.0)
+    recorder.arrive(1, "a", LONG[:80], 50)
+    recorder.world.happen(ev.PinWanted(1, "p"))
+    recorder.world.run()
+    recorder.assert_output(1)
+
+    recorder = beside_a_pinned_one(1000.0)
+    node = recorder.world.node
+    assert node.context_limit("a") == 96 * 4
+    recorder.world.happen(ev.DeviceDrainWanted(1, 1))
+    assert node.context_limit("a") == 16 * 4, "an operator has taken it out"
+    recorder.world.happen(ev.DeviceDrainWanted(2, 1, drained=False))
+    node.state.devices[1].arena_bytes = 0
+    assert node.context_limit("a") == 1024, "how large it will be is not known"
+    wait(recorder, 31.0)
+    assert node.context_limit("a") == 16 * 4
+
+
+@pytest.mark.parametrize(("seconds", "served"), [(3.0, True), (1000.0, False)])
+def test_a_run_of_blocks_is_waited_for_too(seconds: float, served: bool) -> None:
+    """The device that is up has blocks enough but not in a row: the other may come back with them."""
+    models = {"x": shape(segments=(20 * 256,)), "p": shape(), "y": shape(segments=(42 * 256,))}
+    groups = dict.fromkeys("xp", ((0,),))
+    recorder = world(models, (64, 64), groups=groups, replicate=False, replacement=OFF)
+    for request, name in enumerate("xp", 1):
+        recorder.arrive(request, name, (1,), 3)
+        recorder.world.run()
+    recorder.world.happen(ev.PinWanted(1, "p"))
+    recorder.world.happen(ev.EvictWanted(2, "x"))
+    recorder.world.devices[1].kill(restart_after=seconds)
+    recorder.arrive(3, "y", (1,), 3)
+    wait(recorder, 29.0)
+    assert (3 in recorder.finished) is served
+    wait(recorder, 2.0)
+    assert recorder.finished[3].code == ("" if served else "model_unavailable")
 
 
 def test_processes_that_die_while_they_start_are_nobodys_fault() -> None:
