@@ -18,8 +18,9 @@ class Images:
         self._state = state
 
     def want(self, service: Service) -> None:
-        """Have the image built, unless that is under way, failed just now for a replica more, or host memory is
-        held by images in use: those who want it ask again whenever something happens.
+        """Have the image built, unless that is under way, failed just now for a replica more, or has no room.
+
+        Those who want it ask again whenever something happens.
         """
         paused = service.replicas and self._state.now < service.image_at
         if service.image is Image.BUILDING or not self._state.host_up or paused:
