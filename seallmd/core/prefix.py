@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 
 
 class PrefixIndex:
-    """Full KV blocks by content. A chain starts at a root, (service, salt), so nothing is shared across."""
+    """Full KV blocks by content. A chain starts at a root (service, salt, rank): nothing is shared across."""
 
     def __init__(self) -> None:
         self._block: dict[tuple[Hashable, tuple[int, ...]], int] = {}

@@ -330,7 +330,6 @@ class Residency:
         assert service.shape is not None
         service.split_over(ranks, self._state.settings)
         service.former.clear()
-        service.breaks += 1  # prefixes that are still cached were written by other ranks
         service.profile.costs = StepCosts.guess(self._state.settings.roofline, service.shape, ranks)
         self._look_at_image(service)
 

@@ -118,7 +118,7 @@ class Service:
     weights lay last, by device; return_seconds: how long it took lately to come in where it had been before,
     0 = it never did. tickets: operators that wait for it. suspects: requests that were in a step that failed.
     crashes: how often in a row a process died of it, lastly at crashed_at. breaks: how often its ranks fell
-    apart or changed; prefixes from before are not found again. restarts: of its requests, after failures.
+    apart; prefixes from before are not found again. restarts: of its requests, after failures.
     closed: an operator wants no new requests for it. idle_since: when its last request ended; pause_seconds:
     how long it lately had none before the next one came. keep_seconds: what a client wants instead of
     `idle_seconds`. outgoing: it has left the configuration, and goes when its requests have ended; successor:

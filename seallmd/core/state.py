@@ -390,7 +390,7 @@ class NodeState:
         request.epoch += 1
         request.replica, request.tables = replica, replica.ranks.take(blocks)
         request.scheduled, request.computed, request.indexed = tokens, 0, 0
-        request.parents = [service.root_of(request)] * len(replica.devices)
+        request.parents = replica.ranks.roots(service.root_of(request))
         request.landing = True
         replica.running[request.id] = request
         service.migrations += 1

@@ -1,8 +1,8 @@
 """What memory holds, written and checked: the mode in which tests look for corruption.
 
 Owns the contents of one simulated device: each token's place in a KV block remembers which prefix was written
-into it, on its way to host memory and back too, each block of weights whose they are; a step that reads
-anything else raises `Corruption`. Must not know time.
+into it and by which rank of how many, on its way to host memory and back too, each block of weights whose
+they are; a step that reads anything else raises `Corruption`. Must not know time.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ class Contents:
         """An empty arena, and no request known."""
         self._memory: dict[int, object] = {}
         self._weights: dict[str, list[tuple[int, int]]] = {}
+        self._ranks: dict[str, tuple[int, int]] = {}  # which of how many parts of them
         self._requests: dict[int, _Known] = {}
 
     def copy_begins(self, message: msg.CopyIn) -> None:
@@ -97,7 +98,9 @@ class Contents:
 
     def copy_ended(self, message: msg.CopyIn) -> None:
         """The weights are complete."""
+        group = message.group
         self._weights[message.service] = self._runs(message)
+        self._ranks[message.service] = (0, 1) if group is None else (group.rank, group.ranks)
 
     def _runs(self, message: msg.CopyIn) -> list[tuple[int, int]]:
         unit = self._block_bytes
@@ -205,6 +208,7 @@ class Contents:
             self._leave_blank(service, row)
             return 0 if row.sample else None
         size, blocks = self._runs_of[known.service]()
+        rank = self._ranks[service]  # each has heads of its own
         known.table += row.blocks
         # Blocks that were shared hold their part already; a row starts behind it.
         if row.start + row.count > len(known.tokens):
@@ -214,12 +218,15 @@ class Contents:
                 slots = self._memory.get(block)
                 if not isinstance(slots, list) or position % size == 0:
                     slots = self._memory[block] = list[object]([None] * size)
-                slots[position % size] = (layer, known.digests[position])
+                slots[position % size] = (layer, known.digests[position], rank)
         for position in range(row.start + row.count):
             for layer, block in enumerate(_run_at(known.table, position // size, blocks)):
                 slots = self._memory.get(block)
-                if not isinstance(slots, list) or slots[position % size] != (layer, known.digests[position]):
-                    raise Corruption(f"request {row.request} position {position} was overwritten")
+                wanted = (layer, known.digests[position], rank)
+                if not isinstance(slots, list) or slots[position % size] != wanted:
+                    raise Corruption(
+                        f"request {row.request} position {position} was overwritten, or is another rank's"
+                    )
         known.done = row.start + row.count
         if not row.sample:
             return None

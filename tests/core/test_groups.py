@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from seallmd.core import events as ev
+from seallmd.core.arena import Arena
 from seallmd.core.messages import CopyIn, Step
+from seallmd.core.ranks import Ranks
+from seallmd.core.settings import ReplacementSettings
 from seallmd.core.status import ServiceStatus
 from tests.core.helpers import Recorder, shape, world
 
@@ -151,6 +156,46 @@ def test_prefixes_of_a_broken_group_are_not_trusted() -> None:
     recorder.world.run()
     assert recorder.cached[4] == 0
     recorder.assert_output(4)
+
+
+@pytest.mark.parametrize(("devices", "found"), [((1, 0), 1), ((0, 1), 0), ((1,), 0), ((0,), 0)])
+def test_a_rank_knows_only_the_prefixes_that_it_wrote(devices: tuple[int, ...], found: int) -> None:
+    """Protects a rank from KV of other heads: of another rank, or of as many tokens split another way."""
+    arenas = [Arena(8), Arena(8)]
+    ranks = Ranks([arenas[1], arenas[0]])
+    tables = ranks.take(1)
+    ranks.index(ranks.parents("root", ([], [])), tables, 0, (7, 8), 1)
+    ranks.release(tables)
+    shared = Ranks([arenas[device] for device in devices]).share_prefix("root", (7, 8), 2, 1)
+    assert [len(table) for table in shared] == [found] * len(devices)
+
+
+def test_a_group_that_comes_back_one_device_further_finds_no_prefix() -> None:
+    """Device 1 keeps what it wrote as rank 0, and is rank 1 now; the simulated devices check what is read."""
+    recorder = world(
+        {"a": shape(ranks=(2,)), "b": shape(segments=(6144,)), "c": shape(segments=(6144,))},
+        (40, 40, 40),
+        tensor_parallel={"a": 2},
+        groups={"b": ((0,),), "c": ((2,),)},
+        replicate=False,
+        replacement=ReplacementSettings(enabled=False),
+    )
+    there, prompt = recorder.world, tuple(range(24))
+    recorder.arrive(1, "b", (1,), 4)
+    there.run(until=there.now + 5)
+    recorder.arrive(2, "a", prompt, 4)
+    there.run(until=there.now + 5)
+    assert status_of(recorder, "a").groups == ((1, 2),)
+    there.happen(ev.EvictWanted(1, "a"))
+    there.happen(ev.EvictWanted(2, "b"))
+    recorder.arrive(3, "c", (1,), 4)
+    there.run(until=there.now + 5)
+    for request in (4, 5):
+        recorder.arrive(request, "a", prompt, 4)
+        there.run(until=there.now + 5)
+        assert status_of(recorder, "a").groups == ((0, 1),)
+        recorder.assert_output(request)
+    assert (recorder.cached[4], recorder.cached[5]) == (0, 16)
 
 
 def test_saved_kv_of_a_group_that_left_is_not_trusted_after_a_failure() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec import structs
 
 from seallmd.core import events as ev
 from seallmd.core import messages as msg
@@ -71,6 +72,22 @@ def test_nothing_is_saved_or_restored_that_is_not_there() -> None:
     with pytest.raises(Corruption, match="of device 3"):
         contents.restore((9,), (7,), 3)
     contents.restore((9,), (7,), 0)
+
+
+@pytest.mark.parametrize("group", [None, msg.Group(2, 1, 2), msg.Group(2, 0, 4)])
+def test_a_rank_may_not_read_what_another_wrote(group: msg.Group | None) -> None:
+    """The same tokens and layer, but other heads: a step that takes them for its own is corruption."""
+    contents = Contents(BLOCK_BYTES, {"s": lambda: (BLOCK_TOKENS, 1)}, VOCAB)
+    for number, as_rank in enumerate((msg.Group(1, 0, 2), msg.Group(3, 0, 2), group)):
+        weights = structs.replace(WEIGHTS, group=as_rank)
+        contents.copy_begins(weights)
+        contents.copy_ended(weights)
+        if number == 0:
+            contents.run(step(PROMPT, msg.Row(1, 0, 4, False, (5,))))
+        elif number == 1:  # another group, but the same rank of as many
+            contents.run(step(PROMPT, msg.Row(2, 4, 3, True, (5, 2))))
+    with pytest.raises(Corruption, match="another rank's"):
+        contents.run(step(PROMPT, msg.Row(3, 4, 3, True, (5, 2))))
 
 
 class Clock:
