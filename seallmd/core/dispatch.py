@@ -19,6 +19,9 @@ from seallmd.core.service import Replica
 from seallmd.core.state import Device, NodeState
 
 KNOWN_STEPS = 50  # of a service, before its steps' times count as known
+# A group that could run nothing is waited for again, even if nothing has moved: the end of another's claim
+# and a policy's quotas are not seen.
+RETRY_SECONDS = 1.0
 
 
 class Dispatch:
@@ -50,16 +53,34 @@ class Dispatch:
                 continue
             group = self._state.group(replica)
             if len(group) > 1 and not all(self._takes(member, replica, device) for member in group):
+                if self._is_stuck(replica):
+                    continue  # or it would keep those from getting done who have the memory that it waits for
                 self._reserve(replica, group, device)
                 return False
             steps = self._batcher.form(replica)
             for member, step in steps:
                 self._send(member, step)
-                if member.reserved is replica:
-                    member.reserved = None
+            if len(group) > 1:
+                self._had_turn(replica, group, stuck=not steps)
             if steps:
                 return True
         return False
+
+    def _had_turn(self, replica: Replica, group: list[Device], *, stuck: bool) -> None:
+        """A replica on several devices is waited for no longer; nor again soon, if it could run nothing."""
+        state = self._state
+        for device in group:
+            if device.reserved is replica:
+                device.reserved = None
+        if stuck:
+            until = state.now + RETRY_SECONDS
+            state.services[replica.service].stuck[replica.copy] = state.moves, until
+
+    def _is_stuck(self, replica: Replica) -> bool:
+        """Whether a replica on several devices could run nothing lately, and nothing has happened since."""
+        state = self._state
+        moves, until = state.services[replica.service].stuck.get(replica.copy, (-1, 0.0))
+        return moves == state.moves and state.now < until
 
     def _send(self, device: Device, step: msg.Step) -> None:
         """Send a step on as many threads as there are for it now, and say how long it should take."""

@@ -122,7 +122,9 @@ class Service:
     closed: an operator wants no new requests for it. idle_since: when its last request ended; pause_seconds:
     how long it lately had none before the next one came. keep_seconds: what a client wants instead of
     `idle_seconds`. outgoing: it has left the configuration, and goes when its requests have ended; successor:
-    what then takes its name. outlooks: of its replicas, by copy, since it last changed.
+    what then takes its name. outlooks: of its replicas, by copy, since it last changed; stuck: those on
+    several devices that could run nothing although there was work, since then too: the `moves` of that time,
+    and until when it counts.
     """
 
     settings: ServiceSettings
@@ -181,6 +183,7 @@ class Service:
     outgoing: bool = False
     successor: ServiceSettings | None = None
     outlooks: dict[int, Outlook] = field(default_factory=dict)
+    stuck: dict[int, tuple[int, float]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -195,6 +198,7 @@ class Service:
     def changed(self) -> None:
         """Its requests, where they are, or its profile are no longer what they were."""
         self.outlooks.clear()
+        self.stuck.clear()
 
     def enqueue(self, request: Request) -> None:
         """Have a request wait, among the others by seniority."""

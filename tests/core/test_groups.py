@@ -122,6 +122,36 @@ def test_a_busy_group_does_not_keep_its_neighbour_from_stepping() -> None:
     assert ends == [2, 1], "the neighbour waited until the group had nothing left to do"
 
 
+@pytest.mark.parametrize("policy", ["budget", "round-robin"])
+def test_a_group_that_waits_for_memory_does_not_stop_who_has_it(policy: str) -> None:
+    """Device 0 is busy for long, device 1's memory is its neighbour's: kept free for the group's step, which
+    cannot be formed, device 1 would never give that memory back."""
+    recorder = world(
+        {"g": shape(ranks=(2,), context=400), "slow": shape(context=400), "quick": shape(context=400)},
+        (400, 100),
+        tensor_parallel={"g": 2},
+        groups={"g": ((0, 1),), "slow": ((1,),), "quick": ((0,),)},
+        preload=("g", "slow", "quick"),
+        policy=policy,
+        step_tokens=512,
+        prefix_reuse=False,
+        replicate=False,
+        replacement=ReplacementSettings(enabled=False),
+    )
+    there = recorder.world
+    recorder.arrive(1, "slow", tuple(range(40)) * 6, 100)
+    for request in (2, 3, 4):
+        recorder.arrive(request, "quick", (request,), 390)
+    there.run(until=there.now + 0.1)
+    recorder.arrive(5, "g", tuple(range(40)) * 8, 5)
+    while len(recorder.finished) < 2:
+        assert there.step()
+    assert list(recorder.finished) == [1, 5], "quick had to end first"
+    there.run()
+    for request in range(1, 6):
+        recorder.assert_output(request)
+
+
 def test_the_loss_of_one_rank_ends_the_group_and_it_comes_back() -> None:
     """Its requests start over; the other rank's memory is free again; the service returns by itself."""
     recorder = world({"a": shape(ranks=(2,))}, (40, 40), tensor_parallel={"a": 2})
