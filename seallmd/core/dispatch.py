@@ -100,8 +100,11 @@ class Dispatch:
         order = self._policy.order(self._state, device, ready)
         if len(order) > 1:  # batch work in the gaps that the others leave
             order = sorted(order, key=self._batcher.only_deferred)
-        if device.reserved in ready:
-            order = [device.reserved, *(replica for replica in order if replica is not device.reserved)]
+        first = device.reserved
+        if first in ready:
+            order = [first, *(replica for replica in order if replica is not first)]
+        else:
+            device.reserved = None  # what it waited to run has ended: other groups may have their turn
         return order
 
     def _takes(self, device: Device, replica: Replica, chooser: Device) -> bool:

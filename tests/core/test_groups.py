@@ -152,6 +152,30 @@ def test_a_group_that_waits_for_memory_does_not_stop_who_has_it(policy: str) -> 
         recorder.assert_output(request)
 
 
+def test_a_cancelled_wait_leaves_the_turn_to_other_groups() -> None:
+    """Device 0 was to be the first group's next, whose only request went meanwhile; the second one waits for
+    the same device, and would do so as long as that has work."""
+    recorder = world(
+        {"first": shape(ranks=(2,)), "second": shape(ranks=(2,)), "busy": shape(context=400)},
+        (200, 200, 200),
+        tensor_parallel={"first": 2, "second": 2},
+        groups={"first": ((0, 1),), "second": ((0, 2),), "busy": ((0,),)},
+        preload=("first", "second", "busy"),
+        policy="fcfs",
+        replicate=False,
+        replacement=ReplacementSettings(enabled=False),
+    )
+    there = recorder.world
+    recorder.arrive(1, "busy", (1,), 300)
+    there.run(until=there.now + 0.1)
+    recorder.arrive(2, "first", (1, 2), 5)
+    there.happen(ev.Cancelled(2))
+    recorder.arrive(3, "second", (1, 2), 5)
+    there.run()
+    assert list(recorder.finished) == [2, 3, 1]
+    recorder.assert_output(3)
+
+
 def test_the_loss_of_one_rank_ends_the_group_and_it_comes_back() -> None:
     """Its requests start over; the other rank's memory is free again; the service returns by itself."""
     recorder = world({"a": shape(ranks=(2,))}, (40, 40), tensor_parallel={"a": 2})
