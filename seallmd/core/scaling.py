@@ -37,7 +37,7 @@ class Scaling:
         state, limits = self._state, self._state.settings.policy
         if not limits.replicate or state.now < self._look_at:
             return
-        self._look_at = state.now + limits.replicate_seconds / 4
+        self._look_at = state.now + limits.replicate_seconds / 8
         idle = self._idle_devices()
         if not idle and not self._pressed:
             return
