@@ -10,7 +10,7 @@ from __future__ import annotations
 from seallmd.core import events as ev
 from seallmd.core.estimate import queue_seconds, retry_seconds, wait_seconds
 from seallmd.core.places import Places
-from seallmd.core.recovery import DOWN_RETRY_SECONDS
+from seallmd.core.recovery import ALL_DOWN, DOWN_RETRY_SECONDS
 from seallmd.core.service import Service
 from seallmd.core.state import NodeState
 
@@ -55,7 +55,7 @@ class Door:
             return failed(f"model {service.name!r} is still being examined", "model_loading", 503, 1.0)
         limit = self._places.context_limit(service)
         if limit < 1 and state.lost_at:
-            error = f"model {service.name!r} cannot be served: no device that it could run on is up"
+            error = f"model {service.name!r} cannot be served: {ALL_DOWN}"
             return failed(error, "model_unavailable", 503, DOWN_RETRY_SECONDS)
         if limit < 1:
             error = f"pinned services leave no room for model {service.name!r} on any device"

@@ -22,7 +22,7 @@ class Images:
 
         Those who want it ask again whenever something happens.
         """
-        paused = service.replicas and self._state.now < service.image_at
+        paused = service.replicas and self._state.now < service.image_retry_at
         if service.image is Image.BUILDING or not self._state.host_up or paused:
             return
         assert service.shape is not None
@@ -36,7 +36,7 @@ class Images:
     def built(self, service: Service, path: str) -> None:
         """It is there; one for another number of ranks than the service has by now is of no use."""
         service.image, service.image_path, service.progress = Image.READY, path, None
-        service.image_used, service.image_at = self._state.now, 0.0
+        service.image_used, service.image_retry_at = self._state.now, 0.0
         if service.image_ranks != service.ranks:
             self.drop(service)
 

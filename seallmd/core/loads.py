@@ -52,7 +52,7 @@ class Loads:
         if not service.replicas:
             self.failed(service, reason)
             return
-        service.image_at, service.progress = self._state.now + self._next_pause(service), None
+        service.image_retry_at, service.progress = self._state.now + self._next_pause(service), None
         self._state.note(service.name, f"no image for another replica: {reason}")
 
     def failed(self, service: Service, reason: str) -> None:

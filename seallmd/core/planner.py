@@ -330,7 +330,7 @@ class Planner:
     def _may_come(self, service: Service, devices: Devices) -> bool:
         busy = any(service.name in self._state.devices[index].replicas for index in devices)
         other_ranks = bool(service.replicas) and len(devices) != service.ranks
-        paused = self._state.now < max(service.retry_at, service.image_at)
+        paused = self._state.now < max(service.retry_at, service.image_retry_at)
         gone = bool(service.refused or service.evict_tickets or service.evicted or service.outgoing)
         if not self._is_ready() or busy or other_ranks or paused or gone:
             return False

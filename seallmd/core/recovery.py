@@ -27,6 +27,7 @@ from seallmd.core.state import DOWN_SECONDS, Device, NodeState, SentStep
 CRASHES_ALLOWED = 1  # of a service, in a row, before it pauses
 CALM_SECONDS = 10.0  # a service that steps so long after a crash has recovered from it
 DOWN_RETRY_SECONDS = 5.0  # Retry-After while a device is down that does not come back
+ALL_DOWN = "no device that it could run on is up"
 FAILURES_ALLOWED = 3  # of steps in company, in a row, before a request ends all the same
 
 
@@ -86,7 +87,7 @@ class Recovery:
             return
         for service in self._state.services.values():
             if service.waiting and not service.replicas and not self._has_place(service):
-                self._loads.pause(service, "no device that it could run on is up", DOWN_RETRY_SECONDS)
+                self._loads.pause(service, ALL_DOWN, DOWN_RETRY_SECONDS)
 
     def _has_place(self, service: Service) -> bool:
         """Whether devices that are up can take a service: one that is too small for it is of no use."""

@@ -7,7 +7,7 @@ is a way around it. Must not know why the plan changes, nor how a step is carrie
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -49,12 +49,6 @@ def apply(plan: Plan, step: Change) -> Plan:
     return Plan({**plan.replicas, step.service: left})
 
 
-def undo(step: Change) -> Change:
-    """The step that takes this one back."""
-    kind = Bring if isinstance(step, Drop) else Drop
-    return kind(step.service, step.devices)
-
-
 def steps(current: Plan, target: Plan, demands: Sequence[Demand], machine: Machine) -> list[Change]:
     """The steps from one plan to another, in order.
 
@@ -70,16 +64,6 @@ def steps(current: Plan, target: Plan, demands: Sequence[Demand], machine: Machi
         raise ValueError(f"the plan cannot be reached: {reason}")
     lit = _Lit(current, target, demands, machine).steps()
     return _Mover(current, target, demands, machine).steps() if lit is None else lit
-
-
-def dark_services(current: Plan, target: Plan, order: Iterable[Change]) -> set[str]:
-    """The services that are in both plans and without any replica after some of the steps."""
-    dark, plan = set(), current
-    for step in order:
-        plan = apply(plan, step)
-        if not plan.of(step.service) and target.of(step.service):
-            dark.add(step.service)
-    return dark
 
 
 def _clear(plan: Plan, service: str, devices: Devices) -> bool:

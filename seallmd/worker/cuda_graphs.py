@@ -38,9 +38,10 @@ class CudaRecorder:
         usual = torch.cuda.current_stream(self._device)
         try:
             self._rehearse(function)
+            begun = True
             if self._pool is None:
                 self._open_pool()
-            free, begun = torch.cuda.mem_get_info(self._device)[0], True
+            free = torch.cuda.mem_get_info(self._device)[0]
             self._record(graph, function)
         except RuntimeError as error:  # out of memory and refused calls are RuntimeErrors too
             torch.cuda.set_stream(usual)  # torch may leave its own in place

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-_MANY = 4096  # numbers of at most 8 bytes, in a list or in lists of a few
+_SMALL_BYTES = 32 << 10
 
 
 def to_device(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
     """As `torch.tensor(numbers, dtype=dtype, device=device)`."""
-    many = device.type == "cuda" and len(numbers) > _MANY
-    return torch.tensor(numbers, dtype=dtype, pin_memory=many).to(device, non_blocking=True)
+    tensor = torch.tensor(numbers, dtype=dtype)
+    if device.type == "cuda" and tensor.nbytes > _SMALL_BYTES:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
 import msgspec
 import pytest
@@ -11,7 +12,7 @@ from seallmd.core.latency import estimate
 from seallmd.core.plan import Demand, Machine, Plan, Split, broken
 from seallmd.core.replacement import Replacement, moves, moving_cost, regret_rate
 from seallmd.core.settings import ReplacementSettings
-from seallmd.core.transition import Bring, Drop, apply, dark_services, steps, undo
+from seallmd.core.transition import Bring, Change, Drop, apply, steps
 from tools.bench_placement import all_plans, draw
 
 GIB = 1 << 30
@@ -19,6 +20,22 @@ MACHINE = Machine((80 * GIB,) * 2, copy_bytes_per_second=20 * GIB, swap_seconds=
 # Whoever is called most wants a device of its own.
 A_ALONE = Plan({"a": ((0,),), "b": ((1,),), "c": ((1,),)})
 B_ALONE = Plan({"a": ((1,),), "b": ((0,),), "c": ((1,),)})
+
+
+def undo(step: Change) -> Change:
+    """The step that takes this one back."""
+    kind = Bring if isinstance(step, Drop) else Drop
+    return kind(step.service, step.devices)
+
+
+def dark_services(current: Plan, target: Plan, order: Iterable[Change]) -> set[str]:
+    """The services that are in both plans and without any replica after some of the steps."""
+    dark, plan = set(), current
+    for step in order:
+        plan = apply(plan, step)
+        if not plan.of(step.service) and target.of(step.service):
+            dark.add(step.service)
+    return dark
 
 
 def demand(name: str, rate: float, gib: int = 20) -> Demand:
