@@ -201,6 +201,39 @@ def test_a_trial_that_ended_the_process(
     assert library.calls == []
 
 
+@pytest.mark.parametrize(("kills", "refused"), [(1, False), (2, True)])
+def test_a_start_that_was_killed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kills: int, refused: bool
+) -> None:
+    """Who ends the daemon while operations are compiled does not switch them off; a start that never comes
+    back does."""
+
+    class Killed(BaseException):
+        """Nothing runs after SIGKILL but what has been written stays."""
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as first:
+        first.setattr(trials, "tried", killed)
+        for _ in range(kills):
+            with pytest.raises(Killed):
+                trials.start(CPU, tmp_path, print)
+    said: list[str] = []
+    monkeypatch.setattr(trials, "tried", lambda *_: None)
+    trials.start(CPU, tmp_path, said.append)
+    assert any("ended the process" in line for line in said) == refused
+    assert bool(list(tmp_path.glob("triton-trial*"))) == refused
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    """The worker starts all the same, in plain torch."""
+    (tmp_path / "file").touch()
+    said: list[str] = []
+    assert trials.start(CPU, tmp_path / "file" / "cache", said.append) is None
+    assert "plain torch operations" in said[0]
+
+
 @pytest.mark.parametrize("layout", ["merged", "split"])
 @pytest.mark.parametrize("extra", [{}, {"window": 5}, {"softcap": 2.0}])
 def test_both_layouts(layout: str, extra: dict[str, Any], library: Library) -> None:

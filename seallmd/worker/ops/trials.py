@@ -3,8 +3,8 @@
 Owns the trials: every operation runs on random numbers, by itself, and gives way to plain torch with a line
 in the log when its result is another or it cannot be compiled; FlashAttention has to agree wherever it would
 be asked, and be quicker than Triton. Keys that nobody wrote are NaN here: an operation that reads them shows
-it. A trial that ends the process leaves a mark behind, and is not made again. Must not know models or
-requests.
+it. A trial that ends the process leaves a mark behind, and is not made again: at once where the device told a
+fault, else after the second time. Must not know models or requests.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from seallmd.worker.tables import tables_of
 # plain torch rounds more often.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 _TIMED_RUNS = 20
+# Of a trial that did not come back and could not say why. A start compiles for a minute or more, and whoever
+# ends the daemon meanwhile kills the worker: that says nothing about the operations.
+_TRIES = 2
 
 
 class Case(NamedTuple):
@@ -131,7 +134,7 @@ def start(device: torch.device, cache: Path, say: Callable[[str], None]) -> Kern
         return None
     tail = f"-{triton.__version__}-{torch.__version__}-{device}".replace(":", "-")
     mark, flash_mark = cache / f"triton-trial{tail}", cache / f"flash-trial{tail}"
-    if mark.exists():
+    if _is_final(mark):
         say(f"plain torch operations: the last trial of the Triton ones ended the process (remove {mark})")
         return None
     processors = 1
@@ -147,11 +150,15 @@ def start(device: torch.device, cache: Path, say: Callable[[str], None]) -> Kern
         triton_linear.linear,
         processors=processors,
     )
-    with _marked(mark):
-        agreed = tried(whole, device, say)
+    try:
+        with _marked(mark):
+            agreed = tried(whole, device, say)
+    except OSError as error:  # of the mark: what cannot be kept would be compiled at every start
+        say(f"plain torch operations: {one_line(error)}")
+        return None
     if agreed is None or agreed.attention is None:
         return agreed
-    if flash_mark.exists():
+    if _is_final(flash_mark):
         say(f"{flash.NAME} is not used: its last trial ended the process (remove {flash_mark})")
         return agreed
     with _marked(flash_mark):
@@ -160,11 +167,21 @@ def start(device: torch.device, cache: Path, say: Callable[[str], None]) -> Kern
 
 @contextmanager
 def _marked(mark: Path) -> Iterator[None]:
-    """A file that stays where the process does not come back."""
+    """A file that stays where the process does not come back: a byte for each time, all at once for a fault."""
     mark.parent.mkdir(parents=True, exist_ok=True)
-    mark.touch()
-    yield
+    with mark.open("a") as file:
+        file.write(".")
+    try:
+        yield
+    except torch.AcceleratorError:
+        mark.write_text("." * _TRIES)
+        raise
     mark.unlink()
+
+
+def _is_final(mark: Path) -> bool:
+    """Whether a trial is not to be made again."""
+    return mark.exists() and mark.stat().st_size >= _TRIES
 
 
 def tried(kernels: Kernels, device: torch.device, say: Callable[[str], None]) -> Kernels | None:
