@@ -119,6 +119,20 @@ def test_random_steps() -> None:
         compare(scene, scene.call(window=rng.choice((None, 33))), rng.choice((1, 50)))
 
 
+def test_parts_take_no_memory_for_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token behind a long context, beside a prompt: its parts are as many as if it were alone."""
+    scene = Scene(LayerShape(1, 16, 16), 2, torch.float32, 40, 3, [(1, 600), (64, 64)])
+    made = list[tuple[int, ...]]()
+
+    def empty(*size: int, **kind: Any) -> torch.Tensor:
+        made.append(size)
+        return torch.zeros(*size, **kind)
+
+    monkeypatch.setattr(triton_attention.torch, "empty", empty)
+    ours(scene.kv, scene.spans, scene.call(), 4)
+    assert made == [(1, 2, 2, 16), (2, 1, 2, 2)]
+
+
 def test_a_block_per_layer() -> None:
     """In the split layout a page is a run of blocks, and a layer reads its own."""
     shapes = [LayerShape(2, 16, 16), LayerShape(1, 8, 8)]

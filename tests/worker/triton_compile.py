@@ -45,8 +45,9 @@ def compile_for_gpu(
         plain = name in small or name.endswith(("_token", "_head", "_block", "stride")) or "page" in name
         return "i32" if plain else f"*{dtype}"
 
-    loose = [p.name for p in kernel.params if p.name in _INDICES and not p.do_not_specialize_on_alignment]
-    if loose:  # they begin anywhere in a step's packed numbers: variants would be compiled amid steps
+    anywhere = (*_INDICES, *_SUMS[1:])  # in a step's packed numbers, or in what all parts have in common
+    loose = [p.name for p in kernel.params if p.name in anywhere and not p.do_not_specialize_on_alignment]
+    if loose:  # variants would be compiled amid steps
         raise SystemExit(f"{kernel.__name__} is specialised on where {', '.join(loose)} begin")
     source = ASTSource(kernel, {name: kind(name) for name in kernel.arg_names}, constants)
     options = {"num_warps": warps, "num_stages": 2}

@@ -34,9 +34,10 @@ _WAVES = 2  # programs wanted per multiprocessor
 # What differs from step to step is not specialised, neither numbers nor where a tensor of indices begins: a
 # variant more is seconds of compiling, amid a step.
 _INDICES = ["blocks", "contexts", "firsts", "counts", "tile_spans", "tile_starts"]
+_SUMS = ["part_max", "part_sum"]
 
 
-@triton.jit(do_not_specialize=["table_stride", "splits"], do_not_specialize_on_alignment=_INDICES)
+@triton.jit(do_not_specialize=["table_stride", "splits"], do_not_specialize_on_alignment=_INDICES + _SUMS)
 def _attend(
     query,
     keys,
@@ -134,10 +135,9 @@ def _attend(
         sums = sums * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
         largest = new
 
-    row = (first + token) * heads + head
     fits = real[:, None] & (v < V_DIM)[None, :]
     if SPLIT:
-        slot = row * splits + split
+        slot = ((tile * TILE + rows // GROUP) * heads + head) * splits + split
         tl.store(part_max + slot, largest, mask=real)
         tl.store(part_sum + slot, total, mask=real)
         tl.store(parts + slot[:, None] * V_DIM + v[None, :], sums, mask=fits)
@@ -149,10 +149,11 @@ def _attend(
             total = total * shrink + tl.exp(sink - new)
             sums = sums * shrink[:, None]
         result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+        row = (first + token) * heads + head
         tl.store(out + row[:, None] * V_DIM + v[None, :], result.to(out.dtype.element_ty), mask=fits)
 
 
-@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=_INDICES[2:])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=_INDICES[2:] + _SUMS)
 def _combine(
     sinks,
     out,
@@ -178,11 +179,11 @@ def _combine(
     if token < tl.load(counts + span):
         row = (tl.load(firsts + span).to(tl.int64) + token) * heads + head
         s, v = tl.arange(0, SPLITS_PAD), tl.arange(0, V_PAD)
-        there = s < splits
-        largest = tl.load(part_max + row * splits + s, mask=there, other=float("-inf"))
-        total = tl.load(part_sum + row * splits + s, mask=there, other=0.0)
+        there, slot = s < splits, (tl.program_id(0) * heads + head) * splits + s
+        largest = tl.load(part_max + slot, mask=there, other=float("-inf"))
+        total = tl.load(part_sum + slot, mask=there, other=0.0)
         mask = there[:, None] & (v < V_DIM)[None, :]
-        sums = tl.load(parts + (row * splits + s)[:, None] * V_DIM + v[None, :], mask=mask, other=0.0)
+        sums = tl.load(parts + slot[:, None] * V_DIM + v[None, :], mask=mask, other=0.0)
         top = tl.max(largest, 0)
         if HAS_SINKS:
             sink = tl.load(sinks + head).to(tl.float32)
@@ -247,13 +248,16 @@ def _launch(
     processors: int,
 ) -> None:
     keys, values = kv.views(call.layer)
-    (tokens, heads, k_dim), kv_heads, v_dim = query.shape, keys.shape[2], values.shape[3]
+    (_, heads, k_dim), kv_heads, v_dim = query.shape, keys.shape[2], values.shape[3]
     group, count = heads // kv_heads, tiles.spans.shape[0]
     splits = splits_of(count * kv_heads, tiles.longest, call.window, processors)
     parts, stats = out, out
     if splits > 1:
-        parts = torch.empty(tokens, heads, splits, v_dim, dtype=torch.float32, device=out.device)
-        stats = torch.empty(2, tokens, heads, splits, dtype=torch.float32, device=out.device)
+        # By tile, not by row of the step: a long context beside many rows of a prompt has many parts. Where
+        # keys are split programs are few, so 32 bits hold every place.
+        rows_of_tiles = count * tiles.size
+        parts = torch.empty(rows_of_tiles, heads, splits, v_dim, dtype=torch.float32, device=out.device)
+        stats = torch.empty(2, rows_of_tiles, heads, splits, dtype=torch.float32, device=out.device)
     sinks = out if call.sinks is None else call.sinks
     k_pad, v_pad = (max(_LEAST_DOT, triton.next_power_of_2(dim)) for dim in (k_dim, v_dim))
     rows = max(_LEAST_DOT, triton.next_power_of_2(tiles.size * group))
