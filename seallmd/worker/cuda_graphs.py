@@ -27,6 +27,7 @@ class CudaRecorder:
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
         self._spent = 0
+        self._failed: list[torch.cuda.CUDAGraph] = []  # as long as the process
 
     def spent(self) -> int:
         """As `Recorder.spent`, by what the driver has less of since."""
@@ -44,13 +45,28 @@ class CudaRecorder:
             free = torch.cuda.mem_get_info(self._device)[0]
             self._record(graph, function)
         except RuntimeError as error:  # out of memory and refused calls are RuntimeErrors too
-            torch.cuda.set_stream(usual)  # torch may leave its own in place
-            torch.cuda.synchronize(self._device)  # raises where the CUDA context is lost
+            self._recover(usual)
             if begun:
-                self._pool = None  # torch may go on taking it for one that is being recorded to
+                self._failed.append(graph)
+                self._reopen(usual)
             raise Uncapturable(one_line(error)) from error
         self._spent += max(0, free - torch.cuda.mem_get_info(self._device)[0])
         return graph
+
+    def _recover(self, usual: torch.cuda.Stream) -> None:
+        torch.cuda.set_stream(usual)  # torch may leave its own in place
+        torch.cuda.synchronize(self._device)  # raises where the CUDA context is lost
+
+    def _reopen(self, usual: torch.cuda.Stream) -> None:
+        """A pool for what comes behind a capture that failed: torch may go on taking the last one for recorded
+        to, by asking the graph that failed, hence `_failed`. Until a capture ends well it also takes the device's
+        random numbers for that graph's, and refuses to draw any: so one is made at once."""
+        try:
+            self._open_pool()
+        except RuntimeError:  # whoever captures next tries again, and hears why
+            self._failed.append(self._anchor)
+            self._pool = None
+            self._recover(usual)
 
     def _open_pool(self) -> None:
         """One that is never without a graph: torch refuses a pool whose last graph has gone, as long as

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,14 +16,19 @@ from seallmd.worker.cuda_graphs import CudaRecorder
 from seallmd.worker.graphs import Uncapturable
 
 
+class Captured:
+    """A graph."""
+
+
 class FakeCuda:
     """Takes 100 bytes for each graph; `lost`: every call that waits for the device fails."""
 
     def __init__(self) -> None:
         self.free, self.cached, self.lost = 10_000, 50, False
         self.mode, self.modes, self.capturing = "default", list[str](), False
-        self.CUDAGraph = SimpleNamespace
+        self.CUDAGraph = Captured
         self.pools, self.filled, self.spoilt, self.stream = 0, set[int](), set[int](), "usual"
+        self.asked, self.draws = list[weakref.ref[Any]](), True  # graphs whose capture failed; random numbers
 
     def graph_pool_handle(self) -> int:
         self.pools += 1
@@ -52,20 +58,23 @@ class FakeCuda:
         self.modes.append(mode)
 
     @contextmanager
-    def graph(self, _: Any, pool: int, stream: str, capture_error_mode: str) -> Iterator[None]:
-        """As torch's: a capture that fails leaves its stream in place, and its pool of no use."""
+    def graph(self, graph: Any, pool: int, stream: str, capture_error_mode: str) -> Iterator[None]:
+        """As torch's: a capture that fails leaves its stream in place, and its pool of no use; the allocator
+        goes on asking the graph, and random numbers are not drawn before a capture ends well."""
         assert (stream, capture_error_mode) == ("capture", "thread_local")
         assert pool not in self.spoilt, "a capture has failed there"
         self.empty_cache()
-        self.capturing, self.stream = True, stream
+        assert all(failed() is not None for failed in self.asked), "the allocator asks a graph that is gone"
+        self.capturing, self.stream, self.draws = True, stream, False
         try:
             yield
         except RuntimeError:
             self.spoilt.add(pool)
+            self.asked.append(weakref.ref(graph))
             raise
         finally:
             self.capturing = False
-        self.stream = "usual"
+        self.stream, self.draws = "usual", True
         if pool in self.filled:
             self.free -= 100
         self.filled.add(pool)
@@ -101,7 +110,7 @@ def test_a_function_that_waits(cuda: FakeCuda, when: str) -> None:
     recorder = CudaRecorder(torch.device("cuda"))
     with pytest.raises(Uncapturable, match="synchronizing"):
         recorder.capture(function)
-    assert (cuda.mode, cuda.stream) == ("default", "usual")
+    assert (cuda.mode, cuda.stream, cuda.draws) == ("default", "usual", True)
     recorder.capture(lambda: None)
     assert cuda.pools == (2 if when == "capture" else 1)
 
