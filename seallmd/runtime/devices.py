@@ -6,9 +6,11 @@ start anything.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pynvml
@@ -125,12 +127,34 @@ def machine_bytes() -> int:
 
 
 def _gpu_names() -> list[str]:
+    """Of the GPUs that workers will see, in CUDA's order."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return []  # no driver: no GPU to speak of
     try:
-        count = pynvml.nvmlDeviceGetCount()
-        return [str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i))) for i in range(count)]
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        return [str(pynvml.nvmlDeviceGetName(handle)) for handle in _visible(handles)]
     finally:
         pynvml.nvmlShutdown()
+
+
+def _visible(handles: list[Any]) -> list[Any]:
+    """What CUDA_VISIBLE_DEVICES leaves of all GPUs: those that it names, by number or UUID, up to the first
+    name that means none. NVML's numbers are CUDA's where that counts by bus (`forkserver`)."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        return handles
+    found = []
+    for name in map(str.strip, names.split(",")):
+        if name.isdecimal():
+            named = handles[int(name) :][:1]
+        else:
+            named = [h for h in handles if name and str(pynvml.nvmlDeviceGetUUID(h)).startswith(name)][:1]
+            if name.startswith("MIG-"):  # a part of a GPU; CUDA shows a process one of them at most
+                with contextlib.suppress(pynvml.NVMLError):
+                    named = [pynvml.nvmlDeviceGetHandleByUUID(name)]
+        if not named:
+            break
+        found += named
+    return found

@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 OOM_SCORE = 500  # when memory runs out, the kernel takes a child, which is started again, and not the daemon
 
 # torch's own threads (OpenMP) would spin for work after each of its operations, on the cores that those of
-# the compiled operations want next (docs/log.md). Who has set it otherwise is heard.
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+# the compiled operations want next (docs/log.md). CUDA counts GPUs in the order of their buses, as NVML does,
+# and not the fastest first. Who has set it otherwise is heard.
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 _DECODER = msgspec.msgpack.Decoder(Exited)
 

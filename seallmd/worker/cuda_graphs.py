@@ -58,9 +58,10 @@ class CudaRecorder:
         torch.cuda.synchronize(self._device)  # raises where the CUDA context is lost
 
     def _reopen(self, usual: torch.cuda.Stream) -> None:
-        """A pool for what comes behind a capture that failed: torch may go on taking the last one for recorded
-        to, by asking the graph that failed, hence `_failed`. Until a capture ends well it also takes the device's
-        random numbers for that graph's, and refuses to draw any: so one is made at once."""
+        """A pool for what comes behind a capture that failed: torch goes on asking the graph that failed
+        whether the last one is recorded to, hence `_failed`. Until a capture ends well it also takes the
+        device's random numbers for that graph's, and neither draws any nor replays other graphs: so one is
+        made at once."""
         try:
             self._open_pool()
         except RuntimeError:  # whoever captures next tries again, and hears why

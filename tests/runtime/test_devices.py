@@ -35,6 +35,41 @@ def test_memory_of_graphs_is_no_part_of_the_arena(tmp_path: Path, monkeypatch: p
     assert (plain.reserve_bytes, plain.graph_bytes, plain.kernels) == (1 << 30, 0, False)
 
 
+@pytest.mark.parametrize(
+    ("named", "seen"),
+    [
+        (None, ["0", "1", "2"]),
+        ("2, 0", ["2", "0"]),
+        ("GPU-b,0", ["1", "0"]),
+        ("1,7,0", ["1"]),
+        ("", []),
+        ("-1", []),
+        ("nonsense", []),
+        ("MIG-x", ["part"]),
+    ],
+)
+def test_gpus_that_are_hidden_get_no_worker(
+    monkeypatch: pytest.MonkeyPatch, named: str | None, seen: list[str]
+) -> None:
+    """Such a worker would not find its GPU, end, and be started again for ever."""
+    machine = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: 3,
+        "nvmlDeviceGetHandleByIndex": str,
+        "nvmlDeviceGetName": str,
+        "nvmlDeviceGetUUID": lambda handle: f"GPU-{'abc'[int(handle)]}1",
+        "nvmlDeviceGetHandleByUUID": {"MIG-x": "part"}.__getitem__,
+    }
+    for name, function in machine.items():
+        monkeypatch.setattr(devices.pynvml, name, function)
+    if named is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert devices._gpu_names() == seen
+
+
 def test_the_host_process_is_told_its_cache_of_images(tmp_path: Path) -> None:
     """Without it every restart builds every image again."""
     made = plan(DeviceSettings(kind="cpu", cache=str(tmp_path), memory="64 MiB", image_cache="3 MiB"))

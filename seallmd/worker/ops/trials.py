@@ -167,7 +167,7 @@ def start(device: torch.device, cache: Path, say: Callable[[str], None]) -> Kern
 
 @contextmanager
 def _marked(mark: Path) -> Iterator[None]:
-    """A file that stays where the process does not come back: a byte for each time, all at once for a fault."""
+    """A file that stays where the process does not come back: a byte a time, all at once for a fault."""
     mark.parent.mkdir(parents=True, exist_ok=True)
     with mark.open("a") as file:
         file.write(".")
