@@ -9,8 +9,11 @@ time that it takes (`tools/gpu_times.py`); then, model by model, decode steps by
 from graphs, and from graphs with the next step sent before the last one's tokens are read; and beside a
 short prompt), prefill by length, swapping out and in again, and the same requests from the same graphs after
 the swap. Beside the figures stand the device's limits, measured in the same run: a decode step reads every
-weight once (a mixture of experts fewer, in small batches), prefill is matrix products. Weights are noise, as
-is the text.
+weight once (a mixture of experts fewer, in small batches), prefill is matrix products, a swap is a copy from
+page-locked memory. Weights are noise, as is the text.
+
+On a GPU all of it runs in a process of its own, and what is left goes on in another where that ends early.
+Each figure is printed as soon as it is there, and one that cannot be had costs no other.
 """
 
 from __future__ import annotations
@@ -20,9 +23,12 @@ import gc
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +45,8 @@ from seallmd.worker.skeleton import build_skeleton
 from seallmd.worker.worker import Worker
 from tools import gpu_times
 from tools.gpu_parity import check_operations, copies_agree, verdict
+from tools.gpu_times import Limits, measure_limits
+from tools.sections import run_here, run_in_processes, survives
 
 _GREEDY = msg.Sampling(temperature=0.0)
 _CPU = torch.device("cpu")
@@ -46,6 +54,8 @@ _PROMPT = 64  # tokens before decoding
 _CHUNK = 48  # tokens of a prompt beside decoding
 _WARM_UP = 3  # steps: as it is, captured, replayed
 _SERVICE = "bench"
+_OPERATIONS = "operations"
+_SECTION_SECONDS = 240  # the first compiles what there is to compile
 
 # By the published configurations; the key starts with the model type.
 _SHAPES: dict[str, dict[str, Any]] = {
@@ -123,35 +133,6 @@ FULL = Sizes((1, 16, 64, 256), (512, 2048, 8192, 16384), 20, 8 << 30, 2 << 20, 1
 SMALL = Sizes((1, 4), (16, 64), 2, 8 << 20, 8192, 1 << 30, 64)
 
 
-# ------------------------------------------------------------------------------------------------ limits
-
-
-class Limits(NamedTuple):
-    """bandwidth: bytes read a second. matrix: floating-point operations a second, in bfloat16."""
-
-    bandwidth: float
-    matrix: float
-
-
-def measure_limits(device: torch.device, rows: int) -> Limits:
-    """Best of a few."""
-    data = torch.ones(rows * rows * 4, device=device)
-    a = torch.randn(rows, rows, device=device).bfloat16()
-    bandwidth = data.numel() * 4 / _best(device, data.sum)
-    return Limits(bandwidth, 2 * rows**3 / _best(device, lambda: a @ a))
-
-
-def _best(device: torch.device, function: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(5):
-        _finish(device)
-        begun = time.perf_counter()
-        function()
-        _finish(device)
-        seconds.append(time.perf_counter() - begun)
-    return min(seconds)
-
-
 def make_recorder(device: Device) -> Recorder | None:
     """What captures graphs."""
     if device.torch_device.type != "cuda":
@@ -159,11 +140,6 @@ def make_recorder(device: Device) -> Recorder | None:
     from seallmd.worker.cuda_graphs import CudaRecorder
 
     return CudaRecorder(device.torch_device)
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -198,7 +174,11 @@ class Bench:
         self._copy = msg.CopyIn(_SERVICE, str(folder), "bfloat16", 0, path, tuple(extents))
         self._steps = self._requests = 0
         self._vocabulary = config.vocab_size
-        self.swap_in()
+        try:
+            self.swap_in()
+        except BaseException:
+            self.close()  # page locks end before their mappings, also where others go on
+            raise
 
     def close(self) -> None:
         """Give the image and all page-locked memory back."""
@@ -257,31 +237,39 @@ class Bench:
             self._step((admit,), (msg.Row(admit.request, 0, _PROMPT, True, table),))
         return admits
 
+    @contextmanager
+    def _graphs(self, used: bool) -> Iterator[None]:
+        """Whether steps inside may use them."""
+        mine = self.resident.graphs
+        self.resident.graphs = mine if used else None
+        try:
+            yield
+        finally:
+            self.resident.graphs = mine
+
     def decode(self, batch: int, graphs: bool) -> tuple[float, list[tuple[int, ...]]]:
         """Median seconds of a decode step, and the tokens of every one. graphs: whether they may be used."""
-        steps, mine = self._sizes.steps, self.resident.graphs
+        steps = self._sizes.steps
         admits = self._begin(batch, _WARM_UP + steps)
-        self.resident.graphs = mine if graphs else None
-        done = [
-            self._step((), tuple(msg.Row(admit.request, _PROMPT + n, 1, True) for admit in admits))
-            for n in range(_WARM_UP + steps)
-        ]
-        self.resident.graphs = mine
+        with self._graphs(graphs):
+            done = [
+                self._step((), tuple(msg.Row(admit.request, _PROMPT + n, 1, True) for admit in admits))
+                for n in range(_WARM_UP + steps)
+            ]
         self._worker.handle(msg.Forget(tuple(admit.request for admit in admits)))
         return statistics.median(d.seconds for d in done[_WARM_UP:]), [d.tokens for d in done]
 
     def mixed(self, batch: int, chunk: int, graphs: bool) -> float:
         """Median seconds of a decode step that has a prompt of `chunk` tokens in it too."""
-        steps, mine = self._sizes.steps, self.resident.graphs
+        steps = self._sizes.steps
         admits, seconds = self._begin(batch, _WARM_UP + steps), []
-        self.resident.graphs = mine if graphs else None
-        for n in range(_WARM_UP + steps):
-            rows = [msg.Row(admit.request, _PROMPT + n, 1, True) for admit in admits]
-            (other,), (table,) = self._admit(1, chunk, chunk + 1)
-            done = self._step((other,), (*rows, msg.Row(other.request, 0, chunk, True, table)))
-            seconds.append(done.seconds)
-            self._worker.handle(msg.Forget((other.request,)))
-        self.resident.graphs = mine
+        with self._graphs(graphs):
+            for n in range(_WARM_UP + steps):
+                rows = [msg.Row(admit.request, _PROMPT + n, 1, True) for admit in admits]
+                (other,), (table,) = self._admit(1, chunk, chunk + 1)
+                done = self._step((other,), (*rows, msg.Row(other.request, 0, chunk, True, table)))
+                seconds.append(done.seconds)
+                self._worker.handle(msg.Forget((other.request,)))
         self._worker.handle(msg.Forget(tuple(admit.request for admit in admits)))
         return statistics.median(seconds[_WARM_UP:])
 
@@ -350,32 +338,61 @@ def bench_model(name: str, bench: Bench, sizes: Sizes, limits: Limits, weights: 
     print(f"{name}: {bench.weight_bytes / 1e9:.2f} GB of weights")
     replaced = ", ".join(f"{count} {kind}" for kind, count in bench.resident.operations())
     print(f"  replaced: {replaced or 'nothing'}")
-    for batch in sizes.batches:
-        plain, expected = bench.decode(batch, graphs=False)
-        graphs, tokens = bench.decode(batch, graphs=True)
-        ahead = bench.decode_ahead(batch)
-        share = bench.weight_bytes / limits.bandwidth / ahead
-        pairs = [pair for x, y in zip(expected, tokens, strict=True) for pair in zip(x, y, strict=True)]
-        same = statistics.mean(a == b for a, b in pairs)
-        rate = batch / ahead
-        print(
-            f"  decode {batch:6}: {plain * 1e3:8.2f} ms, from graphs {graphs * 1e3:.2f}, two deep "
-            f"{ahead * 1e3:.2f}: {rate:9.0f} tokens/s, {share:4.0%} of read limit; {same:.1%} the same tokens"
-        )
-    batch = sizes.batches[0]
+    parts: list[tuple[str, Callable[[], bool]]] = [
+        *((f"decode {batch}", partial(_decode, bench, batch, limits)) for batch in sizes.batches),
+        ("decode beside a prompt", partial(_mixed, bench, sizes.batches[0])),
+        *(
+            (f"prefill {prompt}", partial(_prefill, bench, prompt, limits, weights))
+            for prompt in sizes.prompts
+        ),
+        ("swap in", partial(_swap, bench, limits)),
+        ("after a swap", partial(_over_a_swap, bench, sizes.block_bytes)),
+    ]
+    right = [survives(part, run) for part, run in parts]  # all of them, whatever the first gives
+    return all(right)
+
+
+def _decode(bench: Bench, batch: int, limits: Limits) -> bool:
+    plain, expected = bench.decode(batch, graphs=False)
+    graphs, tokens = bench.decode(batch, graphs=True)
+    ahead = bench.decode_ahead(batch)
+    share = bench.weight_bytes / limits.bandwidth / ahead
+    pairs = [pair for x, y in zip(expected, tokens, strict=True) for pair in zip(x, y, strict=True)]
+    same = statistics.mean(a == b for a, b in pairs)
+    rate = batch / ahead
+    print(
+        f"  decode {batch:6}: {plain * 1e3:8.2f} ms, from graphs {graphs * 1e3:.2f}, two deep "
+        f"{ahead * 1e3:.2f}: {rate:9.0f} tokens/s, {share:4.0%} of read limit; {same:.1%} the same tokens"
+    )
+    return True
+
+
+def _mixed(bench: Bench, batch: int) -> bool:
     plain, graphs = (bench.mixed(batch, _CHUNK, used) * 1e3 for used in (False, True))
     print(f"  decode {batch} beside a prompt of {_CHUNK} tokens: {plain:.2f} ms, from graphs {graphs:.2f}")
-    for prompt in sizes.prompts:
-        seconds = bench.prefill(prompt)
-        share = 2 * prompt * weights / limits.matrix / seconds
-        rate = prompt / seconds
-        print(
-            f"  prefill {prompt:5}: {seconds * 1e3:8.2f} ms, {rate:9.0f} tokens/s, {share:4.0%} of matrices"
-        )
+    return True
+
+
+def _prefill(bench: Bench, prompt: int, limits: Limits, weights: int) -> bool:
+    seconds = bench.prefill(prompt)
+    share = 2 * prompt * weights / limits.matrix / seconds
+    rate = prompt / seconds
+    print(f"  prefill {prompt:5}: {seconds * 1e3:8.2f} ms, {rate:9.0f} tokens/s, {share:4.0%} of matrices")
+    return True
+
+
+def _swap(bench: Bench, limits: Limits) -> bool:
     bench.swap_out()
     seconds = bench.swap_in()
-    print(f"  swap in: {seconds * 1e3:.1f} ms, {bench.weight_bytes / seconds / 1e9:.1f} GB/s")
-    copied = copies_agree(bench.device, sizes.block_bytes)
+    rate = bench.weight_bytes / seconds
+    print(
+        f"  swap in: {seconds * 1e3:.1f} ms, {rate / 1e9:.1f} GB/s, {rate / limits.host:4.0%} of host copies"
+    )
+    return True
+
+
+def _over_a_swap(bench: Bench, block_bytes: int) -> bool:
+    copied = copies_agree(bench.device, block_bytes)
     bench.swap_out()  # the copies went over weights
     bench.swap_in()
     same, kept = bench.over_a_swap()
@@ -386,43 +403,90 @@ def bench_model(name: str, bench: Bench, sizes: Sizes, limits: Limits, weights: 
     return same and copied
 
 
+def _bench(name: str, device: str, sizes: Sizes, limits: Limits, tiny: bool) -> bool:
+    """One model, from the beginning to the end."""
+    fields = _SHAPES[name] | (_TINY if tiny else {})
+    config = AutoConfig.for_model(name.partition(" ")[0], **fields)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(config, device, sizes, Path(folder))
+        weights = sum(p.numel() for p in bench.resident.model.base_model.layers.parameters())
+        experts = getattr(config, "num_experts", 0)
+        if experts:
+            weights = int(weights * config.num_experts_per_tok / experts)  # all but attention
+        try:
+            return bench_model(name.partition(" ")[2], bench, sizes, limits, weights)
+        finally:
+            bench.close()
+
+
+def _operations(device: torch.device) -> bool:
+    good = check_operations(device, ops.gpu_kernels())
+    with torch.inference_mode():
+        return gpu_times.time_operations(device, ops.gpu_kernels(), gpu_times.FULL) and good
+
+
+def _run(options: argparse.Namespace, sections: Sequence[str]) -> bool:
+    """Sections in this process."""
+    quiet_libraries()
+    begun, device = time.perf_counter(), torch.device(options.device)
+    sizes, cuda = SMALL if options.tiny else FULL, device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+        ops.start_kernels(device, Path(options.cache), print)
+    print(f"operations: {ops.summary()}")
+    limits = measure_limits(device, sizes.probe)
+    print(
+        f"limits: {limits.bandwidth / 1e9:.0f} GB/s read, {limits.matrix / 1e12:.1f} TFLOP/s in bfloat16, "
+        f"{limits.host / 1e9:.1f} GB/s from the host"
+    )
+
+    def run(name: str) -> bool:
+        if name == _OPERATIONS:
+            return _operations(device)
+        return _bench(name, options.device, sizes, limits, options.tiny)
+
+    def told(right: bool) -> None:
+        gc.collect()  # what lay in the arena
+        if cuda:
+            torch.cuda.empty_cache()
+        print(f"  {time.perf_counter() - begun:.0f} s so far", flush=True)
+        if options.report:
+            with open(options.report, "a") as file:
+                file.write("good\n" if right else "bad\n")
+
+    return run_here(sections, run, told, _SECTION_SECONDS if cuda else 0)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Command line. Exit code 1 when something computed something else."""
+    """Command line. Exit code 1 when something computed something else, or did not run."""
     parser = argparse.ArgumentParser(description="the engine on one GPU, with random weights")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--tiny", action="store_true", help="tiny models and sizes, for tests")
     parser.add_argument("--models", nargs="+", default=list(_SHAPES), help="of those in the source")
-    parser.add_argument("--cache", default="~/.cache/seallmd", help="where compiled operations are kept")
+    kept = Path(tempfile.gettempdir()) / "seallmd-bench"
+    parser.add_argument("--cache", default=str(kept), help="where compiled operations are kept")
+    parser.add_argument("--seconds", type=float, default=570, help="for all of it")
+    parser.add_argument("--sections", nargs="+", help=argparse.SUPPRESS)  # of this process; with a report
+    parser.add_argument("--report", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    quiet_libraries()
-    begun, device = time.perf_counter(), torch.device(options.device)
-    sizes = SMALL if options.tiny else FULL
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        ops.start_kernels(device, Path(options.cache).expanduser(), print)
-    print(f"operations: {ops.summary()}")
-    good = check_operations(device, ops.gpu_kernels())
-    with torch.inference_mode():
-        gpu_times.time_operations(device, ops.gpu_kernels(), gpu_times.FULL)
-    limits = measure_limits(device, sizes.probe)
-    print(f"limits: {limits.bandwidth / 1e9:.0f} GB/s read, {limits.matrix / 1e12:.1f} TFLOP/s in bfloat16")
-    for name in options.models:
-        fields = _SHAPES[name] | (_TINY if options.tiny else {})
-        config = AutoConfig.for_model(name.partition(" ")[0], **fields)
-        with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(config, options.device, sizes, Path(folder))
-            layers = bench.resident.model.base_model.layers
-            weights = sum(p.numel() for p in layers.parameters())
-            experts = getattr(config, "num_experts", 0)
-            if experts:
-                weights = int(weights * config.num_experts_per_tok / experts)  # all but attention
-            good &= bench_model(name.partition(" ")[2], bench, sizes, limits, weights)
-            bench.close()
-        del bench, layers  # whose parameters lie in the arena
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        print(f"  {time.perf_counter() - begun:.0f} s so far", flush=True)
+    if options.sections:
+        return 0 if _run(options, options.sections) else 1
+    sections = [_OPERATIONS, *options.models]
+    if torch.device(options.device).type != "cuda":
+        return 0 if _run(options, sections) else 1
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report"
+        command = [sys.executable, "-u", "-m", "tools.bench_gpu", "--report", str(report)]
+        command += [
+            "--device",
+            options.device,
+            "--cache",
+            options.cache,
+            *(["--tiny"] if options.tiny else []),
+        ]
+        good = run_in_processes(
+            sections, lambda left: [*command, "--sections", *left], report, options.seconds
+        )
     return 0 if good else 1
 
 

@@ -24,6 +24,7 @@ from seallmd.worker.paged import PagedBatch
 from seallmd.worker.sampler import Draw, sample
 from seallmd.worker.table_batch import TableBatch
 from seallmd.worker.tables import tables_of
+from tools.sections import survives
 
 _CPU = torch.device("cpu")
 
@@ -32,13 +33,21 @@ def check_operations(device: torch.device, kernels: Kernels | None) -> bool:
     """Print how far each operation is from its reference; whether all are near enough."""
     good = True
     for name, error in (*_attentions(device, kernels), *_others(device, kernels)):
-        errors = [error(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-        fine = errors[0] < 1e-4 and errors[1] < 2e-2
-        print(f"{name:44} float32 {errors[0]:.1e}  bfloat16 {errors[1]:.1e}  {verdict(fine)}")
-        good &= fine
+        good &= survives(name, partial(_is_near, name, error))
+    return survives("sampling", partial(_samples_alike, device)) and good
+
+
+def _is_near(name: str, error: Callable[..., float]) -> bool:
+    errors = [error(dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    fine = errors[0] < 1e-4 and errors[1] < 2e-2
+    print(f"{name:44} float32 {errors[0]:.1e}  bfloat16 {errors[1]:.1e}  {verdict(fine)}")
+    return fine
+
+
+def _samples_alike(device: torch.device) -> bool:
     share = sampling_agrees(device)
     print(f"sampling: {share:.1%} of rows draw the same  {verdict(share == 1)}")
-    return good and share == 1
+    return share == 1
 
 
 def verdict(fine: bool) -> str:

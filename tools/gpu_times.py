@@ -1,4 +1,5 @@
-"""What each operation of a GPU takes beside plain torch; `tools/bench_gpu.py` prints it.
+"""What each operation of a GPU takes beside plain torch, and what the GPU can do at all; `tools/bench_gpu.py`
+prints it.
 
 A decode step of 64 rows of an 8B model's shapes. On a GPU the calls run from a captured graph, so that the
 device is timed and not Python; that each can be captured shows here too.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from seallmd.worker.ops.reference import Norm
 from seallmd.worker.quantised import Blocks
 from seallmd.worker.table_batch import TableBatch
 from seallmd.worker.tables import tables_of
+from tools.sections import survives
 
 _CALLS = 50  # in one graph
 
@@ -46,12 +49,18 @@ class _Pair(NamedTuple):
     plain: Callable[[], object]
 
 
-def time_operations(device: torch.device, kernels: Kernels | None, sizes: Sizes) -> None:
-    """Print a line for each operation in use."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
-    for name, ours, plain in () if kernels is None else _pairs(device, kernels, sizes, dtype):
-        mine, theirs = _seconds(device, ours), _seconds(device, plain)
-        print(f"{name:52} {mine * 1e6:8.1f} us, plain torch {theirs * 1e6:.1f}: {theirs / mine:.2f} times")
+def time_operations(device: torch.device, kernels: Kernels | None, sizes: Sizes) -> bool:
+    """Print a line for each operation in use; whether all of them ran."""
+    dtype, good = torch.bfloat16 if device.type == "cuda" else torch.float16, True
+    for pair in () if kernels is None else _pairs(device, kernels, sizes, dtype):
+        good &= survives(pair.name, partial(_compare, device, pair))
+    return good
+
+
+def _compare(device: torch.device, pair: _Pair) -> bool:
+    mine, theirs = _seconds(device, pair.ours), _seconds(device, pair.plain)
+    print(f"{pair.name:52} {mine * 1e6:8.1f} us, plain torch {theirs * 1e6:.1f}: {theirs / mine:.2f} times")
+    return True
 
 
 def _pairs(device: torch.device, kernels: Kernels, sizes: Sizes, dtype: torch.dtype) -> Iterator[_Pair]:
@@ -129,3 +138,41 @@ def _seconds(device: torch.device, function: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3 / _CALLS
+
+
+class Limits(NamedTuple):
+    """bandwidth: bytes read a second. matrix: floating-point operations a second, in bfloat16. host: bytes a
+    second from page-locked memory."""
+
+    bandwidth: float
+    matrix: float
+    host: float
+
+
+def measure_limits(device: torch.device, rows: int) -> Limits:
+    """Best of a few; each takes a GPU so long (0.8 ms or more) that to start and await it is little of it."""
+    data = torch.ones(rows * rows * 16, device=device)
+    a = torch.randn(rows, rows, device=device).bfloat16()
+    source = torch.ones(rows * rows * 4, pin_memory=device.type == "cuda")
+    target = data[: source.numel()]
+    return Limits(
+        data.nbytes / _best(device, data.sum),
+        2 * rows**3 / _best(device, lambda: a @ a),
+        source.nbytes / _best(device, lambda: target.copy_(source, non_blocking=True)),
+    )
+
+
+def _best(device: torch.device, function: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(5):
+        _finish(device)
+        begun = time.perf_counter()
+        function()
+        _finish(device)
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

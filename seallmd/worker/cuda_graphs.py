@@ -7,7 +7,7 @@ Must not know models. It has been run nowhere yet: it is unmeasured.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,12 +22,13 @@ class CudaRecorder:
     that it was captured on.
     """
 
+    _failed: ClassVar[list[torch.cuda.CUDAGraph]] = []  # kept as long as the process, see `_reopen`
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
         self._spent = 0
-        self._failed: list[torch.cuda.CUDAGraph] = []  # as long as the process
 
     def spent(self) -> int:
         """As `Recorder.spent`, by what the driver has less of since."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +53,24 @@ def test_a_tiny_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     assert len(recorders) == len(_SHAPES)
     assert all(recorder.captured >= 2 for recorder in recorders)
     assert out.count("100.0% the same tokens") == 2 * len(_SHAPES)
+
+
+def test_one_figure_that_cannot_be_had(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The others are printed all the same, and the exit code says that one is missing."""
+    ops.stop()
+
+    def refused(*_: object) -> float:
+        raise SystemExit("bench_gpu: StepFailed")
+
+    monkeypatch.setattr(bench_gpu.Bench, "prefill", refused)
+    names = ["operations", "llama Llama-3.1-8B"]
+    report = tmp_path / "report"
+    code = main(["--device", "cpu", "--tiny", "--report", str(report), "--sections", *names])
+    out = capsys.readouterr().out
+    assert code == 1
+    assert report.read_text().split() == ["good", "bad"]
+    assert "prefill 16: FAILED, SystemExit in test_bench_gpu.py" in out
+    assert "of host copies" in out
+    assert "copies of KV right" in out
