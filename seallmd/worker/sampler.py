@@ -19,6 +19,9 @@ from seallmd.worker.transfer import to_device
 
 _MASK64 = (1 << 64) - 1
 _LEAST_TEMPERATURE = 1e-6
+# Logits that are drawn from together: to sort them and sum them up takes 36 bytes for each and more, of the
+# 2 GiB that a GPU keeps free by default.
+_DRAWN_AT_ONCE = 1 << 24
 # How many of a row's likeliest tokens are sorted before the whole vocabulary is.
 _SORT_FIRST = 1024
 
@@ -57,10 +60,13 @@ def sample(
     drawing = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if not drawing:
         return greedy
-    rows = to_device(drawing, logits.device)
-    picked = _draw(adjusted[rows], [draws[row] for row in drawing])
-    hopeless = adjusted[rows].amax(-1).isneginf()
-    greedy[rows] = torch.where(hopeless, greedy[rows], picked)
+    step = max(1, _DRAWN_AT_ONCE // logits.shape[1])
+    for at in range(0, len(drawing), step):
+        part = drawing[at : at + step]
+        rows = to_device(part, logits.device)
+        mine = adjusted[rows]
+        picked = _draw(mine, [draws[row] for row in part])
+        greedy[rows] = torch.where(mine.amax(-1).isneginf(), greedy[rows], picked)
     return greedy
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
 
 from seallmd.core.messages import Sampling
+from seallmd.worker import sampler
 from seallmd.worker.sampler import Draw, sample, uniform
 
 VOCABULARY = 3000  # more than the sampler sorts at first
@@ -56,6 +58,21 @@ def test_draw_does_not_depend_on_the_batch() -> None:
     together = sample(rows, draws)
     assert together.tolist() == [int(sample(rows[i : i + 1], draws[i : i + 1])) for i in range(len(kinds))]
     assert sample(rows.flip(0), draws[::-1]).tolist() == together.tolist()[::-1]
+
+
+def test_many_rows_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many logits at a time as fit into what a GPU has kept free; the tokens are the same."""
+    rows, draws = logits(7), [draw(i, seed=i, top_p=0.9, temperature=float(i != 3)) for i in range(7)]
+    together, whole, sizes = sample(rows, draws), sampler._draw, list[int]()
+
+    def part(of: torch.Tensor, some: Sequence[Draw]) -> torch.Tensor:
+        sizes.append(len(of))
+        return whole(of, some)
+
+    monkeypatch.setattr(sampler, "_draw", part)
+    monkeypatch.setattr(sampler, "_DRAWN_AT_ONCE", 4 * VOCABULARY + 1)
+    assert torch.equal(sample(rows, draws), together)
+    assert sizes == [4, 2]
 
 
 def test_uniform_depends_on_seed_and_position() -> None:
