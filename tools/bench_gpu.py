@@ -50,6 +50,7 @@ from tools.sections import run_here, run_in_processes, survives
 
 _GREEDY = msg.Sampling(temperature=0.0)
 _CPU = torch.device("cpu")
+_CONTEXT = 32768  # of a request at most: a model's attention is tried as far as it gets
 _PROMPT = 64  # tokens before decoding
 _CHUNK = 48  # tokens of a prompt beside decoding
 _WARM_UP = 3  # steps: as it is, captured, replayed
@@ -171,7 +172,8 @@ class Bench:
         random.Random(0).shuffle(self._free)
         self._worker = Worker(self.device, settings, self._said.append, make_recorder(self.device))
         path = f"/proc/{os.getpid()}/fd/{self._image}"
-        self._copy = msg.CopyIn(_SERVICE, str(folder), "bfloat16", 0, path, tuple(extents))
+        context = min(config.max_position_embeddings, _CONTEXT)
+        self._copy = msg.CopyIn(_SERVICE, str(folder), "bfloat16", context, path, tuple(extents))
         self._steps = self._requests = 0
         self._vocabulary = config.vocab_size
         try:
