@@ -7,6 +7,7 @@ start anything.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,11 @@ def plan(settings: DeviceSettings) -> DevicePlan:
     gpus = [] if settings.kind == "cpu" else _gpu_names()
     if settings.kind == "cuda" and not gpus:
         raise ConfigError('[devices] kind = "cuda", but this machine shows no NVIDIA GPU')
+    if gpus and not _torch_has_cuda():
+        raise ConfigError(
+            "this machine has NVIDIA GPUs, but the torch that is installed knows no CUDA: install a build of "
+            'torch with CUDA, or set [devices] kind = "cpu"'
+        )
     block = Size(settings.block).bytes_ or (2 * MIB if gpus else MIB // 2)
     memory = machine_bytes()
     cache = settings.cache or str(Path("~/.cache/seallmd").expanduser())
@@ -137,6 +143,16 @@ def _gpu_names() -> list[str]:
         return [str(pynvml.nvmlDeviceGetName(handle)) for handle in _visible(handles)]
     finally:
         pynvml.nvmlShutdown()
+
+
+def _torch_has_cuda() -> bool:
+    """Whether workers can use a GPU: they would end at their start, again and again. To import torch takes
+    seconds, and it is not needed here; what is not found here may be elsewhere."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return True
+    libraries = Path(spec.origin).parent / "lib"
+    return not libraries.is_dir() or any(libraries.glob("libtorch_cuda*"))
 
 
 def _visible(handles: list[Any]) -> list[Any]:

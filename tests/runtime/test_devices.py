@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from seallmd.config import DeviceSettings
+from seallmd.errors import ConfigError
 from seallmd.runtime import devices
 from seallmd.runtime.devices import plan
 
@@ -23,6 +25,7 @@ def test_memory_of_graphs_is_no_part_of_the_arena(tmp_path: Path, monkeypatch: p
     """What graphs may take is kept out of every GPU's arena beside the reserve, and switching them off gives
     it back; the same for the choice of kernels."""
     monkeypatch.setattr(devices, "_gpu_names", lambda: ["NVIDIA H200"] * 2)
+    monkeypatch.setattr(devices, "_torch_has_cuda", lambda: True)
     common = {"cache": str(tmp_path), "reserve": "1 GiB"}
     first, second = plan(DeviceSettings(**common, graphs="256 MiB")).workers
     assert (first.device, second.device, second.name) == ("cuda:0", "cuda:1", "gpu1")
@@ -33,6 +36,28 @@ def test_memory_of_graphs_is_no_part_of_the_arena(tmp_path: Path, monkeypatch: p
     )
     (plain, _) = plan(DeviceSettings(**common, graphs="0 B", kernels="torch")).workers
     assert (plain.reserve_bytes, plain.graph_bytes, plain.kernels) == (1 << 30, 0, False)
+
+
+@pytest.mark.parametrize("libraries", [["libtorch_cpu.so"], ["libtorch_cpu.so", "libtorch_cuda.so"], None])
+def test_a_torch_without_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, libraries: list[str] | None
+) -> None:
+    """On a machine with GPUs it is said at the start: workers would only end and be started again."""
+    package = tmp_path / "torch"
+    (package / "lib").mkdir(parents=True)
+    for library in libraries or ():
+        (package / "lib" / library).touch()
+    if libraries is None:  # built by somebody else, with its libraries elsewhere
+        (package / "lib").rmdir()
+    spec = SimpleNamespace(origin=str(package / "__init__.py"))
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda _: spec)
+    monkeypatch.setattr(devices, "_gpu_names", lambda: ["NVIDIA H200"])
+    if libraries == ["libtorch_cpu.so"]:
+        with pytest.raises(ConfigError, match="knows no CUDA"):
+            plan(DeviceSettings(cache=str(tmp_path)))
+    else:
+        assert plan(DeviceSettings(cache=str(tmp_path))).workers[0].device == "cuda:0"
+    assert plan(DeviceSettings(kind="cpu", cache=str(tmp_path))).workers[0].device == "cpu"
 
 
 @pytest.mark.parametrize(
