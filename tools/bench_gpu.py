@@ -19,6 +19,7 @@ Each figure is printed as soon as it is there, and one that cannot be had costs 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import os
 import random
@@ -433,6 +434,7 @@ def _run(options: argparse.Namespace, sections: Sequence[str]) -> bool:
     begun, device = time.perf_counter(), torch.device(options.device)
     sizes, cuda = SMALL if options.tiny else FULL, device.type == "cuda"
     if cuda:
+        faulthandler.dump_traceback_later(_SECTION_SECONDS, exit=True)  # and then for each section anew
         torch.cuda.set_device(device)
         ops.start_kernels(device, Path(options.cache), print)
     print(f"operations: {ops.summary()}")

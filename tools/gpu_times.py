@@ -153,7 +153,7 @@ def measure_limits(device: torch.device, rows: int) -> Limits:
     """Best of a few; each takes a GPU so long (0.8 ms or more) that to start and await it is little of it."""
     data = torch.ones(rows * rows * 16, device=device)
     a = torch.randn(rows, rows, device=device).bfloat16()
-    source = torch.ones(rows * rows * 4, pin_memory=device.type == "cuda")
+    source = torch.ones(rows * rows, pin_memory=device.type == "cuda")
     target = data[: source.numel()]
     return Limits(
         data.nbytes / _best(device, data.sum),
