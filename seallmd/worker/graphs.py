@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from seallmd.worker.kv import KvView
 from seallmd.worker.ops.kernels import Kernels
 from seallmd.worker.ops.trials import TOLERANCES, difference
-from seallmd.worker.process import one_line
+from seallmd.worker.process import is_device_lost, one_line
 from seallmd.worker.requests import Packed
 from seallmd.worker.static_steps import (
     MixedShape,
@@ -204,9 +204,9 @@ class Graphs:
             with torch.inference_mode():
                 for _ in range(2):  # as it is, then captured
                     self._try(shape, Packed(), lambda _: None)
-        except torch.AcceleratorError:
-            raise  # the CUDA context is lost
-        except Exception as error:  # noqa: BLE001 - it fails in many ways, and nobody has asked for it
+        except Exception as error:  # it fails in many ways, and nobody has asked for it
+            if is_device_lost(error):
+                raise
             self._likely = []
             self._drop(shape)
             self._say("graphs", f"are not captured ahead any more: {one_line(error)}")
@@ -246,9 +246,9 @@ class Graphs:
             off = 0.0 if found is None else difference(found[: len(packed.last)], expected)
             if off > TOLERANCES[self._kv.dtype]:
                 problem = f"their logits are off by {off:.1e}"
-        except torch.AcceleratorError:
-            raise
-        except Exception as error:  # noqa: BLE001 - compilers fail in many ways, and the ordinary way has run
+        except Exception as error:  # compilers fail in many ways, and the ordinary way has run
+            if is_device_lost(error):
+                raise
             problem = one_line(error)
         if problem:
             self._refuse(shape, problem)

@@ -88,10 +88,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory did not suffice, whoever was asked for it."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # The CPU allocator of torch and mmap have no class of their own for it.
+    # The CPU allocator of torch and mmap have no class of their own for it, nor has CUDA where it is not
+    # torch's allocator that asks: to load a kernel or to make a graph takes memory too.
     return isinstance(error, RuntimeError | OSError) and any(
-        words in str(error) for words in ("not enough memory", "allocate memory")
+        words in str(error) for words in ("not enough memory", "allocate memory", "out of memory")
     )
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether only a new process helps: an error of CUDA stays with its context, but for a lack of memory."""
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
 
 
 def log_line(name: str) -> Callable[[str], None]:

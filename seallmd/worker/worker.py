@@ -43,7 +43,7 @@ from seallmd.worker.graphs import Graphs, Recorder
 from seallmd.worker.group import GroupLost, Joining, ProcessGroup
 from seallmd.worker.kv import KvView
 from seallmd.worker.models import Model, Models
-from seallmd.worker.process import is_out_of_memory, log_line, one_line
+from seallmd.worker.process import is_device_lost, is_out_of_memory, log_line, one_line
 from seallmd.worker.requests import Packed, Requests
 from seallmd.worker.skeleton import load_config
 from seallmd.worker.static_steps import Shape
@@ -227,10 +227,10 @@ class Worker:
             self.land()
         try:
             flight = self._run(step, started)
-        except torch.AcceleratorError:
-            raise  # the CUDA context is lost with everything in it: only a new process helps
-        except Exception as error:  # noqa: BLE001 - a failed step is reported, the other services go on
-            self.land()
+        except Exception as error:
+            if is_device_lost(error):  # with everything in it
+                raise
+            self.land()  # a failed step is reported, the other services go on
             self._requests.fail([admit.request for admit in step.admit] + [row.request for row in step.rows])
             self._leave(step.service)  # others may be waiting for this rank, and would for long
             memory = is_out_of_memory(error)
@@ -317,9 +317,9 @@ class Worker:
             if service in self._resident or any(a.wanted.service == service for a in self._arriving):
                 raise RuntimeError("it is here already")
             copy = self._device.copy_in(service, wanted.image, wanted.extents)
-        except torch.AcceleratorError:
-            raise
         except (RuntimeError, OSError) as error:
+            if is_device_lost(error):
+                raise
             self._send(CopyFailed(service, one_line(error), wanted.copy))
             return
         config = None
@@ -367,9 +367,9 @@ class Worker:
         try:
             image = None if arrival.copied else arrival.image
             known = self._models.bind(arrival.wanted, *arrival.parts(), image)
-        except torch.AcceleratorError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a model that cannot be bound must not end its neighbours
+        except Exception as error:  # a model that cannot be bound must not end its neighbours
+            if is_device_lost(error):
+                raise
             self._models.forget(service)
             arrival.stop()
             self._arriving.remove(arrival)

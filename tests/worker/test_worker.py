@@ -167,6 +167,8 @@ class NoMemory:
     [
         MemoryError("no"),
         torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes"),
         OSError(12, "Cannot allocate memory"),
     ],
@@ -182,3 +184,11 @@ def test_lack_of_memory_is_told_as_such(
     assert failed.memory
     monkeypatch.setattr(loaded.worker, "_forward", NoMemory(RuntimeError("a shape is wrong")))
     assert not loaded.step("s", [admit(1, [3, 4])], [row]).memory  # type: ignore[union-attr]
+
+
+def test_a_lost_device_ends_the_process(loaded: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else fails with CUDA stays with its context: only a new process helps."""
+    lost = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(loaded.worker, "_forward", NoMemory(lost))
+    with pytest.raises(torch.AcceleratorError, match="illegal"):
+        loaded.step("s", [admit(1, [3, 4])], [msg.Row(1, 0, 2, True, loaded.blocks("s", 0, 2))])

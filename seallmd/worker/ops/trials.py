@@ -28,7 +28,7 @@ from seallmd.worker.ops import flash, reference
 from seallmd.worker.ops.kernels import NAMES, Kernels, need
 from seallmd.worker.ops.reference import Norm
 from seallmd.worker.paged import PagedBatch
-from seallmd.worker.process import one_line
+from seallmd.worker.process import is_device_lost, one_line
 from seallmd.worker.quantised import Blocks
 from seallmd.worker.tables import tables_of
 
@@ -246,9 +246,9 @@ def _problem(trial: Callable[[], float], dtype: torch.dtype) -> str:
     """What is wrong with an operation, nothing where it agrees."""
     try:
         off = trial()
-    except torch.AcceleratorError:
-        raise  # the device is lost to this process
-    except Exception as error:  # noqa: BLE001 - compilers fail in many ways, and plain torch always runs
+    except Exception as error:  # compilers fail in many ways, and plain torch always runs
+        if is_device_lost(error):
+            raise
         return one_line(error)
     return "" if off <= TOLERANCES[dtype] else f"it is off by {off:.1e}"
 
