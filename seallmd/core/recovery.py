@@ -86,7 +86,8 @@ class Recovery:
         if not self._state.lost_at or self._state.now < max(self._state.lost_at.values()) + DOWN_SECONDS:
             return
         for service in self._state.services.values():
-            if service.waiting and not service.replicas and not self._has_place(service):
+            asked_for = service.waiting or service.load_tickets
+            if asked_for and not service.replicas and not self._has_place(service):
                 self._loads.pause(service, ALL_DOWN, DOWN_RETRY_SECONDS)
 
     def _has_place(self, service: Service) -> bool:

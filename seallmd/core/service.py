@@ -230,9 +230,13 @@ class Service:
         """What prefixes that a request may share begin with."""
         return (request.root, self.breaks)
 
+    def others(self, replica: Replica) -> list[Replica]:
+        """Its other replicas that take requests."""
+        return [r for r in self.replicas if r is not replica and r.stage is Stage.RESIDENT]
+
     def share(self, replica: Replica) -> int:
         """Requests that a replica may run at most while others could run the rest."""
-        others = [r for r in self.replicas if r is not replica and r.stage is Stage.RESIDENT]
+        others = self.others(replica)
         running = sum(len(r.running) for r in [replica, *others])
         return -(-(running + len(self.waiting)) // (len(others) + 1))
 

@@ -243,6 +243,16 @@ def beside_a_pinned_one(seconds: float) -> Recorder:
     return recorder
 
 
+def test_a_load_does_not_wait_for_ever_either() -> None:
+    """An operator is told as well when the only device with room is not expected any more."""
+    recorder = beside_a_pinned_one(1000.0)
+    recorder.world.happen(ev.LoadWanted(1, "a"))
+    wait(recorder, 27.0)
+    assert not recorder.answers
+    wait(recorder, 5.0)
+    assert "no device that it could run on is up" in recorder.answers[1]
+
+
 def test_a_lost_device_counts_for_the_limit_of_a_request() -> None:
     """Until it is given up; no event that asks for the limit ends those who wait for it."""
     recorder = beside_a_pinned_one(3.0)
