@@ -83,6 +83,8 @@ class Serving:
     async def model(self, name: str) -> Model:
         """A service's shape and text side; at start this waits until the service was examined."""
         view = self.view(name)
+        if view.shape is None and not view.reason:
+            self.engine.hurry(name)
         for _ in range(int(_PROBE_WAIT_SECONDS / _PROBE_POLL_SECONDS)):
             if view.reason:
                 message = f"the model {name!r} cannot be served: {view.reason}"

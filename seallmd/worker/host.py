@@ -85,6 +85,7 @@ class Host:
                 self._wanted[item.service] = item
                 directory = local_directory(item.model)
                 if directory is None:
+                    self._progress(item.service)("queue", 0, 0)
                     self._fetches.put(item)
                 else:
                     self._probe(item, directory)
@@ -94,6 +95,7 @@ class Host:
                 if item.directory is None:
                     self._send(ProbeFailed(item.wanted.service, item.reason))
                 else:
+                    self._progress(item.wanted.service)("examine", 0, 0)
                     self._probe(item.wanted, item.directory)
             case BuildImage():
                 self._build(item)

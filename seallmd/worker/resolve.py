@@ -14,8 +14,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
@@ -84,10 +86,31 @@ def eos_ids(directory: Path) -> tuple[int, ...]:
     if isinstance(token, dict):
         token = token.get("content")
     if isinstance(token, str):
-        known = Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(token)
+        known = _token_id(directory / "tokenizer.json", token)
         if known is not None:
             ids.add(known)
     return tuple(sorted(ids))
+
+
+class _Added(msgspec.Struct):
+    id: int
+    content: str
+
+
+class _Vocabulary(msgspec.Struct):
+    """What a tokenizer.json says of tokens with a meaning of their own."""
+
+    added_tokens: list[_Added] = []
+
+
+def _token_id(file: Path, token: str) -> int | None:
+    """A token's id. Nearly all that are asked for are added ones: the rest takes a second to read."""
+    with suppress(msgspec.DecodeError):
+        vocabulary = msgspec.json.decode(file.read_bytes(), type=_Vocabulary)
+        for added in vocabulary.added_tokens:
+            if added.content == token:
+                return added.id
+    return Tokenizer.from_file(str(file)).token_to_id(token)
 
 
 def _eos_of(config: dict[str, object]) -> set[int]:

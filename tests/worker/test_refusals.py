@@ -6,16 +6,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seallmd.core import messages as msg
-from seallmd.worker.host import Host
+from seallmd.worker.host import Fetched, Host
 from seallmd.worker.probe import probe
+from seallmd.worker.resolve import eos_ids
 from tests.worker.helpers import save_tiny, save_tokenizer
 
 
@@ -214,6 +217,32 @@ def test_shape(tmp_path: Path) -> None:
     assert probe(directory, "float16", 100).shape.dtype == "float16"
     assert probe(directory, "auto", 100).shape.context == 100
     assert probe(directory, "auto", 1000).shape.context == 256
+
+
+def test_the_tokenizer_names_another_end(tmp_path: Path) -> None:
+    """Its end of text counts beside the configuration's, whether it is one of its words or was added."""
+    directory = save_tiny(tmp_path / "m")
+    edit(directory / "tokenizer_config.json", eos_token="w7")
+    assert eos_ids(directory) == (2, 7)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    edit(directory / "tokenizer_config.json", eos_token={"content": "<end>"})
+    assert eos_ids(directory) == (2, tokenizer.token_to_id("<end>"))
+    edit(directory / "tokenizer_config.json", eos_token="no such token")
+    assert eos_ids(directory) == (2,)
+
+
+def test_fetched_files_are_examined_in_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon knows of a model whether its files are awaited or the process examines it."""
+    directory, done, said = save_tiny(tmp_path / "m"), SimpleQueue[Fetched](), list[Any]()
+    monkeypatch.setattr("seallmd.worker.host.fetch", lambda *_: directory)
+    host = Host(msg.WorkerSettings("host", "cpu", cache=str(tmp_path / "cache")), said.append, done.put)
+    host.handle(msg.Probe("s", "some/model", "auto", 0))
+    assert said == [msg.JobProgress("s", "queue", 0, 0)]
+    host.handle(done.get(timeout=60))
+    assert said[1] == msg.JobProgress("s", "examine", 0, 0)
+    assert isinstance(said[2], msg.Probed)
 
 
 def test_image_is_the_same_however_it_is_read(
