@@ -67,6 +67,27 @@ READ: list[tuple[str, str, str, Calls]] = [
     ("hermes", "<tool_call>{broken}</tool_call>", "<tool_call>{broken}</tool_call>", []),
     ("hermes", "a <tool_call> b", "a <tool_call> b", []),
     ("hermes", "a <tool_", "a <tool_", []),
+    # Cut off before the name is known: whatever it was to become, it was written.
+    ("hermes", 'a <tool_call>{"name": "f", "argu', 'a <tool_call>{"name": "f", "argu', []),
+    ("llama3_json", '{"answer": "forty-tw', '{"answer": "forty-tw', []),
+    # What small models write.
+    ("hermes", '<tool_call>{"name": "f", "arguments": null}</tool_call>', "", [("f", "{}")]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call> ok', " ok", [("f", '{"a": 1}')]),
+    (
+        "hermes",
+        '<tool_call>{"name": "f", "arguments": {}, "id": "x}y", "more": {"a": 1}}</tool_call> ok',
+        " ok",
+        [("f", "{}")],
+    ),
+    # What no JSON can hold.
+    *(
+        ("hermes", text, text, [])
+        for text in (
+            '<tool_call>{"arguments": {"a": "\\ud800"}, "name": "f"}</tool_call>',
+            '<tool_call>{"arguments": {"a": NaN}, "name": "f"}</tool_call>',
+            '<tool_call>{"arguments": {}, "name": "\\udfff"}</tool_call>',
+        )
+    ),
     (
         "llama3_json",
         '{"name": "f", "parameters": {"a": "x;{"}}; {"name": "g", "parameters": {}}',
