@@ -188,7 +188,7 @@ async def test_the_same_connection_does_not_lend_its_key(guarded: str) -> None:
                 await response.read()
 
 
-async def test_models_that_a_key_may_not_use_are_not_there(guarded: str) -> None:
+async def test_models_that_a_key_may_not_use_are_not_there(guarded: str, engine: FakeEngine) -> None:
     """Neither in the lists nor by name, in both APIs."""
     headers = {"Authorization": "Bearer sk-bob-0123456789ab"}
     async with client(guarded, "sk-bob-0123456789ab") as bob:
@@ -198,9 +198,12 @@ async def test_models_that_a_key_may_not_use_are_not_there(guarded: str) -> None
     async with aiohttp.ClientSession(headers=headers) as session:
         async with session.get(f"{guarded}/api/tags") as response:
             assert await response.json() == {"models": []}
-        body = {"model": "m", "keep_alive": 0}
-        async with session.post(f"{guarded}/api/generate", json=body) as response:
-            assert response.status == 404
+        for model, keep_alive in (("m", 0), ("m", -1), ("m:latest", 0), ("m:latest", -1)):
+            body = {"model": model, "keep_alive": keep_alive}
+            async with session.post(f"{guarded}/api/generate", json=body) as response:
+                assert response.status == 404, body
+    assert engine.loaded == engine.evicted == []
+    assert engine.kept == {}
 
 
 async def test_requests_at_a_time(engine: FakeEngine) -> None:
