@@ -265,11 +265,14 @@ async def test_pages_of_configured_origins_may_call(engine: FakeEngine) -> None:
     runner: web.AppRunner = await start_http(engine, settings, keyring=Keyring([ALICE]))
     url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1/models"
     good, bad = {"Origin": "https://chat.example"}, {"Origin": "https://evil.example"}
-    asks = {"Access-Control-Request-Method": "POST"}
+    sent = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"  # as OpenAI's client does
+    asks = {"Access-Control-Request-Method": "DELETE", "Access-Control-Request-Headers": sent}
     async with aiohttp.ClientSession() as session:
         async with session.options(url, headers=good | asks) as response:
             assert response.status == 204
             assert response.headers["Access-Control-Allow-Origin"] == "https://chat.example"
+            assert "DELETE" in response.headers["Access-Control-Allow-Methods"], "of files"
+            assert response.headers["Access-Control-Allow-Headers"] == sent
         async with session.options(url, headers=bad | asks) as response:
             assert response.status == 403
             assert "Access-Control-Allow-Origin" not in response.headers
