@@ -167,13 +167,13 @@ def _or(value: float | None, default: float) -> float:
 
 
 def _logit_bias(request: GenerationRequest, vocab: int) -> tuple[tuple[int, float], ...]:
-    pairs = []
+    biases = dict[int, float]()  # "7" and "07" are one id, whose bias must not add up
     for key, bias in (request.logit_bias or {}).items():
         # isdecimal alone lets other scripts' digits through; a length limit keeps int() cheap.
         if not (key.isascii() and key.isdecimal() and len(key) <= 10):
             raise RequestError(
                 f"`logit_bias` has a key that is no token id: {key[:40]!r}", param="logit_bias"
             )
-        pairs.append((int(key), bias))
-    check_token_ids([token for token, _ in pairs], vocab, "logit_bias")
-    return tuple(pairs)
+        biases[int(key)] = bias
+    check_token_ids(list(biases), vocab, "logit_bias")
+    return tuple(biases.items())

@@ -107,8 +107,9 @@ class Serving:
     async def constraints(self, spec: GenerationRequest, model: Model, form: Form | None) -> Constraints:
         """What the request forbids, in the model's tokens. form: what its outputs must look like."""
         words = {
-            tuple(await self.texts.encode(model.text, space + word.lstrip(), add_special_tokens=False))
+            tuple(await self.texts.encode(model.text, space + bare, add_special_tokens=False))
             for word in spec.bad_words or ()
+            for bare in (word.lstrip(" ") or word,)
             for space in ("", " ")  # at the beginning of a line, and behind another word
         }
         grammar = ""
