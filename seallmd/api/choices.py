@@ -194,8 +194,8 @@ class Run:
 
     @property
     def used(self) -> int:
-        """Tokens of prompts and outputs; a choice that got nothing costs nothing."""
-        return sum(len(choice.prompt) + choice.tokens for choice in self.choices if choice.tokens)
+        """Tokens of prompts and outputs; a choice whose prompt was not run costs nothing."""
+        return sum(len(c.prompt) + c.tokens for c in self.choices if c.first_token is not None)
 
     async def close(self) -> None:
         """Cancel what still runs."""

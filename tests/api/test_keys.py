@@ -104,32 +104,48 @@ def test_limits_by_the_minute() -> None:
     clock = Clock()
     rates = Rates(clock)
     for _ in range(3):
-        rates.charge(CAROL, 1, 10)
+        rates.charge(CAROL, 8, 2)
     with pytest.raises(RequestError) as caught:
-        rates.charge(CAROL, 1, 10)
+        rates.charge(CAROL, 8, 2)
     assert (caught.value.status, caught.value.retry_after) == (429, 20.0)
     clock.now = 20.0
-    rates.charge(CAROL, 1, 10)
+    rates.charge(CAROL, 8, 2)
     assert rates.left(CAROL) == {"requests": (3, 0), "tokens": (100, 90)}
 
 
 def test_unused_tokens_come_back() -> None:
     """A request is charged for all it may generate, and pays for what it did."""
     rates = Rates(Clock())
-    rates.charge(CAROL, 1, 100)
+    rates.charge(CAROL, 8, 92)
     with pytest.raises(RequestError) as caught:
-        rates.charge(CAROL, 1, 10)
+        rates.charge(CAROL, 8, 2)
     assert caught.value.retry_after == 6.0
     assert rates.left(CAROL)["requests"] == (3, 2), "a refused request was charged"
     rates.give_back(CAROL, 95)
-    rates.charge(CAROL, 1, 90)
+    rates.charge(CAROL, 8, 82)
 
 
 def test_what_can_never_be_served_is_not_to_be_retried() -> None:
-    """More than a minute's worth at once."""
+    """A prompt of more than a minute's worth."""
     with pytest.raises(RequestError) as caught:
-        Rates(Clock()).charge(CAROL, 1, 101)
+        Rates(Clock()).charge(CAROL, 101, 0)
     assert caught.value.retry_after is None
+
+
+def test_an_output_without_a_limit_takes_what_there_is() -> None:
+    """A context that is longer than a minute's tokens must not shut a key out; what it uses it pays."""
+    clock = Clock()
+    rates = Rates(clock)
+    assert rates.charge(CAROL, 30, 100) == 100
+    with pytest.raises(RequestError) as caught:
+        rates.charge(CAROL, 30, 100)
+    assert caught.value.retry_after == 18.0, "until there is room for its prompt"
+    rates.give_back(CAROL, 100 - 40)
+    assert rates.charge(CAROL, 30, 100) == 60
+    rates.give_back(CAROL, 60 - 130)
+    assert rates.left(CAROL)["tokens"] == (100, 0)
+    clock.now = 60.0
+    assert rates.left(CAROL)["tokens"] == (100, 30), "70 more than there was are paid first"
 
 
 # --------------------------------------------------------------------------------------------- HTTP
@@ -244,6 +260,23 @@ async def test_limits_are_told_in_headers_and_refusals(guarded: str) -> None:
         lines = (await page.text()).splitlines()
     assert 'seallmd_key_requests_total{key="carol"} 3.0' in lines
     assert 'seallmd_key_limited_total{key="carol"} 1.0' in lines
+
+
+async def test_a_chat_may_leave_its_limit_out(guarded: str) -> None:
+    """Where the model's context (200) is longer than a minute's tokens (100)."""
+    async with client(guarded, "sk-carol-0123456789") as carol:
+        answer = await carol.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": "hello"}]
+        )
+    assert answer.choices[0].finish_reason == "stop"
+
+
+async def test_a_prompt_without_an_output_is_counted(guarded: str) -> None:
+    """`max_tokens` 0 with `echo`: the prompt is run like any other."""
+    async with client(guarded, "sk-carol-0123456789") as carol:
+        await carol.completions.create(model="m", prompt=[5] * 90, max_tokens=0, echo=True)
+        with pytest.raises(openai.RateLimitError):
+            await carol.completions.create(model="m", prompt=[5] * 90, max_tokens=0, echo=True)
 
 
 async def test_a_reload_changes_keys_at_once(engine: FakeEngine) -> None:
