@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from seallmd.api.tool_formats import FORMATS, calls_grammar, choose_format
 from seallmd.api.tool_reader import Argued, Called, Event, Said, ToolReader
-from tests.api.engine_double import FakeEngine, view
+from tests.api.engine_double import FakeEngine, view, write_model
 
 CHAT = [{"role": "user", "content": "hello"}]
 WEATHER = {
@@ -294,3 +294,24 @@ async def test_a_template_without_tools(
     assert '"name":"now"' in text
     assert '<assistant><tool_call>\n{"name":"now","arguments":{"z":1}}\n</tool_call>' in text
     assert "<user><tool_response>\nnoon\n</tool_response>" in text
+
+
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+
+
+async def test_results_of_several_calls_are_one_turn(
+    client: AsyncOpenAI, engine: FakeEngine, tmp_path: Path
+) -> None:
+    """Gemma's and Mistral's templates, for two, refuse two turns of one side."""
+    write_model(tmp_path, ALTERNATING)
+    engine.views["m"] = view("m", tmp_path, context=4000)
+    calls = [
+        {"id": i, "type": "function", "function": {"name": "now", "arguments": "{}"}} for i in ("c", "d")
+    ]
+    results = [{"role": "tool", "tool_call_id": i, "content": "noon"} for i in ("c", "d")]
+    messages = [*CHAT, {"role": "assistant", "content": None, "tool_calls": calls}, *results]
+    answer = await client.chat.completions.create(model="m", messages=messages)
+    assert answer.choices[0].message.content
