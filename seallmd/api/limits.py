@@ -114,7 +114,8 @@ def _max_tokens(request: GenerationRequest, context: int, prompt: int) -> int:
 
 
 def _check_scores(request: GenerationRequest, batches: list[list[Generation]]) -> None:
-    prompts = (1 + request.prompt_top) * sum(len(batch[0].prompt) for batch in batches)
+    told = request.choices if isinstance(request, CompletionRequest) else 1  # completions tell each choice
+    prompts = (1 + request.prompt_top) * sum(len(batch[0].prompt) for batch in batches) * told
     if prompts > MAX_PROMPT_SCORES:
         raise RequestError(
             f"{prompts} log-probabilities of the prompt are wanted, at most {MAX_PROMPT_SCORES} are told",

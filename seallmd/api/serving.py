@@ -206,12 +206,22 @@ async def _documents(spec: GenerationRequest, run: Run, answer: Answer, wire: Wi
     options = spec.stream_options
     want_usage = options is not None and bool(options.include_usage)
     continuous = want_usage and options is not None and bool(options.continuous_usage_stats)
+    begun = set[int]()
+
+    def word(piece: Piece, usage: Usage | UnsetType | None) -> list[bytes]:
+        return [wire.encode(chunk) for chunk in answer.chunks(run.choices[piece.index], piece, usage)]
+
     async for piece in run.pieces():
         usage: Usage | UnsetType | None = None if want_usage else UNSET
         if continuous:
             usage = count_usage(run.choices, spec.choices)
-        for chunk in answer.chunks(run.choices[piece.index], piece, usage):
-            yield wire.encode(chunk)
+        if spec.prompt_top < 0 or piece.index in begun:
+            documents = word(piece, usage)
+        else:  # a prompt's log-probabilities come with a choice's first piece
+            begun.add(piece.index)
+            documents = await asyncio.to_thread(word, piece, usage)
+        for document in documents:
+            yield document
     last = answer.usage_chunk(count_usage(run.choices, spec.choices)) if want_usage else None
     if last is not None:
         yield wire.encode(last)
