@@ -91,6 +91,21 @@ async def test_stream(client: AsyncOpenAI, engine: FakeEngine, tokenizer: Tokeni
     assert len(deltas) > 1
 
 
+@pytest.mark.parametrize("answer", [SPOKEN, CALL])
+async def test_what_is_cut_off_is_not_complete(
+    client: AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer, answer: str
+) -> None:
+    """Least of all a call: whoever makes it would have half its arguments."""
+    tokens = tokenizer.encode(answer, add_special_tokens=False).ids
+    engine.answer, limit = [*tokens, 1], len(tokens) - 12
+    asked: Any = {"model": "m", "input": "hello", "tools": [NOW], "max_output_tokens": limit}
+    whole = await client.responses.create(**asked)
+    assert whole.output[-1].status == whole.status == "incomplete"  # type: ignore[union-attr]
+    events = [event async for event in await client.responses.create(**asked, stream=True)]
+    assert events[-1].response.output[-1].status == "incomplete"
+    assert [e.item.status for e in events if e.type == "response.output_item.done"][-1] == "incomplete"
+
+
 async def test_forms(client: AsyncOpenAI, engine: FakeEngine) -> None:
     """`text.format` and forced tools become grammars."""
     schema = {"type": "object", "properties": {"a": {"type": "null"}}}
