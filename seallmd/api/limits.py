@@ -73,6 +73,7 @@ def _choices(
     request: GenerationRequest, shape: ModelShape, prompt: list[int], constraints: Constraints
 ) -> list[Generation]:
     check_token_ids(prompt, shape.vocab, "prompt")
+    ids = tuple(prompt)  # one for all choices: prompts are long, and choices many
     max_tokens = _max_tokens(request, shape.context, len(prompt))
     stop_ids = _stop_ids(request, shape, constraints)
     seed = secrets.randbits(63) if request.seed is None else request.seed
@@ -80,7 +81,7 @@ def _choices(
     return [
         Generation(
             service=request.model,
-            prompt=tuple(prompt),
+            prompt=ids,
             max_tokens=max_tokens,
             sampling=msgspec.structs.replace(
                 sampling,
