@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,24 @@ async def test_the_same_tokens_as_one_by_one(texts: TextModels, model: Path) -> 
     for special in (True, False):
         tokens = await texts.encode(text_model, "Hello wörld 日本", add_special_tokens=special)
         assert tokens == text_model.tokenizer.encode("Hello wörld 日本", add_special_tokens=special).ids
+
+
+async def test_short_texts_pass_long_ones(texts: TextModels, model: Path) -> None:
+    """A few megabytes of text take seconds each: a chat must not wait for them."""
+    text_model, done = TextModel.read(model), threading.Event()
+    encode = text_model.tokenizer.encode_batch_fast
+
+    class Blocked:
+        def encode_batch_fast(self, given: list[str], **options: bool) -> Any:
+            if len(given[0]) > 9:
+                done.wait()
+            return encode(given, **options)
+
+    text_model.tokenizer = Blocked()  # type: ignore[assignment]
+    longs = [asyncio.create_task(texts.encode(text_model, LONG, add_special_tokens=False)) for _ in range(3)]
+    await asyncio.sleep(0)
+    try:
+        assert await texts.encode(text_model, "hello", add_special_tokens=False)
+    finally:
+        done.set()
+    assert len(await asyncio.gather(*longs)) == 3
