@@ -17,6 +17,7 @@ from seallmd.worker.kv import KvView, Span
 from seallmd.worker.ops import modules, reference
 from seallmd.worker.ops.native import Native, linear_struct, norm_struct
 from seallmd.worker.paged import PagedBatch
+from seallmd.worker.quantised import Blocks
 from tests.worker.helpers import FAMILIES, GREEDY, Rig, Talk, plain, run_step, save_tiny
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -48,6 +49,18 @@ def test_linear_of_nothing(dtype: torch.dtype, native: Native) -> None:
     module = nn.Linear(8, 3, bias=False, dtype=dtype)
     out = modules.FastLinear(module, native)(torch.empty(1, 0, 8))
     assert (out.shape, out.dtype) == ((1, 0, 3), torch.float32)
+
+
+def test_linear_of_very_many_rows(native: Native) -> None:
+    """A step of as many tokens as `step_tokens` may allow: rows times tiles are more than 31 bits hold, and
+    what wrapped around was an address outside the activations."""
+    x, weight = noise(120_000, 8), noise(4, 8, seed=1)
+    expected = torch.nn.functional.linear(x, weight)
+    torch.testing.assert_close(native.linear(x, linear_struct(weight, None)), expected)
+    blocks = Blocks.empty(*weight.shape)
+    blocks.fill(weight)
+    few = native.linear(x[-6:].contiguous(), linear_struct(blocks, None))
+    assert torch.equal(native.linear(x, linear_struct(blocks, None))[-6:], few)
 
 
 def test_copy(native: Native) -> None:
