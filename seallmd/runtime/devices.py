@@ -18,6 +18,7 @@ from seallmd.core.cost import ROOFLINES, Roofline
 from seallmd.core.host_kv import default_bytes
 from seallmd.core.messages import WorkerSettings
 from seallmd.errors import ConfigError
+from seallmd.paths import default_cache_directory
 from seallmd.runtime import rendezvous
 
 MIB = 1 << 20
@@ -44,13 +45,16 @@ class DevicePlan:
 
 
 def plan(settings: DeviceSettings) -> DevicePlan:
-    """Decide from the configuration and the machine. Raises ConfigError when GPUs are asked for in vain."""
+    """Decide from the configuration and the machine.
+
+    Raises ConfigError when GPUs are asked for in vain, or an arena would have no block.
+    """
     gpus = [] if settings.kind == "cpu" else _gpu_names()
     if settings.kind == "cuda" and not gpus:
         raise ConfigError('[devices] kind = "cuda", but this machine shows no NVIDIA GPU')
     block = Size(settings.block).bytes_ or (2 * MIB if gpus else MIB // 2)
     memory = machine_bytes()
-    cache = settings.cache or str(Path("~/.cache/seallmd").expanduser())
+    cache = settings.cache or str(default_cache_directory())
     workers = _gpu_workers(settings, gpus, block) if gpus else _cpu_workers(settings, block, memory)
     host_kv = default_bytes(workers[0].arena_bytes, gpu=bool(gpus))
     if settings.host_kv:  # "0 B" is a choice too
@@ -74,7 +78,7 @@ def plan(settings: DeviceSettings) -> DevicePlan:
             image_cache_bytes=Size(settings.image_cache).bytes_,
         ),
         block_bytes=block,
-        host_bytes=Size(settings.host_memory).bytes_ or memory // 2,
+        host_bytes=Size(settings.host_memory).bytes_ if settings.host_memory else memory // 2,
         host_kv_bytes=host_kv,
         cache=Path(cache),
         rendezvous=meeting,
@@ -106,7 +110,11 @@ def _gpu_workers(settings: DeviceSettings, gpus: list[str], block: int) -> tuple
 
 def _cpu_workers(settings: DeviceSettings, block: int, memory: int) -> tuple[WorkerSettings, ...]:
     count = settings.cpu_workers
-    arena = Size(settings.memory).bytes_ or min(memory // 4 // count, 4096 * MIB)
+    arena = Size(settings.memory).bytes_ if settings.memory else min(memory // 4 // count, 4096 * MIB)
+    if arena < block:
+        raise ConfigError(
+            f"[devices] memory: {arena >> 10} KiB do not hold a single block of {block >> 10} KiB"
+        )
     threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // count)
     return tuple(
         WorkerSettings(f"cpu{i}", "cpu", arena_bytes=arena, block_bytes=block, threads=threads)
