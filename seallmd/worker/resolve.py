@@ -37,9 +37,15 @@ _UNWANTED = ["*/*", "consolidated*"]
 
 
 def local_directory(model: str) -> Path | None:
-    """The directory that `model` names, None if it must be fetched first (see `fetch`)."""
+    """The directory that `model` names, None if it must be fetched first (see `fetch`).
+
+    Raises ModelRefused where that cannot be seen, by this user for example.
+    """
     path = Path(model).expanduser()
-    return path.resolve() if path.is_dir() else None
+    try:
+        return path.resolve() if path.is_dir() else None
+    except OSError as error:
+        raise ModelRefused(f"{path.name[:100]} cannot be looked at: {error.strerror}") from error
 
 
 def fetch(model: str, cache: str, progress: Progress) -> Path:
@@ -65,7 +71,9 @@ def with_tokenizer(directory: Path, cache: str) -> Path:
     """
     complete = directory
     if not all((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        complete = _cache(cache, "completed") / f"{directory.name}-{_key(directory / 'config.json')}"
+        # Of all files: some may have been on their way when the last one was made.
+        files = sorted(file for file in directory.iterdir() if file.is_file())
+        complete = _cache(cache, "completed") / f"{directory.name}-{_key(*files)}"
         if not complete.is_dir():
             _complete(directory, complete)
     try:
@@ -137,11 +145,11 @@ def _cache(cache: str, part: str) -> Path:
     return directory
 
 
-def _key(path: Path) -> str:
-    """Changes when the file is replaced or edited."""
-    status = path.stat()
-    text = f"{path}\0{status.st_mtime_ns}\0{status.st_size}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def _key(*paths: Path) -> str:
+    """Changes when one of the files is replaced or edited."""
+    status = [(path, path.stat()) for path in paths]
+    text = "\0".join(f"{path}\0{s.st_mtime_ns}\0{s.st_size}" for path, s in status)
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]
 
 
 def _converted(source: Path, cache: Path, progress: Progress) -> Path:

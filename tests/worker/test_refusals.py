@@ -267,6 +267,28 @@ def test_restarted_host_builds_from_what_was_probed(tmp_path: Path) -> None:
     assert fresh.answer(msg.BuildImage("s")).path == ready.path
 
 
+def test_a_download_that_goes_on_after_its_tokenizer_was_made(said: Said, tmp_path: Path) -> None:
+    """The first look at a half-copied directory must not be kept as what it holds for good."""
+    directory = save_tiny(tmp_path / "m", "gpt2")
+    no_tokenizer(directory)
+    vocabulary = {f"w{i}": i for i in range(96)} | {"<|endoftext|>": 96}
+    (directory / "vocab.json").write_text(json.dumps(vocabulary))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    weights = directory / "model.safetensors"
+    later = weights.rename(tmp_path / "later")
+    assert "model.safetensors" in said.answer(msg.Probe("s", str(directory), "auto", 0)).reason
+    later.rename(weights)
+    probed = said.answer(msg.Probe("s", str(directory), "auto", 0))
+    assert isinstance(probed, msg.Probed), probed
+
+
+def test_a_directory_that_cannot_be_looked_at(said: Said, tmp_path: Path) -> None:
+    """In a home that others may not enter, for example: the loader of all other models lives on."""
+    failed = said.answer(msg.Probe("s", str(tmp_path / ("m" * 300)), "auto", 0))
+    assert isinstance(failed, msg.ProbeFailed)
+    assert failed.reason.endswith("cannot be looked at: File name too long")
+
+
 def test_missing_tokenizer_is_made(said: Said, tmp_path: Path) -> None:
     """Without tokenizer.json a fast tokenizer is made in the cache, beside links to the model's files."""
     directory = save_tiny(tmp_path / "m", "gpt2")
