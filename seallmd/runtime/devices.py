@@ -6,6 +6,7 @@ start anything.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pynvml
 
+from seallmd import cgroup
 from seallmd.config import DeviceSettings, Size
 from seallmd.core.cost import ROOFLINES, Roofline
 from seallmd.core.host_kv import default_bytes
@@ -115,7 +117,7 @@ def _cpu_workers(settings: DeviceSettings, block: int, memory: int) -> tuple[Wor
         raise ConfigError(
             f"[devices] memory: {arena >> 10} KiB do not hold a single block of {block >> 10} KiB"
         )
-    threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // count)
+    threads = settings.threads or max(1, machine_cores() // count)
     return tuple(
         WorkerSettings(f"cpu{i}", "cpu", arena_bytes=arena, block_bytes=block, threads=threads)
         for i in range(count)
@@ -125,11 +127,14 @@ def _cpu_workers(settings: DeviceSettings, block: int, memory: int) -> tuple[Wor
 def machine_bytes() -> int:
     """Memory of the machine, or of the control group if that has less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdigit() else total
+    limit = cgroup.memory_limit()
+    return total if limit is None else min(total, limit)
+
+
+def machine_cores() -> int:
+    """Cores that this process may run on, or as many as the control group has time for."""
+    cores, limit = len(os.sched_getaffinity(0)), cgroup.cores()
+    return cores if limit is None else max(1, min(cores, math.ceil(limit)))
 
 
 def _gpu_names() -> list[str]:
