@@ -206,6 +206,8 @@ def _complete(directory: Path, target: Path) -> None:
     partial.mkdir()
     try:
         tokenizer.save_pretrained(partial)
+        if (directory / "tokenizer.json").is_file():  # the model's own; its class may make another of it
+            (partial / "tokenizer.json").unlink()
         for file in directory.iterdir():
             if not (partial / file.name).exists():
                 (partial / file.name).symlink_to(file.resolve())

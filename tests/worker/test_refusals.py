@@ -282,6 +282,17 @@ def test_a_download_that_goes_on_after_its_tokenizer_was_made(said: Said, tmp_pa
     assert isinstance(probed, msg.Probed), probed
 
 
+def test_a_tokenizer_that_is_there_is_kept(said: Said, tmp_path: Path) -> None:
+    """Without tokenizer_config.json that alone is made: the class of Qwen's tokenizers makes other ids of a
+    tokenizer.json that is not Qwen's, and prompts would be wrong."""
+    directory = save_tiny(tmp_path / "m", "qwen3")
+    (directory / "tokenizer_config.json").unlink()
+    probed = said.answer(msg.Probe("s", str(directory), "auto", 0))
+    made = Path(probed.directory)
+    assert (made / "tokenizer_config.json").is_file()
+    assert (made / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
+
+
 def test_a_directory_that_cannot_be_looked_at(said: Said, tmp_path: Path) -> None:
     """In a home that others may not enter, for example: the loader of all other models lives on."""
     failed = said.answer(msg.Probe("s", str(tmp_path / ("m" * 300)), "auto", 0))
