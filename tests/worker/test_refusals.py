@@ -282,6 +282,14 @@ def test_a_download_that_goes_on_after_its_tokenizer_was_made(said: Said, tmp_pa
     assert isinstance(probed, msg.Probed), probed
 
 
+def test_large_numbers_that_real_models_have(said: Said, tmp_path: Path) -> None:
+    """The audio part of Gemma 3n and 4, which is not even served, must not be what refuses them."""
+    directory = save_tiny(tmp_path / "m")
+    edit(directory / "config.json", audio_config={"gradient_clipping": 1e10}, rope_theta=1e11)
+    probed = said.answer(msg.Probe("s", str(directory), "auto", 0))
+    assert isinstance(probed, msg.Probed), probed
+
+
 def test_a_tokenizer_that_is_there_is_kept(said: Said, tmp_path: Path) -> None:
     """Without tokenizer_config.json that alone is made: the class of Qwen's tokenizers makes other ids of a
     tokenizer.json that is not Qwen's, and prompts would be wrong."""
