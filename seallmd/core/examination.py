@@ -27,8 +27,9 @@ class Examination:
         state = self._state
         if not state.host_up or state.examined:
             return
-        waiting = [service for service in state.services.values() if awaits_examination(service)]
-        if not waiting:
+        unknown = [service for service in state.services.values() if service.shape is None]
+        waiting = [service for service in unknown if awaits_examination(service)]
+        if not waiting:  # as after most events
             return
         service = min(waiting, key=lambda s: (s.crashes, not (s.hurried or s.demand)))
         settings, state.examined = service.settings, service.name
