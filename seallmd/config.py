@@ -6,6 +6,7 @@ to: the tables of `core` and `api` are their own structs. Every field refuses wh
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -22,6 +23,12 @@ _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB)\s*$")
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _TABLE = re.compile(r"^\s*(\[\[?)\s*([A-Za-z0-9_-]+)\s*\]\]?")
 _KEY = re.compile(r"^\s*([A-Za-z0-9_-]+)\s*=")
+_BLOCK_UNIT = 256  # weights begin at multiples of it, in host images and so in blocks
+# Names of files and directories, beside the models'; table and field.
+_FILES = (
+    *(("http", key) for key in ("socket", "keys", "tls_certificate", "tls_key")),
+    *(("batches", "directory"), ("control", "socket"), ("devices", "cache"), ("journal", "path")),
+)
 
 
 class Size(str):
@@ -152,11 +159,11 @@ def load(path: Path) -> Config:
         message, _, place = str(error).partition(" - at ")
         raise ConfigError(f"{path}:{_line_of(text, place, message)}: {message} {place}".rstrip()) from error
     _check(config, path, text)
-    services = tuple(_with_place(service, path.parent) for service in config.service)
-    http, batches = _with_files(config.http, path.parent), config.batches
-    if batches.directory:
-        batches = msgspec.structs.replace(batches, directory=_absolute(batches.directory, path.parent))
-    return msgspec.structs.replace(config, service=services, http=http, batches=batches)
+    try:
+        services = tuple(_with_place(service, path.parent) for service in config.service)
+        return msgspec.structs.replace(_with_files(config, path.parent), service=services)
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def reloaded(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
@@ -228,9 +235,12 @@ def _check(config: Config, path: Path, text: str) -> None:
         _check_size(getattr(devices, key), f"`$.devices.{key}`", path, text)
     for key in ("limit", "flight"):
         _check_size(getattr(config.journal, key), f"`$.journal.{key}`", path, text)
-    if devices.block and not 4096 <= Size(devices.block).bytes_ <= 1 << 30:
+    block = Size(devices.block).bytes_
+    if devices.block and (not 4096 <= block <= 1 << 30 or block % _BLOCK_UNIT):
         line = _line_of(text, "`$.devices.block`", "")
-        raise ConfigError(f"{path}:{line}: a block has 4 KiB to 1 GiB, not {devices.block}")
+        raise ConfigError(
+            f"{path}:{line}: a block has 4 KiB to 1 GiB, a multiple of {_BLOCK_UNIT} B, not {devices.block}"
+        )
 
 
 def _wrong_groups(service: ServiceSettings) -> str:
@@ -251,23 +261,32 @@ def _check_size(value: str, place: str, path: Path, text: str) -> None:
 
 def _with_place(service: ServiceSettings, base: Path) -> ServiceSettings:
     """Make a path absolute, relative to the configuration file; leave a Hugging Face id as it is."""
-    model = Path(service.model).expanduser()
+    model = _expanded(service.model)
     here = base / model
     is_path = model.is_absolute() or service.model.startswith((".", "~")) or service.model.endswith(".gguf")
     # A missing directory beside others is a missing model, not something to look for on the internet.
-    if is_path or here.exists() or (len(model.parts) > 1 and here.parent.is_dir()):
+    if is_path or os.path.exists(here) or (len(model.parts) > 1 and os.path.isdir(here.parent)):
         return msgspec.structs.replace(service, model=str(here.absolute()))
     return service
 
 
-def _with_files(http: HttpSettings, base: Path) -> HttpSettings:
-    """Files of the HTTP side, relative to the configuration file as models are."""
-    names = {key: getattr(http, key) for key in ("keys", "tls_certificate", "tls_key")}
-    return msgspec.structs.replace(http, **{k: _absolute(name, base) for k, name in names.items() if name})
+def _with_files(config: Config, base: Path) -> Config:
+    """Names of files made absolute, relative to the configuration file as models are."""
+    changes: dict[str, Any] = {}
+    for table, key in _FILES:
+        before = changes.get(table, getattr(config, table))
+        if name := getattr(before, key):
+            place = str((base / _expanded(name)).absolute())
+            changes[table] = msgspec.structs.replace(before, **{key: place})
+    return msgspec.structs.replace(config, **changes)
 
 
-def _absolute(name: str, base: Path) -> str:
-    return str((base / Path(name).expanduser()).absolute())
+def _expanded(name: str) -> Path:
+    """With what ~ and ~user stand for. Raises RuntimeError for a user without a home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise RuntimeError(f"{name}: there is no such home directory") from None
 
 
 def _toml_line(error: tomllib.TOMLDecodeError, text: str) -> int:

@@ -6,6 +6,7 @@ what was half-written when its writer was killed. Must not know what is in them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -44,11 +45,12 @@ def remove_partials(directory: Path) -> list[str]:
     for entry in (*directory.glob(".*.partial"), *directory.glob("*/.*.partial")):
         found = _PARTIAL.search(entry.name)
         if found and found["node"] == _node() and not Path("/proc", found["pid"]).exists():
-            if entry.is_dir():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink(missing_ok=True)
-            removed.append(entry.name)
+            with contextlib.suppress(OSError):  # another user's, or a disk that may only be read
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+                removed.append(entry.name)
     return removed
 
 

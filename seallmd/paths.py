@@ -10,7 +10,7 @@ import os
 import stat
 from pathlib import Path
 
-from seallmd.errors import ControlError
+from seallmd.errors import ConfigError, ControlError
 
 SYSTEM_CONTROL_SOCKET = Path("/run/seallmd/control.sock")
 
@@ -26,12 +26,27 @@ def default_control_socket() -> Path:
 
 
 def default_state_directory() -> Path:
-    """Where what must outlive the daemon is kept: as systemd says, else the user's own place for that."""
+    """Where what must outlive the daemon is kept: as systemd says, else the user's own place for that.
+
+    Raises ConfigError for a user without a home directory.
+    """
     given = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]
     if os.path.isabs(given):
         return Path(given)
     home = os.environ.get("XDG_STATE_HOME", "")
-    return (Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state") / "seallmd"
+    return (Path(home) if os.path.isabs(home) else _home("[batches] directory") / ".local/state") / "seallmd"
+
+
+def default_cache_directory() -> Path:
+    """Where downloaded and converted models are kept. Raises as `default_state_directory`."""
+    return _home("[devices] cache") / ".cache" / "seallmd"
+
+
+def _home(instead: str) -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # a container's user, say, that nobody has heard of
+        raise ConfigError(f"this user has no home directory: set {instead}") from None
 
 
 def find_control_socket() -> Path:

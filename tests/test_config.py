@@ -48,6 +48,9 @@ def test_a_hugging_face_id_stays_one(tmp_path: Path) -> None:
         ("[htp]\nport = 1\n" + SERVICE, "1", "htp"),
         ("[devices]\nmemory = 'much'\n" + SERVICE, "2", "no size"),
         ("[devices]\n\nblock = '1 B'\n" + SERVICE, "3", "4 KiB"),
+        ("[devices]\nblock = '270001 B'\n" + SERVICE, "2", "multiple of 256"),
+        ("[devices]\ncache = '~nosuchuser/x'\n" + SERVICE, None, "~nosuchuser/x: there is no such home"),
+        (SERVICE.replace("models/m", "~nosuchuser/m"), None, "there is no such home"),
         (SERVICE + "[policy]\nscheduler = 'magic'\n", "5", "magic"),
         ('[[service]]\nname = "a/../b"\nmodel = "x"\n', "2", "regex"),
         (SERVICE + '[[service]]\nname = "n"\n', "4", "model"),
@@ -98,3 +101,19 @@ def test_files_are_found_beside_the_configuration(tmp_path: Path) -> None:
     http = load(write(tmp_path, '[http]\nkeys = "keys.toml"\ntls_key = "/etc/key.pem"\n' + SERVICE)).http
     assert (http.keys, http.tls_key) == (str(tmp_path / "keys.toml"), "/etc/key.pem")
     assert http.tls_certificate == ""
+
+
+def test_every_name_of_a_file_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `cache = "~/x"` made a directory called ~ wherever the daemon was started."""
+    monkeypatch.setenv("HOME", "/home/me")
+    text = '[devices]\ncache = "~/x"\n[journal]\npath = "run.journal"\n[control]\nsocket = "c.sock"\n'
+    config = load(write(tmp_path, text + '[http]\nsocket = "~/h.sock"\n' + SERVICE))
+    assert config.devices.cache == "/home/me/x"
+    assert config.journal.path == str(tmp_path / "run.journal")
+    assert (config.control.socket, config.http.socket) == (str(tmp_path / "c.sock"), "/home/me/h.sock")
+
+
+def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    """It is told with its service, like any other model that is not there, and does not end the daemon."""
+    name = "m" * 300
+    assert load(write(tmp_path, SERVICE.replace("models/m", name))).service[0].model == name

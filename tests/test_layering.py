@@ -42,7 +42,11 @@ _CORE = ("seallmd.core", "seallmd.errors")
 _CORE_STRUCTS = tuple(
     f"seallmd.core.{name}" for name in ("events", "messages", "settings", "shapes", "status")
 )
-_RUNTIME = ("seallmd.runtime", *_CORE, "seallmd.config", "seallmd.files", "seallmd.paths")
+_RUNTIME = (
+    "seallmd.runtime",
+    *_CORE,
+    *(f"seallmd.{name}" for name in ("cgroup", "config", "files", "paths")),
+)
 _LIGHT = frozenset({"msgspec"})
 
 # The longest name that fits a module is its layer. A module that no name fits is a breach: it has no place.
@@ -52,6 +56,7 @@ LAYERS = {
     "seallmd.errors": Layer((), frozenset()),
     "seallmd.paths": Layer(("seallmd.errors",), frozenset()),
     "seallmd.files": Layer((), frozenset()),
+    "seallmd.cgroup": Layer((), frozenset()),
     "seallmd.config": Layer(("seallmd.core.settings", "seallmd.api.settings", "seallmd.errors"), _LIGHT),
     "seallmd.core": Layer(_CORE, _LIGHT, _IMPURE),
     "seallmd.core.placement": Layer(_CORE, _LIGHT | {"numpy", "scipy"}, _IMPURE),
@@ -68,7 +73,7 @@ LAYERS = {
     "seallmd.worker": Layer(
         (
             *("seallmd.worker", "seallmd.core.framing", "seallmd.core.messages", "seallmd.core.shapes"),
-            *("seallmd.errors", "seallmd.files"),
+            *("seallmd.cgroup", "seallmd.errors", "seallmd.files"),
         )
     ),
     "seallmd.worker.forkserver": Layer(("seallmd.worker", "seallmd.core.messages", "seallmd.core.forks")),

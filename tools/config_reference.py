@@ -28,7 +28,8 @@ HEAD = """# The configuration: seallmd.toml
 Written by `tools/config_reference.py` from the types that read the file: change those, then run it again.
 
 The file is TOML. A field that is not known here, or is out of range, is refused with file and line;
-`seallmd --check --config FILE` only looks. Sizes are written "512 KiB", "2 GiB". A minimal file:
+`seallmd --check --config FILE` only looks. Sizes are written "512 KiB", "2 GiB". Names of files are relative
+to this one; `~` is the home directory. A minimal file:
 
 ```toml
 [[service]]

@@ -42,9 +42,10 @@ class Charge:
         self._limited = None if in_batch.get() else self._key
         self._rates = rates
         self._metrics = metrics
-        self._tokens = sum(len(g.prompt) + g.max_tokens for batch in batches for g in batch)
+        generations = [generation for batch in batches for generation in batch]
+        prompt, output = sum(len(g.prompt) for g in generations), sum(g.max_tokens for g in generations)
         try:
-            rates.charge(self._limited, 1, self._tokens)
+            self._tokens = rates.charge(self._limited, prompt, output)
         except RequestError:
             self._count("limited", 1)
             raise

@@ -78,9 +78,7 @@ class Choice:
     @property
     def prompt_scores(self) -> list[Scores]:
         """Of the prompt, which its first choice alone asks for; they are there before the first piece."""
-        source = self._leader or self
-        source._sort_scores()
-        return source._prompt_scores
+        return (self._leader or self)._prompt_scores
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Everything of this choice, in order; the last piece has a finish_reason. Raises RequestError."""
@@ -96,6 +94,7 @@ class Choice:
         text, taken = "", 0
         if self.first_token is None:
             self.first_token = time.monotonic()
+            (self._leader or self)._sort_scores()
         self._sort_scores()
         if self._silent:
             self.finish_reason = "length"
@@ -194,8 +193,8 @@ class Run:
 
     @property
     def used(self) -> int:
-        """Tokens of prompts and outputs; a choice that got nothing costs nothing."""
-        return sum(len(choice.prompt) + choice.tokens for choice in self.choices if choice.tokens)
+        """Tokens of prompts and outputs; a choice whose prompt was not run costs nothing."""
+        return sum(len(c.prompt) + c.tokens for c in self.choices if c.first_token is not None)
 
     async def close(self) -> None:
         """Cancel what still runs."""

@@ -6,6 +6,7 @@ know requests, templates' sources or the engine.
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -91,7 +92,10 @@ def explain_tools(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -
 
     messages: from `plain_messages`. tools: empty where the conversation only has earlier calls in it.
     """
-    told = [_in_words(message) for message in messages]
+    told = list[dict[str, Any]]()
+    for are_results, group in groupby(messages, key=lambda message: message["role"] == "tool"):
+        neighbours = list(group)
+        told += [_results(neighbours)] if are_results else [_in_words(message) for message in neighbours]
     if not tools:
         return told
     functions = [tool["function"] for tool in tools]
@@ -102,9 +106,13 @@ def explain_tools(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -
     return [{"role": "system", "content": text}, *told]
 
 
+def _results(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The results of one turn's calls as one turn: many templates insist that turns alternate."""
+    texts = [f"<tool_response>\n{message['content']}\n</tool_response>" for message in messages]
+    return {"role": "user", "content": "\n".join(texts)}
+
+
 def _in_words(message: dict[str, Any]) -> dict[str, Any]:
-    if message["role"] == "tool":
-        return {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
     calls = message.get("tool_calls")
     if not calls:
         return message

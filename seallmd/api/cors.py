@@ -14,10 +14,10 @@ from seallmd.api.problems import Handler
 
 ANY = "*"
 _ALLOWED = {
-    "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
     "Access-Control-Max-Age": "600",
 }
+_HEADERS = "Access-Control-Request-Headers"
 
 
 def allows(origins: Collection[str], origin: str) -> bool:
@@ -33,8 +33,12 @@ def make_cors(origins: Collection[str]) -> Middleware:
         origin = request.headers.get("Origin")
         if origin is None or not allows(origins, origin):
             return await handler(request)
-        preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
-        return web.Response(status=204, headers=_ALLOWED) if preflight else await handler(request)
+        if request.method != "OPTIONS" or "Access-Control-Request-Method" not in request.headers:
+            return await handler(request)
+        # Clients have headers of their own (OpenAI's tells its version, and what not):
+        # whichever a page that may call wants to send is as good as another.
+        headers = request.headers.get(_HEADERS, "")
+        return web.Response(status=204, headers={**_ALLOWED, "Access-Control-Allow-Headers": headers})
 
     return cors
 

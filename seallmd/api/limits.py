@@ -73,6 +73,7 @@ def _choices(
     request: GenerationRequest, shape: ModelShape, prompt: list[int], constraints: Constraints
 ) -> list[Generation]:
     check_token_ids(prompt, shape.vocab, "prompt")
+    ids = tuple(prompt)  # one for all choices: prompts are long, and choices many
     max_tokens = _max_tokens(request, shape.context, len(prompt))
     stop_ids = _stop_ids(request, shape, constraints)
     seed = secrets.randbits(63) if request.seed is None else request.seed
@@ -80,7 +81,7 @@ def _choices(
     return [
         Generation(
             service=request.model,
-            prompt=tuple(prompt),
+            prompt=ids,
             max_tokens=max_tokens,
             sampling=msgspec.structs.replace(
                 sampling,
@@ -114,7 +115,8 @@ def _max_tokens(request: GenerationRequest, context: int, prompt: int) -> int:
 
 
 def _check_scores(request: GenerationRequest, batches: list[list[Generation]]) -> None:
-    prompts = (1 + request.prompt_top) * sum(len(batch[0].prompt) for batch in batches)
+    told = request.choices if isinstance(request, CompletionRequest) else 1  # completions tell each choice
+    prompts = (1 + request.prompt_top) * sum(len(batch[0].prompt) for batch in batches) * told
     if prompts > MAX_PROMPT_SCORES:
         raise RequestError(
             f"{prompts} log-probabilities of the prompt are wanted, at most {MAX_PROMPT_SCORES} are told",
@@ -167,13 +169,13 @@ def _or(value: float | None, default: float) -> float:
 
 
 def _logit_bias(request: GenerationRequest, vocab: int) -> tuple[tuple[int, float], ...]:
-    pairs = []
+    biases = dict[int, float]()  # "7" and "07" are one id, whose bias must not add up
     for key, bias in (request.logit_bias or {}).items():
         # isdecimal alone lets other scripts' digits through; a length limit keeps int() cheap.
         if not (key.isascii() and key.isdecimal() and len(key) <= 10):
             raise RequestError(
                 f"`logit_bias` has a key that is no token id: {key[:40]!r}", param="logit_bias"
             )
-        pairs.append((int(key), bias))
-    check_token_ids([token for token, _ in pairs], vocab, "logit_bias")
-    return tuple(pairs)
+        biases[int(key)] = bias
+    check_token_ids(list(biases), vocab, "logit_bias")
+    return tuple(biases.items())

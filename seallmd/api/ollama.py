@@ -213,9 +213,8 @@ class Ollama:
 
     def _name(self, name: str) -> str:
         """The service that is meant; Ollama's clients add a tag. Raises RequestError (404)."""
-        plain = name.removesuffix(":latest")
-        if self._engine.service(name) is None and self._engine.service(plain) is not None:
-            return plain
+        if self._engine.service(name) is None:
+            name = name.removesuffix(":latest")
         return self._serving.view(name).settings.name
 
 

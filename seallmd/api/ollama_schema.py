@@ -106,7 +106,7 @@ class OllamaMessage(msgspec.Struct, frozen=True):
     """One message. images and tools are refused."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: str = ""
+    content: str | None = None
     images: Annotated[list[str], Meta(max_length=0)] | None = None
     tool_calls: Annotated[list[msgspec.Raw], Meta(max_length=0)] | None = None
 

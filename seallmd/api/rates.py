@@ -2,7 +2,9 @@
 
 Owns the counts. Must not know HTTP headers, nor what a request is. A bucket holds one minute's worth and
 fills evenly, so that a burst is served and the mean is kept. Tokens are charged as if the output were as long
-as it may be; what was not used is given back when the request ends.
+as it may be; what was not used is given back when the request ends. Where that is more than the bucket holds,
+as for every output whose length is left to a large context, it takes what there is; should it use more, the
+key has to wait for that afterwards.
 """
 
 from __future__ import annotations
@@ -50,15 +52,20 @@ class Rates:
         self._buckets: dict[tuple[str, str], Bucket] = {}
         self._running: Counter[str] = Counter()  # requests that are not over, by key
 
-    def charge(self, key: Key | None, requests: int, tokens: int) -> None:
-        """Take from the key's limits, or from none of them; each request that began so is to be ended by
-        `give_back`. Raises RequestError (429)."""
+    def charge(self, key: Key | None, prompt: int, output: int) -> int:
+        """Take a request from the key's limits, or nothing from any of them; one that began so is to be ended
+        by `give_back`. prompt, output: its tokens, the most that it may generate.
+
+        Returns the tokens that were taken. Raises RequestError (429).
+        """
         now = self._clock()
         if key is not None and key.max_requests and self._running[key.name] >= key.max_requests:
             limit = f"the limit of this key is {key.max_requests} requests at a time"
             raise RequestError(limit, status=429, code="rate_limit_exceeded", retry_after=1.0)
-        wanted = [(what, self._bucket(key, what, now), amount) for what, amount in _amounts(requests, tokens)]
-        limited = [(what, bucket, amount) for what, bucket, amount in wanted if bucket is not None]
+        tokens = self._fitted(key, prompt, output, now)
+        wanted = (("requests", 1), ("tokens", tokens))
+        buckets = [(what, self._bucket(key, what, now), amount) for what, amount in wanted]
+        limited = [(what, bucket, amount) for what, bucket, amount in buckets if bucket is not None]
         for what, bucket, amount in limited:
             if seconds := bucket.wait_seconds(amount, now):
                 raise _refusal(what, bucket, amount, seconds)
@@ -66,9 +73,17 @@ class Rates:
             bucket.take(amount)
         if key is not None:
             self._running[key.name] += 1
+        return tokens
+
+    def _fitted(self, key: Key | None, prompt: int, output: int, now: float) -> int:
+        """What a request is charged. Its prompt is certain, its output's end is not."""
+        bucket = self._bucket(key, "tokens", now)
+        if bucket is None or prompt + output <= bucket.per_minute:
+            return prompt + output
+        return max(prompt, int(bucket.level(now)))
 
     def give_back(self, key: Key | None, tokens: int) -> None:
-        """A request is over; tokens: that were charged and not used."""
+        """A request is over; tokens: that were charged and not used, negative for what it used beyond."""
         if key is not None:
             self._running[key.name] -= 1
         bucket = self._bucket(key, "tokens", self._clock())
@@ -90,10 +105,6 @@ class Rates:
         if bucket is None or bucket.per_minute != per_minute:
             bucket = self._buckets[key.name, what] = Bucket(per_minute, now)
         return bucket
-
-
-def _amounts(requests: int, tokens: int) -> tuple[tuple[str, int], ...]:
-    return ("requests", requests), ("tokens", tokens)
 
 
 def _refusal(what: str, bucket: Bucket, amount: float, seconds: float) -> RequestError:

@@ -42,7 +42,7 @@ class ResponsesAnswer:
         for event in self._turns.events(piece):
             events += self._take(event)
         if piece.finish_reason is not None:
-            events += self._close()
+            events += self._close(cut=piece.finish_reason == "length")
             response = self._response(piece.finish_reason, count_usage([choice], 1))
             events.append(self._event(f"response.{response['status']}", response=response))
         return events
@@ -54,7 +54,7 @@ class ResponsesAnswer:
         """The response."""
         for event in self._turns.events(pieces[0]):
             self._take(event)
-        self._close()
+        self._close(cut=pieces[0].finish_reason == "length")
         return self._response(pieces[0].finish_reason, usage)
 
     # ------------------------------------------------------------------------------------------- events
@@ -109,8 +109,8 @@ class ResponsesAnswer:
         shown = {**self._items[-1], **({"content": []} if item["type"] == "message" else {})}
         return [self._event("response.output_item.added", output_index=len(self._items) - 1, item=shown)]
 
-    def _close(self) -> list[Object]:
-        """End the item that is open, if one is."""
+    def _close(self, *, cut: bool = False) -> list[Object]:
+        """End the item that is open, if one is. cut: it is not complete."""
         if self._is_open("message"):
             part = self._items[-1]["content"][0]
             where = {**self._place(), "content_index": 0}
@@ -123,7 +123,7 @@ class ResponsesAnswer:
             events = [self._event("response.function_call_arguments.done", **self._place(), **told)]
         else:
             return []
-        self._items[-1]["status"] = "completed"
+        self._items[-1]["status"] = "incomplete" if cut else "completed"
         index = len(self._items) - 1
         return [
             *events,

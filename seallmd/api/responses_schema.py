@@ -91,7 +91,7 @@ class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
         first = [ChatMessage(role="system", content=self.instructions)] if self.instructions else []
         if isinstance(self.input, str):
             return [*first, ChatMessage(role="user", content=self.input)]
-        return [*first, *(_message(item) for item in self.input)]
+        return [*first, *_messages(self.input)]
 
     def as_chat(self) -> ChatRequest:
         """The same as a chat request. Raises RequestError."""
@@ -138,6 +138,21 @@ def read_responses(body: bytes) -> ResponsesRequest:
     if not request.input:
         raise RequestError("`input` is empty", param="input")
     return request
+
+
+def _messages(items: list[InputItem]) -> list[ChatMessage]:
+    """One for each item; but calls are of the turn of the assistant that they follow, if they follow one."""
+    messages = list[ChatMessage]()
+    for item in items:
+        message = _message(item)
+        turn = messages[-1] if messages and messages[-1].role == "assistant" else None
+        if item.type != "function_call" or turn is None:
+            messages.append(message)
+        elif turn.tool_calls is None:
+            messages[-1] = msgspec.structs.replace(turn, tool_calls=message.tool_calls)
+        else:
+            turn.tool_calls.extend(message.tool_calls or ())
+    return messages
 
 
 def _message(item: InputItem) -> ChatMessage:

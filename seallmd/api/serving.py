@@ -83,6 +83,8 @@ class Serving:
     async def model(self, name: str) -> Model:
         """A service's shape and text side; at start this waits until the service was examined."""
         view = self.view(name)
+        if view.shape is None and not view.reason:
+            self.engine.hurry(name)
         for _ in range(int(_PROBE_WAIT_SECONDS / _PROBE_POLL_SECONDS)):
             if view.reason:
                 message = f"the model {name!r} cannot be served: {view.reason}"
@@ -105,8 +107,9 @@ class Serving:
     async def constraints(self, spec: GenerationRequest, model: Model, form: Form | None) -> Constraints:
         """What the request forbids, in the model's tokens. form: what its outputs must look like."""
         words = {
-            tuple(await self.texts.encode(model.text, space + word.lstrip(), add_special_tokens=False))
+            tuple(await self.texts.encode(model.text, space + bare, add_special_tokens=False))
             for word in spec.bad_words or ()
+            for bare in (word.lstrip(" ") or word,)
             for space in ("", " ")  # at the beginning of a line, and behind another word
         }
         grammar = ""
@@ -203,12 +206,22 @@ async def _documents(spec: GenerationRequest, run: Run, answer: Answer, wire: Wi
     options = spec.stream_options
     want_usage = options is not None and bool(options.include_usage)
     continuous = want_usage and options is not None and bool(options.continuous_usage_stats)
+    begun = set[int]()
+
+    def word(piece: Piece, usage: Usage | UnsetType | None) -> list[bytes]:
+        return [wire.encode(chunk) for chunk in answer.chunks(run.choices[piece.index], piece, usage)]
+
     async for piece in run.pieces():
         usage: Usage | UnsetType | None = None if want_usage else UNSET
         if continuous:
             usage = count_usage(run.choices, spec.choices)
-        for chunk in answer.chunks(run.choices[piece.index], piece, usage):
-            yield wire.encode(chunk)
+        if spec.prompt_top < 0 or piece.index in begun:
+            documents = word(piece, usage)
+        else:  # a prompt's log-probabilities come with a choice's first piece
+            begun.add(piece.index)
+            documents = await asyncio.to_thread(word, piece, usage)
+        for document in documents:
+            yield document
     last = answer.usage_chunk(count_usage(run.choices, spec.choices)) if want_usage else None
     if last is not None:
         yield wire.encode(last)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from tokenizers import Tokenizer
@@ -24,9 +25,12 @@ from seallmd.errors import RequestError
 
 _log = logging.getLogger(__name__)
 _THREADS = 2
+_LONG = 1 << 16  # characters or tokens: some 50 ms of work
 # Behind the content of a message that is to be continued, to find its end in the rendered text: as in
 # transformers (`apply_chat_template`), with the space that tells whether the template trims.
 _MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+
+Result = TypeVar("Result")
 
 
 class Echo(msgspec.Struct, frozen=True):
@@ -82,8 +86,11 @@ class TextModels:
 
     def __init__(self, render_seconds: float = RENDER_SECONDS) -> None:
         """render_seconds: limit of rendering one chat template."""
+        # `tokenizers` would start a thread for each core, which batches of one have no use for.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._models: dict[str, asyncio.Task[TextModel]] = {}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="text")
+        self._for_long = ThreadPoolExecutor(1, thread_name_prefix="long-text")  # short ones pass them
         self._renderer = TemplateRenderer(render_seconds)
 
     async def get(self, directory: str) -> TextModel:
@@ -98,17 +105,20 @@ class TextModels:
         """Token ids of a text."""
 
         def work() -> list[int]:
-            return list(model.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+            # As a batch of one: `encode` keeps the interpreter's lock, a second for each megabyte.
+            (encoded,) = model.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return list(encoded.ids)
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await self._beside(work, len(text))
 
     async def decode(self, model: TextModel, tokens: list[int]) -> str:
         """The text of token ids, special tokens included."""
 
         def work() -> str:
-            return str(model.tokenizer.decode(tokens, skip_special_tokens=False))
+            (text,) = model.tokenizer.decode_batch([tokens], skip_special_tokens=False)  # as in `encode`
+            return str(text)
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await self._beside(work, len(tokens))
 
     async def echo(
         self, model: TextModel, tokens: list[int], text: str | None, *, skip_special: bool
@@ -125,7 +135,7 @@ class TextModels:
             told = "".join(parts) + detokenizer.flush() if text is None else text
             return Echo(told, [min(offset, len(told)) for offset in offsets])
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        return await self._beside(work, len(tokens))
 
     async def encode_chat(
         self,
@@ -170,7 +180,13 @@ class TextModels:
         for task in self._models.values():
             task.cancel()
         await self._renderer.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._for_long):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _beside(self, work: Callable[[], Result], size: int) -> Result:
+        """Do some work beside the loop. size: of its text, in characters or tokens."""
+        threads = self._for_long if size > _LONG else self._threads
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
 
     async def _read(self, directory: str) -> TextModel:
         try:

@@ -5,6 +5,7 @@ Owns their bodies and answers. Must not know generation; neither wakes a model.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 import msgspec
@@ -56,7 +57,7 @@ class Tokenize:
         tokens = await self._encode(model, spec)
         strings = None
         if spec.return_token_strs:
-            strings = [model.text.tokenizer.id_to_token(token) or "" for token in tokens]
+            strings = await asyncio.to_thread(_names, model, tokens)
         return json_response(
             {
                 "count": len(tokens),
@@ -86,3 +87,7 @@ class Tokenize:
             add_generation_prompt=spec.add_generation_prompt is not False,
             add_special_tokens=bool(spec.add_special_tokens),
         )
+
+
+def _names(model: Model, tokens: list[int]) -> list[str]:
+    return [model.text.tokenizer.id_to_token(token) or "" for token in tokens]

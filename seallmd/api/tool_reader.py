@@ -10,6 +10,7 @@ import json
 import re
 import secrets
 import string
+from typing import Any
 
 import msgspec
 
@@ -51,8 +52,9 @@ Event = Said | Called | Argued
 class _Object:
     """Finds the end of a JSON object whose text comes in pieces."""
 
-    def __init__(self) -> None:
-        self._depth = 0
+    def __init__(self, depth: int = 0) -> None:
+        """depth: braces that are open already."""
+        self._depth = depth
         self._quoted = self._escaped = False
 
     def end(self, text: str) -> int | None:
@@ -102,7 +104,8 @@ class ToolReader:
     def flush(self) -> list[Event]:
         """What was held back, when no more text comes."""
         events = list[Event]()
-        if self._state in (self._saying, self._before) or (self._state == self._opening and self._tried):
+        unnamed = self._state == self._naming or (self._state == self._opening and self._tried)
+        if unnamed or self._state in (self._saying, self._before):
             self._say(events, self._tried + self._text)
         self._text = self._tried = ""
         return events
@@ -204,29 +207,40 @@ class ToolReader:
         return end is not None
 
     def _closing(self, _events: list[Event]) -> bool:
-        """Behind the arguments: to the end of the object around them."""
-        at = self._text.find("}")
-        if at < 0:
+        """Behind the arguments: the end of the object around them, which some models forget."""
+        text = self._text.lstrip(_SPACE)
+        if not text:
             return False
-        self._text, self._state = self._text[at + 1 :], self._opening
+        if text[0] == ",":
+            self._text, self._object, self._state = text, _Object(depth=1), self._skipping
+        else:
+            self._text, self._state = text.removeprefix("}"), self._opening
         return True
+
+    def _skipping(self, _events: list[Event]) -> bool:
+        """In further keys, which mean nothing here."""
+        end = self._object.end(self._text)
+        self._text = "" if end is None else self._text[end:]
+        if end is not None:
+            self._state = self._opening
+        return end is not None
 
     # ----------------------------------------------------------------------------------------------- deeds
 
     def _take_whole(self, events: list[Event], text: str) -> bool:
         """A call whose keys come in another order."""
         try:
-            call = json.loads(text)
-        except (ValueError, RecursionError):
+            # Not Python's own: that takes NaN and halves of surrogate pairs, which no answer can hold.
+            call = msgspec.json.decode(text, type=dict[str, Any])
+            name, arguments = call.get("name"), call.get("arguments", call.get("parameters")) or {}
+            # Some models quote them.
+            told = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        except (msgspec.DecodeError, RecursionError):
             return False
-        name, arguments = call.get("name"), call.get("arguments", call.get("parameters", {}))
         if not isinstance(name, str) or not name:
             return False
         self._call(events, name)
-        if isinstance(arguments, str):  # some models quote them
-            self._emit(events, Argued(self.calls - 1, arguments))
-        else:
-            self._emit(events, Argued(self.calls - 1, json.dumps(arguments, ensure_ascii=False)))
+        self._emit(events, Argued(self.calls - 1, told))
         return True
 
     def _call(self, events: list[Event], name: str) -> None:

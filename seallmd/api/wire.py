@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 import msgspec
@@ -112,9 +112,12 @@ async def send_stream(
         response = web.StreamResponse(headers=_headers(wire))
 
         async def write(data: bytes) -> None:
+            await hurry(response.write(data))
+
+        async def hurry(writing: Awaitable[None]) -> None:
             try:
                 async with asyncio.timeout(write_seconds):
-                    await response.write(data)
+                    await writing
             except TimeoutError:
                 _log.info("a client that does not read its stream is cut off")
                 if request.transport is not None:
@@ -137,7 +140,7 @@ async def send_stream(
                 await write(wire.frame(wire.error(INTERNAL)))
             if wire.end:
                 await write(wire.end)
-            await response.write_eof()
+            await hurry(response.write_eof())  # it waits for what was written before, too
         return response
 
 

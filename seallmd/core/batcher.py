@@ -10,6 +10,7 @@ rows and time the others leave.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from math import inf
 from operator import attrgetter
 
@@ -210,9 +211,8 @@ class _StepFormer:
 
     @property
     def has_place(self) -> bool:
-        """Whether a request could be taken in, as far as the step's size and the other replicas' part go."""
-        fits = self._rows_left and self._prefill_left()
-        return bool(fits) and len(self._replica.running) < self._service.share(self._replica)
+        """Whether a request could be taken in, as far as the step's size goes."""
+        return bool(self._rows_left and self._prefill_left())
 
     def admit(self, request: Request) -> bool:
         """Take a waiting request in. False: none behind it is to be tried either."""
@@ -220,6 +220,8 @@ class _StepFormer:
             return False
         if self._belongs_elsewhere(request):
             return True
+        if self._leaves_to_others(request):
+            return self._most_kv > self._most_kv_of_others  # one behind it may have no other place
         if any(self._state.claimed(device, request.order) for device in self._group):
             return False  # somebody senior waits for the memory that this one would take
         admits, replica = self._policy_admits, self._replica
@@ -256,14 +258,30 @@ class _StepFormer:
     def _belongs_elsewhere(self, request: Request) -> bool:
         """Whether a request has outgrown this group, or could outgrow it but not another's."""
         service, state = self._service, self._state
-        room = state.most_kv_blocks_of(self._replica)
-        if service.blocks_for(len(request.tokens) + 1) > room:
+        if service.blocks_for(len(request.tokens) + 1) > self._most_kv:
             state.stranded.add(service.name)
             return True
         if len(service.replicas) == 1:
             return False
         blocks = service.blocks_for(request.prompt + request.max_tokens)
-        return room < blocks <= max(map(state.most_kv_blocks_of, service.replicas))
+        return self._most_kv < blocks <= max(map(state.most_kv_blocks_of, service.replicas))
+
+    def _leaves_to_others(self, request: Request) -> bool:
+        """Whether this replica runs its part of the requests, and another could run this one."""
+        if len(self._replica.running) < self._service.share(self._replica):
+            return False
+        return self._service.blocks_for(request.prompt + request.max_tokens) <= self._most_kv_of_others
+
+    @cached_property
+    def _most_kv(self) -> int:
+        """KV blocks that the replica could have on each of its devices."""
+        return self._state.most_kv_blocks_of(self._replica)
+
+    @cached_property
+    def _most_kv_of_others(self) -> int:
+        """The same for the roomiest of the others that take requests."""
+        others = self._service.others(self._replica)
+        return max(map(self._state.most_kv_blocks_of, others), default=0)
 
     def _shared_prefix(self, request: Request) -> Tables:
         if not self._state.settings.policy.prefix_reuse:

@@ -124,6 +124,12 @@ class KeepWanted(_Tagged, frozen=True):
     seconds: float
 
 
+class ExaminationWanted(_Tagged, frozen=True):
+    """A client asks for a service of which the model has not been examined yet: it goes before others."""
+
+    service: str
+
+
 class Reconfigured(_Tagged, frozen=True):
     """The configuration was read again: from here on this holds, instead of what `NodeSettings` had."""
 
@@ -202,6 +208,7 @@ Event = (
     Arrived
     | Cancelled
     | OperatorEvent
+    | ExaminationWanted
     | Reconfigured
     | Tick
     | DrainWanted

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from seallmd.core.examination import awaits_examination
 from seallmd.core.outlook import look
 from seallmd.core.request import Life
 from seallmd.core.service import Stage
@@ -18,6 +19,9 @@ def check_node(state: NodeState) -> None:
     """Raise AssertionError on the first broken invariant."""
     _check_requests(state)
     _check_places(state)
+    assert not state.examined or state.host_up
+    if state.host_up and not state.examined:
+        assert not any(map(awaits_examination, state.services.values())), "nobody examines the next model"
     state.host_kv.check(request.saved for request in state.requests.values() if request.saved is not None)
     for device in state.devices.values():
         _check_device(state, device)

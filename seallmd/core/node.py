@@ -20,6 +20,7 @@ from seallmd.core.arena import Arena
 from seallmd.core.cost import StepCosts
 from seallmd.core.dispatch import Dispatch
 from seallmd.core.estimate import queue_guess
+from seallmd.core.examination import Examination
 from seallmd.core.host_kv import HostKv
 from seallmd.core.idle import IdleLimits
 from seallmd.core.images import Images
@@ -70,8 +71,9 @@ class Node:
         self._migration = Migration(self._state)
         self._recovery = Recovery(self._state, self._places, self._room, self._loads)
         self._planner = Planner(self._state, self._places, self._room, self._residency, self._images)
-        self._operators = Operators(self._state, self._places, self._room, self._planner, self._probe)
-        self._reconfigure = Reconfigure(self._state, self._room, self._images, self._probe)
+        self._operators = Operators(self._state, self._places, self._room, self._planner)
+        self._reconfigure = Reconfigure(self._state, self._room, self._images)
+        self._examination = Examination(self._state)
         self._outgrown = Outgrown(self._state, self._places, self._room)
         self._door = Door(self._state, self._places)
         self._idle = IdleLimits(self._state, self._room)
@@ -79,6 +81,7 @@ class Node:
         self._parts: tuple[Part, ...] = (
             *(self._room, self._recovery, self._reconfigure, self._idle, self._outgrown),
             *(self._residency, self._scaling, self._migration, self._planner),
+            self._examination,  # last: weights that are to be read go before another model's examination
         )
         self._calm_until, self._wakeup = -inf, inf
         self._dispatch = Dispatch(self._state, self._room)
@@ -194,7 +197,10 @@ class Node:
             case ev.WorkerLost(device, reason):
                 self._recovery.worker_lost(device, reason)
             case ev.HostUp():
-                self._on_host_up()
+                self._state.host_up = True
+            case ev.ExaminationWanted(service):
+                if service in self._state.services:
+                    self._state.services[service].hurried = True
             case ev.HostLost(reason):
                 self._recovery.host_lost(reason)
             case ev.DrainWanted(now):
@@ -379,19 +385,10 @@ class Node:
 
     # ------------------------------------------------------------------------------------ host process
 
-    def _on_host_up(self) -> None:
-        self._state.host_up = True
-        for service in self._recovery.unexamined():
-            self._probe(service)
-
-    def _probe(self, service: Service) -> None:
-        settings = service.settings
-        probe = msg.Probe(service.name, settings.model, settings.dtype, settings.context)
-        self._state.actions.append(ev.ToHostProcess(probe))
-
     def _on_host(self, message: object) -> None:
         match message:
             case msg.Probed(name, directory, shape):
+                self._examination.over(name)
                 service = self._state.services[name]
                 service.directory, service.shape, service.progress = directory, shape, None
                 service.split_over(1, self._state.settings)
@@ -401,6 +398,7 @@ class Node:
                 service.arrivals.begin(service.profile.requests_per_second, self._state.now)
                 self._residency.look_at_sizes()
             case msg.ProbeFailed(name, reason):
+                self._examination.over(name)
                 self._loads.refuse(self._state.services[name], reason)
             case msg.ImageReady(name, path, _, _):
                 self._images.built(self._state.services[name], path)
@@ -408,6 +406,7 @@ class Node:
                 self._state.services[name].image = Image.NONE
                 self._loads.image_failed(self._state.services[name], reason)
             case msg.JobProgress(name, stage, done, total):
+                self._examination.told(name, stage)
                 self._on_progress(name, (stage, done, total))
 
     # ------------------------------------------------------------------------------------ invariants

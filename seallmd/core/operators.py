@@ -6,7 +6,6 @@ Owns the meaning of these events and when each of them is answered. Must not kno
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
@@ -38,21 +37,13 @@ class _Drain:
 
 
 class Operators:
-    """Carries operators' events out on the shared state. probe: has a service examined anew."""
+    """Carries operators' events out on the shared state."""
 
-    def __init__(
-        self,
-        state: NodeState,
-        places: Places,
-        room: Room,
-        planner: Planner,
-        probe: Callable[[Service], None],
-    ) -> None:
+    def __init__(self, state: NodeState, places: Places, room: Room, planner: Planner) -> None:
         self._state = state
         self._room = room
         self._places = places
         self._planner = planner
-        self._probe = probe
         self._drains: list[_Drain] = []
 
     def handle(self, event: ev.OperatorEvent) -> None:
@@ -123,7 +114,6 @@ class Operators:
         elif service.refused:  # what was wrong with the files or the network may have been mended
             service.refused = ""
             service.load_tickets.append(event.ticket)
-            self._probe(service)
         elif event.devices:
             self._planner.load(service, event.devices, event.ticket)
         elif any(replica.stage is Stage.RESIDENT for replica in service.replicas):

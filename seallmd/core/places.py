@@ -147,6 +147,9 @@ class Places:
             )
         places = self.of(service, closed=True)
         if not places:
+            if groups := service.settings.devices:
+                own = [list(group) for group in groups]
+                return f"its devices, {own}, are none of the {len(self._state.devices)} here"
             return f"it needs {ranks} devices, and this machine has {len(self._state.devices)} to offer it"
         need = self.need(service)
         most = max(min(device.arena.capacity for device in place if device.arena) for place in places)

@@ -6,7 +6,6 @@ now ends what it has begun, leaves, and comes back as new. Must not know files (
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import inf
 
 import msgspec
@@ -21,19 +20,12 @@ from seallmd.core.state import NodeState
 
 
 class Reconfigure:
-    """Carries changed settings out on the shared state. probe: has a service examined."""
+    """Carries changed settings out on the shared state."""
 
-    def __init__(
-        self,
-        state: NodeState,
-        room: Room,
-        images: Images,
-        probe: Callable[[Service], None],
-    ) -> None:
+    def __init__(self, state: NodeState, room: Room, images: Images) -> None:
         self._state = state
         self._room = room
         self._images = images
-        self._probe = probe
         self._leaving: list[Service] = []
         self._breaks: dict[str, int] = {}  # of services that are gone: their cached prefixes may not be
 
@@ -87,8 +79,6 @@ class Reconfigure:
         service.breaks = self._breaks.get(settings.name, 0)
         self._state.services[settings.name] = service
         self._state.note(settings.name, "added to the configuration")
-        if self._state.host_up:
-            self._probe(service)
 
     def _change(self, service: Service, settings: ServiceSettings) -> None:
         """The same model goes on with new rules; another one comes in under the name later."""
@@ -118,7 +108,8 @@ class Reconfigure:
 
     def _is_over(self, service: Service) -> bool:
         """Whether nothing that is on its way can concern the service any more."""
-        examined = service.shape is not None or service.refused or not self._state.host_up
+        told = self._state.examined == service.name or service.progress is not None
+        examined = service.shape is not None or service.refused or not told
         steps = (step for device in self._state.devices.values() for step in device.inflight.values())
         return bool(
             examined

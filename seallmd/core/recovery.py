@@ -86,7 +86,8 @@ class Recovery:
         if not self._state.lost_at or self._state.now < max(self._state.lost_at.values()) + DOWN_SECONDS:
             return
         for service in self._state.services.values():
-            if service.waiting and not service.replicas and not self._has_place(service):
+            asked_for = service.waiting or service.load_tickets
+            if asked_for and not service.replicas and not self._has_place(service):
                 self._loads.pause(service, ALL_DOWN, DOWN_RETRY_SECONDS)
 
     def _has_place(self, service: Service) -> bool:
@@ -199,9 +200,9 @@ class Recovery:
             was, service.image = service.image, Image.NONE
             if was is Image.BUILDING:
                 self._lost_image(service, "the loader process died while it read the weights")
-        examined = next(iter(self.unexamined()), None)
-        if examined is not None:
+        if examined := state.services.get(state.examined):
             self._crashed_in_probe(examined)
+        state.examined = ""
         for service in state.services.values():
             service.progress = None if service.shape is None else service.progress
 
@@ -211,14 +212,6 @@ class Recovery:
             self._loads.image_failed(service, reason)
         else:
             self._crashed(service, reason)
-
-    def unexamined(self) -> list[Service]:
-        """Services to be examined, those that may have ended the process before last.
-
-        One whose files are still on their way is not being examined.
-        """
-        services = [s for s in self._state.services.values() if s.shape is None and not s.refused]
-        return sorted((s for s in services if s.progress is None), key=lambda s: s.crashes)
 
     def _crashed_in_probe(self, service: Service) -> None:
         service.crashes += 1

@@ -111,20 +111,20 @@ class Service:
     weights segment on one rank; run_tokens, run_blocks: so many tokens have their KV in so many blocks of a
     rank; run_tokens is 0 when not even one fits. refused: why it can never be served. trouble: why its last
     load failed, and retry_at when the next may be tried; image_retry_at: the same for an image that only a
-    replica more needs. wanted: bring it in unasked (preload, or it was resident when its worker died).
-    wait_bias: by how much requests lately waited longer than was expected, a factor. evicted: by an
-    operator, and nobody has asked for it since. pressed_since: since when another replica would pay.
-    left_at: when a replica of it last left; asks_at: when it is looked at next whether others are to leave
-    for it. former: where its weights lay last, by device; return_seconds: how long it took lately to come
-    in where it had been before, 0 = it never did. tickets: operators that wait for it. suspects: requests
-    that were in a step that failed. crashes: how often in a row a process died of it, lastly at crashed_at.
-    breaks: how often its ranks fell apart; prefixes from before are not found again. restarts: of its
-    requests, after failures. closed: an operator wants no new requests for it. idle_since: when its last
-    request ended; pause_seconds: how long it lately had none before the next one came. keep_seconds: what a
-    client wants instead of `idle_seconds`. outgoing: it has left the configuration, and goes when its
-    requests have ended; successor: what then takes its name. outlooks: of its replicas, by copy, since it
-    last changed; stuck: those on several devices that could run nothing although there was work, since then
-    too: the `moves` of that time, and until when it counts.
+    replica more needs. hurried: a client waits for it to be examined. wanted: bring it in unasked (preload,
+    or it was resident when its worker died). wait_bias: by how much requests lately waited longer than was
+    expected, a factor. evicted: by an operator, and nobody has asked for it since. pressed_since: since when
+    another replica would pay. left_at: when a replica of it last left; asks_at: when it is looked at next
+    whether others are to leave for it. former: where its weights lay last, by device; return_seconds: how
+    long it took lately to come in where it had been before, 0 = it never did. tickets: operators that wait
+    for it. suspects: requests that were in a step that failed. crashes: how often in a row a process died of
+    it, lastly at crashed_at. breaks: how often its ranks fell apart; prefixes from before are not found
+    again. restarts: of its requests, after failures. closed: an operator wants no new requests for it.
+    idle_since: when its last request ended; pause_seconds: how long it lately had none before the next one
+    came. keep_seconds: what a client wants instead of `idle_seconds`. outgoing: it has left the
+    configuration, and goes when its requests have ended; successor: what then takes its name. outlooks: of
+    its replicas, by copy, since it last changed; stuck: those on several devices that could run nothing
+    although there was work, since then too: the `moves` of that time, and until when it counts.
     """
 
     settings: ServiceSettings
@@ -140,6 +140,7 @@ class Service:
     failures: int = 0
     wait_bias: float = 1.0
     retry_at: float = 0.0
+    hurried: bool = False
     wanted: bool = False
     evicted: bool = False
     image: Image = Image.NONE
@@ -230,9 +231,13 @@ class Service:
         """What prefixes that a request may share begin with."""
         return (request.root, self.breaks)
 
+    def others(self, replica: Replica) -> list[Replica]:
+        """Its other replicas that take requests."""
+        return [r for r in self.replicas if r is not replica and r.stage is Stage.RESIDENT]
+
     def share(self, replica: Replica) -> int:
         """Requests that a replica may run at most while others could run the rest."""
-        others = [r for r in self.replicas if r is not replica and r.stage is Stage.RESIDENT]
+        others = self.others(replica)
         running = sum(len(r.running) for r in [replica, *others])
         return -(-(running + len(self.waiting)) // (len(others) + 1))
 

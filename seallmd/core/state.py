@@ -98,6 +98,7 @@ class NodeState:
     device. draining: no new requests are taken; stopping: for good. moves: counts what may give others
     memory or a turn: replicas that come, go, or stay after all, and requests that leave. stranded: services
     of which a waiting request has outgrown a device. lost_at: devices that are down, and since when.
+    examined: the service whose model the host process examines, as far as is known; empty: none.
 
     Who is where is asked for after every event and seldom changes: `absent`, `beside` and `group` are kept
     until `moved`.
@@ -112,6 +113,7 @@ class NodeState:
     actions: list[Action] = field(default_factory=list)
     now: float = 0.0
     host_up: bool = False
+    examined: str = ""
     draining: bool = False
     stopping: bool = False
     sharing: Sharing = field(default_factory=lambda: Sharing(()))

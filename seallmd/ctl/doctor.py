@@ -185,7 +185,8 @@ def _available_bytes() -> int:
 def _memory(config: Table, available: int) -> list[Finding]:
     """What is configured in so many words against what is free; defaults are fitted to the machine anyway."""
     devices = _table(config, "devices")
-    arenas = _bytes(devices.get("memory")) * int(devices.get("cpu_workers", 2))
+    workers = devices.get("cpu_workers")
+    arenas = _bytes(devices.get("memory")) * (workers if isinstance(workers, int) else 2)
     wanted = _bytes(devices.get("host_memory")) + (0 if devices.get("kind") == "cuda" else arenas)
     text = f"{available / (1 << 30):.1f} GiB available, {wanted / (1 << 30):.1f} GiB configured"
     if wanted <= available:
@@ -201,7 +202,7 @@ def _bytes(size: object) -> int:
 def _ports(config: Table) -> list[Finding]:
     table = _table(config, "http")
     host, port = str(table.get("host", "127.0.0.1")), table.get("port", 8000)
-    if not host or not isinstance(port, int) or not port:
+    if not host or not isinstance(port, int) or not 0 < port <= 65535:
         return []
     where = f"{host}:{port}"
     try:
@@ -213,6 +214,8 @@ def _ports(config: Table) -> list[Finding]:
         used = error.errno == errno.EADDRINUSE
         text = f"{where} is in use by another program" if used else f"{where}: {error.strerror or error}"
         return [Finding("port", "bad", text, "choose another [http] host or port")]
+    except UnicodeError:
+        return [Finding("port", "bad", f"{host!r} is no name of a host", "choose another [http] host")]
     return [Finding("port", "ok", f"{where} is free")]
 
 
@@ -220,10 +223,16 @@ def _ports(config: Table) -> list[Finding]:
 
 
 def _models(config: Table, base: Path) -> list[Finding]:
-    return [
-        _model(str(service.get("name", "?")), str(service.get("model", "")), base)
-        for service in _services(config)
-    ]
+    findings = []
+    for service in _services(config):
+        name, model = str(service.get("name", "?")), str(service.get("model", ""))
+        try:
+            findings.append(_model(name, model, base))
+        except (OSError, RuntimeError) as error:  # a directory that may not be searched; ~ of nobody
+            text = f"{name}: {model[:100]} cannot be looked at: {getattr(error, 'strerror', None) or error}"
+            remedy = "correct the path, or give this user the right to read it"
+            findings.append(Finding("model", "bad", text, remedy))
+    return findings
 
 
 def _model(name: str, model: str, base: Path) -> Finding:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -46,6 +47,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the result is the exit code."""
     arguments = _parse(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without an emoji is no reason to end
     path = getattr(arguments, "socket", None) or find_control_socket()
     try:
         code = _VERBS[arguments.verb](path, arguments)
@@ -343,13 +346,22 @@ def _chat(path: Path, arguments: argparse.Namespace) -> None:
     address = arguments.url or http.choose(client.status(path)["daemon"]["http"])
     given = {name: value for name, value in options.items() if value is not None}
     conversation = chat.Chat(address, arguments.service, arguments.system, given)
-    prompt = " ".join(arguments.prompt)
-    if not prompt and (_as_json(arguments) or not sys.stdin.isatty()):
-        prompt = sys.stdin.read()
+    prompt = _prompt(arguments)
     if prompt:
         chat.once(conversation, prompt, as_json=_as_json(arguments))
     elif sys.stdin.isatty():
         chat.converse(conversation)
+
+
+def _prompt(arguments: argparse.Namespace) -> str:
+    """What is asked; empty where a terminal is to be asked for it. Raises ControlError."""
+    try:
+        prompt = os.fsencode(" ".join(arguments.prompt))
+        if not prompt and (_as_json(arguments) or not sys.stdin.isatty()):
+            prompt = sys.stdin.buffer.read()
+        return prompt.decode()
+    except UnicodeError:
+        raise ControlError("the prompt is not UTF-8 text") from None
 
 
 def _doctor(path: Path, arguments: argparse.Namespace) -> int:

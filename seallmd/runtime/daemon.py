@@ -75,13 +75,20 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="seallmd", description="Serve many language models on one machine.")
     parser.add_argument("--config", type=Path, default=Path("seallmd.toml"), help="default: %(default)s")
     parser.add_argument("--host", help="listen on this address instead of the configured one")
-    parser.add_argument("--port", type=int, help="listen on this TCP port instead of the configured one")
+    parser.add_argument("--port", type=_port, help="listen on this TCP port instead of the configured one")
     parser.add_argument("--control", metavar="PATH", help="control socket, instead of the configured one")
     parser.add_argument("--journal", metavar="PATH", help="record what happens, for tools/replay.py")
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
     parser.add_argument("--verbose", action="store_true", help="log more")
     parser.add_argument("--version", action="version", version=f"seallmd {__version__}")
     return parser.parse_args(arguments)
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError("a port is 0 to 65535")
+    return port
 
 
 def _configure(options: argparse.Namespace) -> Config:

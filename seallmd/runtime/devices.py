@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Any
 import msgspec
 import pynvml
 
+from seallmd import cgroup
 from seallmd.config import DeviceSettings, Size
 from seallmd.core.cost import ROOFLINES, Roofline
 from seallmd.core.host_kv import default_bytes
 from seallmd.core.messages import WorkerSettings
 from seallmd.errors import ConfigError
+from seallmd.paths import default_cache_directory
 from seallmd.runtime import rendezvous
 
 MIB = 1 << 20
@@ -47,7 +50,10 @@ class DevicePlan:
 
 
 def plan(settings: DeviceSettings) -> DevicePlan:
-    """Decide from the configuration and the machine. Raises ConfigError when GPUs are asked for in vain."""
+    """Decide from the configuration and the machine.
+
+    Raises ConfigError when GPUs are asked for in vain, or an arena would have no block.
+    """
     gpus = [] if settings.kind == "cpu" else _gpu_names()
     if settings.kind == "cuda" and not gpus:
         raise ConfigError('[devices] kind = "cuda", but this machine shows no NVIDIA GPU')
@@ -58,7 +64,7 @@ def plan(settings: DeviceSettings) -> DevicePlan:
         )
     block = Size(settings.block).bytes_ or (2 * MIB if gpus else MIB // 2)
     memory = machine_bytes()
-    cache = settings.cache or str(Path("~/.cache/seallmd").expanduser())
+    cache = settings.cache or str(default_cache_directory())
     workers = _gpu_workers(settings, gpus, block) if gpus else _cpu_workers(settings, block, memory)
     host_kv = default_bytes(workers[0].arena_bytes, gpu=bool(gpus))
     if settings.host_kv:  # "0 B" is a choice too
@@ -82,7 +88,7 @@ def plan(settings: DeviceSettings) -> DevicePlan:
             image_cache_bytes=Size(settings.image_cache).bytes_,
         ),
         block_bytes=block,
-        host_bytes=Size(settings.host_memory).bytes_ or memory // 2,
+        host_bytes=Size(settings.host_memory).bytes_ if settings.host_memory else memory // 2,
         host_kv_bytes=host_kv,
         cache=Path(cache),
         rendezvous=meeting,
@@ -114,8 +120,12 @@ def _gpu_workers(settings: DeviceSettings, gpus: list[str], block: int) -> tuple
 
 def _cpu_workers(settings: DeviceSettings, block: int, memory: int) -> tuple[WorkerSettings, ...]:
     count = settings.cpu_workers
-    arena = Size(settings.memory).bytes_ or min(memory // 4 // count, 4096 * MIB)
-    threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // count)
+    arena = Size(settings.memory).bytes_ if settings.memory else min(memory // 4 // count, 4096 * MIB)
+    if arena < block:
+        raise ConfigError(
+            f"[devices] memory: {arena >> 10} KiB do not hold a single block of {block >> 10} KiB"
+        )
+    threads = settings.threads or max(1, machine_cores() // count)
     return tuple(
         WorkerSettings(f"cpu{i}", "cpu", arena_bytes=arena, block_bytes=block, threads=threads)
         for i in range(count)
@@ -125,11 +135,14 @@ def _cpu_workers(settings: DeviceSettings, block: int, memory: int) -> tuple[Wor
 def machine_bytes() -> int:
     """Memory of the machine, or of the control group if that has less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdigit() else total
+    limit = cgroup.memory_limit()
+    return total if limit is None else min(total, limit)
+
+
+def machine_cores() -> int:
+    """Cores that this process may run on, or as many as the control group has time for."""
+    cores, limit = len(os.sched_getaffinity(0)), cgroup.cores()
+    return cores if limit is None else max(1, min(cores, math.ceil(limit)))
 
 
 def _gpu_names() -> list[str]:

@@ -378,6 +378,10 @@ class Engine:
         """Take a service out; returns when its memory is free. Raises ControlError with the reason."""
         await self.operate(lambda ticket: ev.EvictWanted(ticket, service, now))
 
+    def hurry(self, service: str) -> None:
+        """Somebody asks for a service that has not been examined: it goes before others."""
+        self._happen(ev.ExaminationWanted(service))
+
     def keep(self, service: str, seconds: float) -> None:
         """Have a service stay for so long after its last request; 0 = for good."""
         self._happen(ev.KeepWanted(service, seconds))

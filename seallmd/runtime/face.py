@@ -144,6 +144,9 @@ class EngineFace(Protocol):
     def feed(self) -> EventFeed:
         """What happens."""
 
+    def hurry(self, service: str) -> None:
+        """Somebody asks for a service that has not been examined: it goes before others."""
+
     def keep(self, service: str, seconds: float) -> None:
         """Have a service stay for so long after its last request; 0 = for good."""
 

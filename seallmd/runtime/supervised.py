@@ -100,6 +100,11 @@ class Supervised:
         self._restart = asyncio.get_running_loop().create_task(self._start_again())
 
     async def _start_again(self) -> None:
-        await asyncio.sleep(self._pause)
-        self._pause = min(2 * self._pause, self.longest_pause)
-        await self.start()
+        while self._child is None:
+            await asyncio.sleep(self._pause)
+            self._pause = min(2 * self._pause, self.longest_pause)
+            try:
+                await self.start()
+            except OSError as error:  # no descriptor or no memory is left: clients may give some back
+                self._child = None
+                log.error("a child process cannot be started (%s); again in %.1f s", error, self._pause)

@@ -71,7 +71,13 @@ class ForkServer:
 
     def _fork(self, job: Fork, descriptor: int) -> None:
         server = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # no memory, or too many processes: nobody else has to end for that
+            os.close(descriptor)
+            print(f"seallmd: {job.settings.name} cannot be forked: {error.strerror}", file=sys.stderr)
+            self._tell(Exited(job.child, os.EX_OSERR))
+            return
         if pid == 0:
             self._become(job, socket.socket(fileno=descriptor), server)
         os.close(descriptor)
@@ -107,7 +113,10 @@ class ForkServer:
         self._selector.unregister(pidfd)
         os.close(pidfd)
         _, status = os.waitpid(pid, 0)
-        self._sock.send(msgspec.msgpack.encode(Exited(child, os.waitstatus_to_exitcode(status))))
+        self._tell(Exited(child, os.waitstatus_to_exitcode(status)))
+
+    def _tell(self, end: Exited) -> None:
+        self._sock.send(msgspec.msgpack.encode(end))
 
 
 def main() -> None:

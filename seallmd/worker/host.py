@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import queue
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -83,17 +82,14 @@ class Host:
         match item:
             case Probe():
                 self._wanted[item.service] = item
-                directory = local_directory(item.model)
-                if directory is None:
-                    self._fetches.put(item)
-                else:
-                    self._probe(item, directory)
+                self._find(item)
             case Fetched():
                 if self._wanted.get(item.wanted.service) is not item.wanted:
                     return  # the service was probed anew meanwhile, with another model
                 if item.directory is None:
                     self._send(ProbeFailed(item.wanted.service, item.reason))
                 else:
+                    self._progress(item.wanted.service)("examine", 0, 0)
                     self._probe(item.wanted, item.directory)
             case BuildImage():
                 self._build(item)
@@ -101,6 +97,18 @@ class Host:
                 self._drop_image(item.service)
             case Ping():
                 self._send(Pong())
+
+    def _find(self, wanted: Probe) -> None:
+        try:
+            directory = local_directory(wanted.model)
+        except ModelRefused as error:
+            self._send(ProbeFailed(wanted.service, str(error)))
+            return
+        if directory is None:
+            self._progress(wanted.service)("queue", 0, 0)
+            self._fetches.put(wanted)
+        else:
+            self._probe(wanted, directory)
 
     def _probe(self, wanted: Probe, directory: Path) -> None:
         service, settings = wanted.service, self._settings
@@ -175,9 +183,7 @@ def _image_cache(settings: WorkerSettings) -> ImageCache | None:
     if not settings.cache or not settings.image_cache_bytes or settings.device != "cpu":
         return None
     directory = Path(settings.cache) / "images"
-    return ImageCache(
-        directory, settings.image_cache_bytes, lambda line: print(f"seallmd: {line}", file=sys.stderr)
-    )
+    return ImageCache(directory, settings.image_cache_bytes, tell)
 
 
 def _same(model: Model, wanted: BuildImage) -> bool:

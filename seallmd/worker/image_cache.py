@@ -65,11 +65,13 @@ class ImageCache:
         except OSError as error:  # the disk cannot read it
             defect = str(error)
         if not defect:
-            os.utime(descriptor)  # used just now
+            with contextlib.suppress(OSError):  # a disk that may only be read, or root's file
+                os.utime(descriptor)  # used just now
             return descriptor
         os.close(descriptor)
         self._say(f"a cached image is built anew: {defect}")
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
         return None
 
     def keep(self, parts: object, descriptor: int, bytes_: int) -> threading.Thread | None:

@@ -184,14 +184,14 @@ class Models:
         # One token through the real weights: shows each layer's KV shape, and that the binding runs.
         calls, _ = run_recorded(known.model, tokens=1)
         shapes = [LayerShape(call.kv_heads, call.k_dim, call.v_dim) for call in calls]
+        context = wanted.context or _PROBE_CONTEXT
         if self.native is not None:
             known.fast = FastModel(known.model, self.native)
-            known.fast.install(shapes)
+            known.fast.install(shapes, context)
         dtype = DTYPES[wanted.dtype]
         known.kv = KvView(self._device.memory, self._block_bytes, shapes, dtype, self._kv_layout)
         if self._kernels is not None:
-            limit = wanted.context or _PROBE_CONTEXT
-            known.kernels = gpu_model.install(known.model, known.kv, limit, self._kernels, self._say)
+            known.kernels = gpu_model.install(known.model, known.kv, context, self._kernels, self._say)
         if self._pool is not None and wanted.group is None:
             known.graphs = Graphs(
                 self._pool, known.model, known.kv, known.kernels, self._device.scratch, wanted.context

@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from seallmd import cgroup
 from seallmd.core.messages import WorkerSettings
 
 _PR_SET_PDEATHSIG = 1
@@ -74,10 +75,13 @@ def quiet_libraries() -> None:
 
 
 def require_memory(bytes_: int, purpose: str) -> None:
-    """Raise MemoryError where the machine cannot give `bytes_` more: better than being killed half-way."""
+    """Raise MemoryError where machine or container cannot give `bytes_` more: better than being killed."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) << 10
+            left = cgroup.memory_left()
+            if left is not None:
+                available = min(available, left)
             if bytes_ > available:
                 raise MemoryError(
                     f"{purpose} needs {bytes_ >> 20} MiB of memory, {available >> 20} MiB are available"

@@ -14,8 +14,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
@@ -35,9 +37,15 @@ _UNWANTED = ["*/*", "consolidated*"]
 
 
 def local_directory(model: str) -> Path | None:
-    """The directory that `model` names, None if it must be fetched first (see `fetch`)."""
+    """The directory that `model` names, None if it must be fetched first (see `fetch`).
+
+    Raises ModelRefused where that cannot be seen, by this user for example.
+    """
     path = Path(model).expanduser()
-    return path.resolve() if path.is_dir() else None
+    try:
+        return path.resolve() if path.is_dir() else None
+    except OSError as error:
+        raise ModelRefused(f"{path.name[:100]} cannot be looked at: {error.strerror}") from error
 
 
 def fetch(model: str, cache: str, progress: Progress) -> Path:
@@ -63,7 +71,9 @@ def with_tokenizer(directory: Path, cache: str) -> Path:
     """
     complete = directory
     if not all((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        complete = _cache(cache, "completed") / f"{directory.name}-{_key(directory / 'config.json')}"
+        # Of all files: some may have been on their way when the last one was made.
+        files = sorted(file for file in directory.iterdir() if file.is_file())
+        complete = _cache(cache, "completed") / f"{directory.name}-{_key(*files)}"
         if not complete.is_dir():
             _complete(directory, complete)
     try:
@@ -84,10 +94,31 @@ def eos_ids(directory: Path) -> tuple[int, ...]:
     if isinstance(token, dict):
         token = token.get("content")
     if isinstance(token, str):
-        known = Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(token)
+        known = _token_id(directory / "tokenizer.json", token)
         if known is not None:
             ids.add(known)
     return tuple(sorted(ids))
+
+
+class _Added(msgspec.Struct):
+    id: int
+    content: str
+
+
+class _Vocabulary(msgspec.Struct):
+    """What a tokenizer.json says of tokens with a meaning of their own."""
+
+    added_tokens: list[_Added] = []
+
+
+def _token_id(file: Path, token: str) -> int | None:
+    """A token's id. Nearly all that are asked for are added ones: the rest takes a second to read."""
+    with suppress(msgspec.DecodeError):
+        vocabulary = msgspec.json.decode(file.read_bytes(), type=_Vocabulary)
+        for added in vocabulary.added_tokens:
+            if added.content == token:
+                return added.id
+    return Tokenizer.from_file(str(file)).token_to_id(token)
 
 
 def _eos_of(config: dict[str, object]) -> set[int]:
@@ -114,11 +145,11 @@ def _cache(cache: str, part: str) -> Path:
     return directory
 
 
-def _key(path: Path) -> str:
-    """Changes when the file is replaced or edited."""
-    status = path.stat()
-    text = f"{path}\0{status.st_mtime_ns}\0{status.st_size}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def _key(*paths: Path) -> str:
+    """Changes when one of the files is replaced or edited."""
+    status = [(path, path.stat()) for path in paths]
+    text = "\0".join(f"{path}\0{s.st_mtime_ns}\0{s.st_size}" for path, s in status)
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]
 
 
 def _converted(source: Path, cache: Path, progress: Progress) -> Path:
@@ -175,6 +206,8 @@ def _complete(directory: Path, target: Path) -> None:
     partial.mkdir()
     try:
         tokenizer.save_pretrained(partial)
+        if (directory / "tokenizer.json").is_file():  # the model's own; its class may make another of it
+            (partial / "tokenizer.json").unlink()
         for file in directory.iterdir():
             if not (partial / file.name).exists():
                 (partial / file.name).symlink_to(file.resolve())

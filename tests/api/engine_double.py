@@ -187,6 +187,9 @@ class FakeEngine:
     def plan(self) -> None:
         """Nothing is planned."""
 
+    def hurry(self, service: str) -> None:
+        """Nothing is examined here."""
+
     def keep(self, service: str, seconds: float) -> None:
         self.kept[service] = seconds
 

@@ -25,6 +25,7 @@ CHAT = [{"role": "user", "content": "hello"}]
         ({"frequency_penalty": 1.5}, {"frequency_penalty": 1.5}),
         ({"repetition_penalty": 1.25}, {"repetition_penalty": 1.25}),
         ({"logit_bias": {"5": -100, "6": 1.5}}, {"logit_bias": ((5, -100.0), (6, 1.5))}),
+        ({"logit_bias": {"5": 60, "05": 70}}, {"logit_bias": ((5, 70.0),)}),
         ({"allowed_token_ids": [5, 6]}, {"allowed": (5, 6)}),
         ({"min_tokens": 3}, {"min_tokens": 3, "banned": (1,)}),
         ({"min_tokens": 3, "stop_token_ids": [9]}, {"banned": (1, 9)}),
@@ -52,10 +53,10 @@ async def test_ends(client: AsyncOpenAI, engine: FakeEngine) -> None:
 
 async def test_bad_words(client: AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer) -> None:
     """A word is a sequence of tokens, with and without the space before it."""
-    await client.completions.create(model="m", prompt="x", extra_body={"bad_words": ["hello", " dog"]})
+    await client.completions.create(model="m", prompt="x", extra_body={"bad_words": ["hello", " dog", "\n"]})
     words = {
         tuple(tokenizer.encode(text, add_special_tokens=False).ids)
-        for text in ("hello", " hello", "dog", " dog")
+        for text in ("hello", " hello", "dog", " dog", "\n", " \n")
     }
     assert set(engine.submitted[0].sampling.bad_words) == words
 

@@ -138,6 +138,7 @@ async def test_prompts_times_choices(client: AsyncOpenAI, engine: FakeEngine, st
     assert [(g.prompt, g.sampling.seed) for g in engine.submitted] == [
         (prompt, 40 + i) for prompt in ((9, 8), (7, 6, 5)) for i in range(3)
     ]
+    assert len({id(g.prompt) for g in engine.submitted}) == 2, "a long prompt takes memory once, not n times"
     assert usage is not None
     assert usage.prompt_tokens == 5
     assert usage.completion_tokens == 6 * len(engine.answer)

@@ -104,32 +104,48 @@ def test_limits_by_the_minute() -> None:
     clock = Clock()
     rates = Rates(clock)
     for _ in range(3):
-        rates.charge(CAROL, 1, 10)
+        rates.charge(CAROL, 8, 2)
     with pytest.raises(RequestError) as caught:
-        rates.charge(CAROL, 1, 10)
+        rates.charge(CAROL, 8, 2)
     assert (caught.value.status, caught.value.retry_after) == (429, 20.0)
     clock.now = 20.0
-    rates.charge(CAROL, 1, 10)
+    rates.charge(CAROL, 8, 2)
     assert rates.left(CAROL) == {"requests": (3, 0), "tokens": (100, 90)}
 
 
 def test_unused_tokens_come_back() -> None:
     """A request is charged for all it may generate, and pays for what it did."""
     rates = Rates(Clock())
-    rates.charge(CAROL, 1, 100)
+    rates.charge(CAROL, 8, 92)
     with pytest.raises(RequestError) as caught:
-        rates.charge(CAROL, 1, 10)
+        rates.charge(CAROL, 8, 2)
     assert caught.value.retry_after == 6.0
     assert rates.left(CAROL)["requests"] == (3, 2), "a refused request was charged"
     rates.give_back(CAROL, 95)
-    rates.charge(CAROL, 1, 90)
+    rates.charge(CAROL, 8, 82)
 
 
 def test_what_can_never_be_served_is_not_to_be_retried() -> None:
-    """More than a minute's worth at once."""
+    """A prompt of more than a minute's worth."""
     with pytest.raises(RequestError) as caught:
-        Rates(Clock()).charge(CAROL, 1, 101)
+        Rates(Clock()).charge(CAROL, 101, 0)
     assert caught.value.retry_after is None
+
+
+def test_an_output_without_a_limit_takes_what_there_is() -> None:
+    """A context that is longer than a minute's tokens must not shut a key out; what it uses it pays."""
+    clock = Clock()
+    rates = Rates(clock)
+    assert rates.charge(CAROL, 30, 100) == 100
+    with pytest.raises(RequestError) as caught:
+        rates.charge(CAROL, 30, 100)
+    assert caught.value.retry_after == 18.0, "until there is room for its prompt"
+    rates.give_back(CAROL, 100 - 40)
+    assert rates.charge(CAROL, 30, 100) == 60
+    rates.give_back(CAROL, 60 - 130)
+    assert rates.left(CAROL)["tokens"] == (100, 0)
+    clock.now = 60.0
+    assert rates.left(CAROL)["tokens"] == (100, 30), "70 more than there was are paid first"
 
 
 # --------------------------------------------------------------------------------------------- HTTP
@@ -188,7 +204,7 @@ async def test_the_same_connection_does_not_lend_its_key(guarded: str) -> None:
                 await response.read()
 
 
-async def test_models_that_a_key_may_not_use_are_not_there(guarded: str) -> None:
+async def test_models_that_a_key_may_not_use_are_not_there(guarded: str, engine: FakeEngine) -> None:
     """Neither in the lists nor by name, in both APIs."""
     headers = {"Authorization": "Bearer sk-bob-0123456789ab"}
     async with client(guarded, "sk-bob-0123456789ab") as bob:
@@ -198,9 +214,12 @@ async def test_models_that_a_key_may_not_use_are_not_there(guarded: str) -> None
     async with aiohttp.ClientSession(headers=headers) as session:
         async with session.get(f"{guarded}/api/tags") as response:
             assert await response.json() == {"models": []}
-        body = {"model": "m", "keep_alive": 0}
-        async with session.post(f"{guarded}/api/generate", json=body) as response:
-            assert response.status == 404
+        for model, keep_alive in (("m", 0), ("m", -1), ("m:latest", 0), ("m:latest", -1)):
+            body = {"model": model, "keep_alive": keep_alive}
+            async with session.post(f"{guarded}/api/generate", json=body) as response:
+                assert response.status == 404, body
+    assert engine.loaded == engine.evicted == []
+    assert engine.kept == {}
 
 
 async def test_requests_at_a_time(engine: FakeEngine) -> None:
@@ -243,6 +262,23 @@ async def test_limits_are_told_in_headers_and_refusals(guarded: str) -> None:
     assert 'seallmd_key_limited_total{key="carol"} 1.0' in lines
 
 
+async def test_a_chat_may_leave_its_limit_out(guarded: str) -> None:
+    """Where the model's context (200) is longer than a minute's tokens (100)."""
+    async with client(guarded, "sk-carol-0123456789") as carol:
+        answer = await carol.chat.completions.create(
+            model="m", messages=[{"role": "user", "content": "hello"}]
+        )
+    assert answer.choices[0].finish_reason == "stop"
+
+
+async def test_a_prompt_without_an_output_is_counted(guarded: str) -> None:
+    """`max_tokens` 0 with `echo`: the prompt is run like any other."""
+    async with client(guarded, "sk-carol-0123456789") as carol:
+        await carol.completions.create(model="m", prompt=[5] * 90, max_tokens=0, echo=True)
+        with pytest.raises(openai.RateLimitError):
+            await carol.completions.create(model="m", prompt=[5] * 90, max_tokens=0, echo=True)
+
+
 async def test_a_reload_changes_keys_at_once(engine: FakeEngine) -> None:
     """For the next request; the server is the same."""
     ring = Keyring([ALICE])
@@ -262,11 +298,14 @@ async def test_pages_of_configured_origins_may_call(engine: FakeEngine) -> None:
     runner: web.AppRunner = await start_http(engine, settings, keyring=Keyring([ALICE]))
     url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1/models"
     good, bad = {"Origin": "https://chat.example"}, {"Origin": "https://evil.example"}
-    asks = {"Access-Control-Request-Method": "POST"}
+    sent = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"  # as OpenAI's client does
+    asks = {"Access-Control-Request-Method": "DELETE", "Access-Control-Request-Headers": sent}
     async with aiohttp.ClientSession() as session:
         async with session.options(url, headers=good | asks) as response:
             assert response.status == 204
             assert response.headers["Access-Control-Allow-Origin"] == "https://chat.example"
+            assert "DELETE" in response.headers["Access-Control-Allow-Methods"], "of files"
+            assert response.headers["Access-Control-Allow-Headers"] == sent
         async with session.options(url, headers=bad | asks) as response:
             assert response.status == 403
             assert "Access-Control-Allow-Origin" not in response.headers

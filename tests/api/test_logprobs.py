@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
 from tokenizers import Tokenizer
 
+from seallmd.api.logprobs import LogprobWriter, PromptLogprobs, TokenScore
 from seallmd.api.vocabulary import Vocabulary
 from tests.api.engine_double import SPOKEN, FakeEngine, logprob_of
 
@@ -161,5 +164,29 @@ async def test_too_many(client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("seallmd.api.limits.MAX_OUTPUT_SCORES", 20)
     with pytest.raises(Exception, match="of the prompt"):
         await client.completions.create(model="m", prompt=[5] * 7, echo=True, logprobs=2)
+    with pytest.raises(Exception, match="of the prompt"):  # each choice of a completion tells them
+        await client.completions.create(model="m", prompt=[5] * 4, n=2, extra_body={"prompt_logprobs": 2})
+    messages = [{"role": "user", "content": ""}]
+    await client.chat.completions.create(model="m", messages=messages, n=2, extra_body={"prompt_logprobs": 0})
     with pytest.raises(Exception, match="may come"):
         await client.completions.create(model="m", prompt=[5] * 7, logprobs=2, max_tokens=7)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_prompts_are_worded_beside_the_loop(
+    client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Seconds, for a million log-probabilities: streams of others must not wait for them."""
+    seen, word = list[bool](), LogprobWriter.prompt
+
+    def prompt(writer: LogprobWriter, scores: Iterable[TokenScore]) -> PromptLogprobs:
+        seen.append(threading.current_thread() is threading.main_thread())
+        return word(writer, scores)
+
+    monkeypatch.setattr(LogprobWriter, "prompt", prompt)
+    answer: Any = await client.completions.create(
+        model="m", prompt="hello", n=2, stream=stream, extra_body={"prompt_logprobs": 2}
+    )
+    if stream:
+        assert [chunk async for chunk in answer]
+    assert seen == [False, False]

@@ -46,6 +46,14 @@ async def test_chat_stream(url: str, engine: FakeEngine, tokenizer: Tokenizer) -
     assert tokenizer.decode(list(prompt), skip_special_tokens=False) == "<s><user>hello\n<assistant>"
 
 
+async def test_a_message_without_content(url: str, engine: FakeEngine, tokenizer: Tokenizer) -> None:
+    """Go takes a null for an empty text, and so does Ollama."""
+    messages = [*HELLO, {"role": "assistant", "content": None, "images": None}]
+    await lines(url + "/api/chat", {"model": "m", "messages": messages})
+    text = tokenizer.decode(list(engine.submitted[0].prompt), skip_special_tokens=False)
+    assert text == "<s><user>hello\n<assistant>\n<assistant>"
+
+
 async def test_generate(url: str, engine: FakeEngine, tokenizer: Tokenizer) -> None:
     """A prompt goes through the template with its system message; raw goes as it is."""
     body = {"model": "m", "prompt": "hello", "system": "be brief", "stream": False}

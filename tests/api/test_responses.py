@@ -54,6 +54,22 @@ async def test_a_whole_conversation(client: AsyncOpenAI, engine: FakeEngine, tok
     assert text.endswith("<assistant>It is noon.\n<assistant>")
 
 
+async def test_calls_are_of_the_turn_that_makes_them(
+    client: AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer
+) -> None:
+    """Text and calls of one answer come back as items of their own; templates want turns that alternate."""
+    calls = [{"type": "function_call", "call_id": i, "name": "now", "arguments": "{}"} for i in ("c", "d")]
+    results = [{"type": "function_call_output", "call_id": i, "output": f"noon {i}"} for i in ("c", "d")]
+    said = {"role": "assistant", "content": "I look."}
+    items: list[Any] = [{"role": "user", "content": "hello"}, said, *calls, *results]
+    await client.responses.create(model="m", input=items)
+    text = tokenizer.decode(list(engine.submitted[0].prompt), skip_special_tokens=False)
+    call = '<tool_call>\n{"name":"now","arguments":{}}\n</tool_call>'
+    told = "<user>hello\n" + f"<assistant>I look.\n{call}\n{call}\n"
+    told += "<user><tool_response>\nnoon c\n</tool_response>\n<tool_response>\nnoon d\n</tool_response>\n"
+    assert text == f"<s>{told}<assistant>"
+
+
 async def test_stream(client: AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer) -> None:
     """Every item is added, grows and is done; numbers run on; the last event has it all."""
     engine.answer = [*tokenizer.encode(CALL, add_special_tokens=False).ids, 1]
@@ -73,6 +89,21 @@ async def test_stream(client: AsyncOpenAI, engine: FakeEngine, tokenizer: Tokeni
     deltas = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
     assert "".join(deltas) == call.arguments
     assert len(deltas) > 1
+
+
+@pytest.mark.parametrize("answer", [SPOKEN, CALL])
+async def test_what_is_cut_off_is_not_complete(
+    client: AsyncOpenAI, engine: FakeEngine, tokenizer: Tokenizer, answer: str
+) -> None:
+    """Least of all a call: whoever makes it would have half its arguments."""
+    tokens = tokenizer.encode(answer, add_special_tokens=False).ids
+    engine.answer, limit = [*tokens, 1], len(tokens) - 12
+    asked: Any = {"model": "m", "input": "hello", "tools": [NOW], "max_output_tokens": limit}
+    whole = await client.responses.create(**asked)
+    assert whole.output[-1].status == whole.status == "incomplete"  # type: ignore[union-attr]
+    events = [event async for event in await client.responses.create(**asked, stream=True)]
+    assert events[-1].response.output[-1].status == "incomplete"
+    assert [e.item.status for e in events if e.type == "response.output_item.done"][-1] == "incomplete"
 
 
 async def test_forms(client: AsyncOpenAI, engine: FakeEngine) -> None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from seallmd.api.tool_formats import FORMATS, calls_grammar, choose_format
 from seallmd.api.tool_reader import Argued, Called, Event, Said, ToolReader
-from tests.api.engine_double import FakeEngine, view
+from tests.api.engine_double import FakeEngine, view, write_model
 
 CHAT = [{"role": "user", "content": "hello"}]
 WEATHER = {
@@ -67,6 +67,27 @@ READ: list[tuple[str, str, str, Calls]] = [
     ("hermes", "<tool_call>{broken}</tool_call>", "<tool_call>{broken}</tool_call>", []),
     ("hermes", "a <tool_call> b", "a <tool_call> b", []),
     ("hermes", "a <tool_", "a <tool_", []),
+    # Cut off before the name is known: whatever it was to become, it was written.
+    ("hermes", 'a <tool_call>{"name": "f", "argu', 'a <tool_call>{"name": "f", "argu', []),
+    ("llama3_json", '{"answer": "forty-tw', '{"answer": "forty-tw', []),
+    # What small models write.
+    ("hermes", '<tool_call>{"name": "f", "arguments": null}</tool_call>', "", [("f", "{}")]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call> ok', " ok", [("f", '{"a": 1}')]),
+    (
+        "hermes",
+        '<tool_call>{"name": "f", "arguments": {}, "id": "x}y", "more": {"a": 1}}</tool_call> ok',
+        " ok",
+        [("f", "{}")],
+    ),
+    # What no JSON can hold.
+    *(
+        ("hermes", text, text, [])
+        for text in (
+            '<tool_call>{"arguments": {"a": "\\ud800"}, "name": "f"}</tool_call>',
+            '<tool_call>{"arguments": {"a": NaN}, "name": "f"}</tool_call>',
+            '<tool_call>{"arguments": {}, "name": "\\udfff"}</tool_call>',
+        )
+    ),
     (
         "llama3_json",
         '{"name": "f", "parameters": {"a": "x;{"}}; {"name": "g", "parameters": {}}',
@@ -273,3 +294,24 @@ async def test_a_template_without_tools(
     assert '"name":"now"' in text
     assert '<assistant><tool_call>\n{"name":"now","arguments":{"z":1}}\n</tool_call>' in text
     assert "<user><tool_response>\nnoon\n</tool_response>" in text
+
+
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+
+
+async def test_results_of_several_calls_are_one_turn(
+    client: AsyncOpenAI, engine: FakeEngine, tmp_path: Path
+) -> None:
+    """Gemma's and Mistral's templates, for two, refuse two turns of one side."""
+    write_model(tmp_path, ALTERNATING)
+    engine.views["m"] = view("m", tmp_path, context=4000)
+    calls = [
+        {"id": i, "type": "function", "function": {"name": "now", "arguments": "{}"}} for i in ("c", "d")
+    ]
+    results = [{"role": "tool", "tool_call_id": i, "content": "noon"} for i in ("c", "d")]
+    messages = [*CHAT, {"role": "assistant", "content": None, "tool_calls": calls}, *results]
+    answer = await client.chat.completions.create(model="m", messages=messages)
+    assert answer.choices[0].message.content

@@ -377,8 +377,9 @@ def _name(process: psutil.Process) -> str:
         return ""
 
 
-def _runs(pid: str) -> bool:
-    return Path("/proc", pid).exists()
+def _runs(meeting: str) -> bool:
+    """Whether the process lives whose directory has this name."""
+    return Path("/proc", meeting.rpartition("-")[2]).exists()
 
 
 def _shared_memory() -> set[str]:

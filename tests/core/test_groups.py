@@ -37,6 +37,12 @@ def test_a_model_that_cannot_be_split_is_refused() -> None:
     assert "cannot be split over 2 devices: it has to be on one" in status_of(recorder, "a").reason
 
 
+def test_devices_that_are_not_there_are_told() -> None:
+    """Not how many it needs, which are there: a figure too high in the configuration has to be found."""
+    recorder = world({"a": shape()}, arenas=(40,), groups={"a": ((7,),)})
+    assert status_of(recorder, "a").reason == "its devices, [[7]], are none of the 1 here"
+
+
 def test_parts_of_the_image_go_to_their_ranks() -> None:
     """Rank r copies the r-th part of the host image, and knows its place in the group."""
     recorder = world({"a": shape(segments=(512, 256), ranks=(2,))}, (40, 40), tensor_parallel={"a": 2})

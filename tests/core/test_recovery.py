@@ -149,8 +149,10 @@ def test_the_loader_dies_twice_of_a_model() -> None:
     for service in state.services.values():
         service.shape = None
     again.world.host.kill(restart_after=0.01)
-    wait(again, 0.011)
-    again.world.host.kill(restart_after=0.01)
+    assert [s.crashes for s in state.services.values()] == [0, 0], "it had nothing to do"
+    for _ in range(2):
+        wait(again, 0.011)
+        again.world.host.kill(restart_after=0.01)
     assert [s.crashes for s in state.services.values()] == [1, 1], "who was first is examined last"
     wait(again, 0.011)
     again.world.host.kill(restart_after=0.01)
@@ -241,6 +243,16 @@ def beside_a_pinned_one(seconds: float) -> Recorder:
     recorder = world(models, (100, 100), pinned=pinned, groups=groups, replicate=False, replacement=OFF)
     recorder.world.devices[1].kill(restart_after=seconds)
     return recorder
+
+
+def test_a_load_does_not_wait_for_ever_either() -> None:
+    """An operator is told as well when the only device with room is not expected any more."""
+    recorder = beside_a_pinned_one(1000.0)
+    recorder.world.happen(ev.LoadWanted(1, "a"))
+    wait(recorder, 27.0)
+    assert not recorder.answers
+    wait(recorder, 5.0)
+    assert "no device that it could run on is up" in recorder.answers[1]
 
 
 def test_a_lost_device_counts_for_the_limit_of_a_request() -> None:

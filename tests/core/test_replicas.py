@@ -252,3 +252,19 @@ def test_a_pinned_service_takes_no_device_that_it_would_not_give_back() -> None:
     recorder.world.run()
     for request in recorder.prompts:
         recorder.assert_output(request)
+
+
+def test_what_one_replica_alone_can_hold_does_not_wait_for_the_other() -> None:
+    """Devices of unequal size: the small one runs none of the long requests, so it has no part in them."""
+    recorder = world({"a": shape(context=1024)}, (800, 80), replicate=False, migrate=False)
+    recorder.arrive(1, "a", (1,), 3)
+    recorder.world.run()
+    recorder.world.happen(ev.LoadWanted(1, "a", (1,)))
+    recorder.world.run()
+    assert status_of(recorder, "a").devices == (0, 1)
+    for request in range(10, 20):
+        recorder.arrive(request, "a", (request, 2), 600)
+    recorder.arrive(20, "a", (20, 2), 30)
+    recorder.world.run(until=recorder.world.now + 0.2)
+    running = {r.devices: len(r.running) for r in recorder.world.node.state.services["a"].replicas}
+    assert running == {(0,): 10, (1,): 1}

@@ -186,6 +186,9 @@ class FakeNode:
             self.begun.set()
             await self.go.wait()
 
+    def hurry(self, service: str) -> None:
+        raise NotImplementedError
+
     def keep(self, service: str, seconds: float) -> None:
         raise NotImplementedError
 

@@ -23,15 +23,16 @@ from tests.ctl import terminal
 from tests.ctl.test_seallmctl import run
 
 
-async def chat(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
-    """seallmctl chat with something on stdin."""
+async def chat(*arguments: object, stdin: str | bytes = "", encoding: str = "utf-8") -> tuple[int, str, str]:
+    """seallmctl chat with something on stdin. encoding: of its stdout."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "seallmd.ctl.main", *(str(argument) for argument in arguments)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
     )
-    out, err = await process.communicate(stdin.encode())
+    out, err = await process.communicate(stdin.encode() if isinstance(stdin, str) else stdin)
     return process.returncode or 0, out.decode(), err.decode()
 
 
@@ -51,6 +52,15 @@ async def test_stdin_and_json(runner: web.AppRunner, engine: FakeEngine) -> None
     answer = json.loads(out)
     assert (code, answer["content"], answer["finish_reason"]) == (0, SPOKEN, "stop")
     assert answer["usage"]["completion_tokens"] == len(engine.answer)
+
+
+async def test_text_that_an_encoding_lacks(runner: web.AppRunner) -> None:
+    """An answer goes on where the terminal has no such character; a prompt that is no text says so."""
+    address = http_addresses(runner)[0]
+    code, out, err = await chat("chat", "m", "--url", address, "hello", encoding="ascii")
+    assert (code, out, err) == (0, SPOKEN.encode("ascii", "replace").decode() + "\n", "")
+    code, out, err = await chat("chat", "m", "--url", address, stdin=b"caf\xe9")
+    assert (code, out, err) == (2, "", "seallmctl: the prompt is not UTF-8 text\n")
 
 
 def test_answers_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,3 +110,20 @@ def test_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(doctor, "CONFIGURATIONS", (Path("seallmd.toml"),))
     finding, config, _ = doctor._configuration(None)
     assert (finding.level, config) == ("warn", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[devices]\ncpu_workers = "two"\n' + SERVICE, "cpu_workers"),
+        ("[http]\nport = 99999\n" + SERVICE, "65535"),
+        ('[http]\nhost = "a..b"\n' + SERVICE, "'a..b' is no name of a host"),
+        (SERVICE.replace("models/a", "~nosuchuser/a"), "a: ~nosuchuser/a cannot be looked at"),
+        (SERVICE.replace("models/a", "m" * 300), "cannot be looked at: File name too long"),
+    ],
+)
+def test_what_is_wrong_is_told_and_no_end(tmp_path: Path, text: str, words: str) -> None:
+    """A wrong configuration is what the doctor is called for; the first mistake must not end the visit."""
+    findings = doctor.examine(tmp_path / "none.sock", write(tmp_path, text))
+    assert any(finding.level == "bad" and words in finding.text for finding in findings), findings
+    assert findings[-1].check == "model"

@@ -104,3 +104,15 @@ def test_what_killed_processes_left_half_written_is_removed(tmp_path: Path) -> N
     assert len(remove_partials(tmp_path)) == 2
     assert sorted(tmp_path.iterdir()) == sorted([mine, elsewhere, below.parent])
     assert not below.exists()
+
+
+def test_what_cannot_be_removed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that may only be read, or of another user: the process that tidies up begins all the same."""
+    mine = partial_of(tmp_path / "mine")
+    mine.with_name(mine.name.replace(str(os.getpid()), str(1 << 22))).touch()
+
+    def refuse(_: Path, missing_ok: bool = False) -> None:  # noqa: ARG001
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert remove_partials(tmp_path) == []

@@ -9,6 +9,7 @@ import pytest
 
 from seallmd.config import DeviceSettings
 from seallmd.errors import ConfigError
+from seallmd.paths import default_state_directory
 from seallmd.runtime import devices
 from seallmd.runtime.devices import plan
 
@@ -100,3 +101,27 @@ def test_the_host_process_is_told_its_cache_of_images(tmp_path: Path) -> None:
     made = plan(DeviceSettings(kind="cpu", cache=str(tmp_path), memory="64 MiB", image_cache="3 MiB"))
     assert made.host.image_cache_bytes == 3 << 20
     assert plan(DeviceSettings(kind="cpu", memory="64 MiB", image_cache="0 B")).host.image_cache_bytes == 0
+
+
+def test_an_arena_without_a_block_is_refused(tmp_path: Path) -> None:
+    """Its worker would die at each start, and be started again for ever; nor is "0 B" the default."""
+    for memory in ("0 B", "100 KiB"):
+        with pytest.raises(ConfigError, match="do not hold a single block of 512 KiB"):
+            plan(DeviceSettings(kind="cpu", cache=str(tmp_path), memory=memory))
+    assert plan(DeviceSettings(kind="cpu", cache=str(tmp_path), host_memory="0 B")).host_bytes == 0
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A container's made-up user is told what to set, in one line."""
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    with pytest.raises(ConfigError, match=r"set \[devices\] cache"):
+        plan(DeviceSettings(kind="cpu", memory="64 MiB"))
+    with pytest.raises(ConfigError, match=r"set \[batches\] directory"):
+        default_state_directory()
+    assert plan(DeviceSettings(kind="cpu", memory="64 MiB", cache=str(tmp_path))).cache == tmp_path

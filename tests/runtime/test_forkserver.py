@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import socket
@@ -11,12 +12,15 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 
+from seallmd.core import forks
 from seallmd.core import messages as msg
 from seallmd.core.framing import Unframer
 from seallmd.runtime.forkserver import ForkServer
+from seallmd.worker import forkserver as worker_side
 
 SECONDS = 120  # for an import on a busy machine
 
@@ -83,3 +87,22 @@ print(threads, cuda.is_initialized(), "transformers" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "False", "True"]
+
+
+def test_what_cannot_be_forked_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without memory for one more process: the fork server's own end would be that of all its children."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    child, end = socket.socketpair()
+
+    def full() -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", full)
+    with ours, theirs, child, end:
+        server = worker_side.ForkServer(theirs)
+        fork = forks.Fork(7, "worker", msg.WorkerSettings("cpu0", "cpu"))
+        socket.send_fds(ours, [msgspec.msgpack.encode(fork)], [end.fileno()])
+        end.close()
+        assert server._receive()
+        assert msgspec.msgpack.decode(ours.recv(4096), type=forks.Exited) == forks.Exited(7, os.EX_OSERR)
+        assert child.recv(1) == b"", "its descriptor stays open nowhere"

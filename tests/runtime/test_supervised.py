@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 from collections.abc import Callable
 
 import pytest
@@ -97,4 +99,32 @@ async def test_an_idle_child_that_hangs_is_noticed(monkeypatch: pytest.MonkeyPat
     for clock.now in (23.0, 24.0):
         supervised.look()
     assert "ping" in child.killed[0]
+    await supervised.stop()
+
+
+async def test_a_start_that_fails_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    """Clients may hold every descriptor when a worker dies; its device must not be gone for good."""
+    starts, up = list[int](), asyncio.Event()
+
+    class Poor(Immortal):
+        async def start(self) -> None:
+            starts.append(1)
+            if len(starts) == 2:
+                raise OSError(errno.EMFILE, "Too many open files")
+            await super().start()
+
+    child = Poor()
+
+    def make(on_message: Callable[[msg.Message], None], on_exit: Callable[[str], None]) -> Immortal:
+        child.message, child.exit = on_message, on_exit
+        return child
+
+    supervised = Supervised(make, up=lambda _: up.set(), lost=lambda _: None, said=lambda _: None)  # type: ignore[arg-type]
+    await supervised.start()
+    supervised._pause = 0.0
+    up.clear()
+    child.exit("killed by SIGKILL")
+    await asyncio.wait_for(up.wait(), 60)
+    assert len(starts) == 3
+    assert "cannot be started ([Errno 24] Too many open files)" in caplog.text
     await supervised.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -58,6 +59,23 @@ def test_a_restart_takes_it(shelf: Shelf, model: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(image_module, "_fill", None)
     assert Shelf(shelf.directory).image(probe(model, "float32", 0)) == (built[0], False)
     assert shelf.said == []
+
+
+def test_a_directory_that_may_only_be_read(
+    shelf: Shelf, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that came with a container: its images serve, and one that is damaged is built in memory."""
+    built = shelf.image(probe(model, "float32", 0))[0]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as frozen:
+        frozen.setattr(os, "utime", refuse)
+        frozen.setattr(Path, "unlink", refuse)
+        assert shelf.image(probe(model, "float32", 0)) == (built, False)
+        _flip(shelf.files()[0])
+        assert shelf.image(probe(model, "float32", 0)) == (built, True)
 
 
 def test_what_it_is_made_from_counts(shelf: Shelf, model: Path) -> None:

@@ -17,7 +17,8 @@ from seallmd.worker.kv import KvView, Span
 from seallmd.worker.ops import modules, reference
 from seallmd.worker.ops.native import Native, linear_struct, norm_struct
 from seallmd.worker.paged import PagedBatch
-from tests.worker.helpers import FAMILIES, GREEDY, Rig, save_tiny
+from seallmd.worker.quantised import Blocks
+from tests.worker.helpers import FAMILIES, GREEDY, Rig, Talk, plain, run_step, save_tiny
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CPU = torch.device("cpu")
@@ -48,6 +49,18 @@ def test_linear_of_nothing(dtype: torch.dtype, native: Native) -> None:
     module = nn.Linear(8, 3, bias=False, dtype=dtype)
     out = modules.FastLinear(module, native)(torch.empty(1, 0, 8))
     assert (out.shape, out.dtype) == ((1, 0, 3), torch.float32)
+
+
+def test_linear_of_very_many_rows(native: Native) -> None:
+    """A step of as many tokens as `step_tokens` may allow: rows times tiles are more than 31 bits hold, and
+    what wrapped around was an address outside the activations."""
+    x, weight = noise(120_000, 8), noise(4, 8, seed=1)
+    expected = torch.nn.functional.linear(x, weight)
+    torch.testing.assert_close(native.linear(x, linear_struct(weight, None)), expected)
+    blocks = Blocks.empty(*weight.shape)
+    blocks.fill(weight)
+    few = native.linear(x[-6:].contiguous(), linear_struct(blocks, None))
+    assert torch.equal(native.linear(x, linear_struct(blocks, None))[-6:], few)
 
 
 def test_copy(native: Native) -> None:
@@ -302,6 +315,21 @@ def test_a_layer_that_computes_something_else_stays(monkeypatch: pytest.MonkeyPa
     rig = Rig(monkeypatch, tmp_path / "cache")
     rig.load("s", save_tiny(tmp_path / "m", "granite", residual_multiplier=0.7))
     assert rig.worker._resident["s"].fast.layers == []
+
+
+@pytest.mark.usefixtures("native")
+def test_a_scale_that_begins_late_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ministral 3 scales queries from `original_max_position_embeddings` on: near the beginning its layers
+    give what Llama's do, and would be run as these, with wrong tokens for long prompts alone."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "llama_4_scaling_beta": 0.5}
+    rope["original_max_position_embeddings"] = 16
+    directory = save_tiny(tmp_path / "m", "ministral3", rope_parameters=rope)
+    rig = Rig(monkeypatch, tmp_path / "cache")
+    rig.load("long", directory)
+    talk = Talk(rig, 1, "long", [3 + i * 7 % 90 for i in range(60)])
+    run_step(rig, plain(directory), [(talk, 60)])
+    rig.load("short", directory, context=16)
+    assert len(rig.worker._resident["short"].fast.layers) == 4, "no request of it gets so far"
 
 
 @pytest.mark.usefixtures("native")

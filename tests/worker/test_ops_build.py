@@ -55,6 +55,14 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache" / "ops").glob("*.so"))) == 1
 
 
+def test_a_compiler_speaks_english(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first error is looked for by that word, whatever language the operator has set."""
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    body = 'word=Fehler; [ "$LC_ALL" = C ] && word=error; echo "ops.cpp:1: $word: no" >&2; exit 1'
+    with pytest.raises(BuildFailed, match="error: no"):
+        make_library(tmp_path / "cache", quiet, [compiler(tmp_path, body)])
+
+
 def test_a_failing_compiler_leaves_nothing(tmp_path: Path) -> None:
     """What it wrote before it failed is never loaded; its first error is told."""
     fake = compiler(tmp_path, 'echo half > "$out"; echo "ops.cpp:1: error: no such thing" >&2; exit 1')

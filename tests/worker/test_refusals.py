@@ -6,16 +6,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seallmd.core import messages as msg
-from seallmd.worker.host import Host
+from seallmd.worker.host import Fetched, Host
 from seallmd.worker.probe import probe
+from seallmd.worker.resolve import eos_ids
 from tests.worker.helpers import save_tiny, save_tokenizer
 
 
@@ -216,6 +219,32 @@ def test_shape(tmp_path: Path) -> None:
     assert probe(directory, "auto", 1000).shape.context == 256
 
 
+def test_the_tokenizer_names_another_end(tmp_path: Path) -> None:
+    """Its end of text counts beside the configuration's, whether it is one of its words or was added."""
+    directory = save_tiny(tmp_path / "m")
+    edit(directory / "tokenizer_config.json", eos_token="w7")
+    assert eos_ids(directory) == (2, 7)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    edit(directory / "tokenizer_config.json", eos_token={"content": "<end>"})
+    assert eos_ids(directory) == (2, tokenizer.token_to_id("<end>"))
+    edit(directory / "tokenizer_config.json", eos_token="no such token")
+    assert eos_ids(directory) == (2,)
+
+
+def test_fetched_files_are_examined_in_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon knows of a model whether its files are awaited or the process examines it."""
+    directory, done, said = save_tiny(tmp_path / "m"), SimpleQueue[Fetched](), list[Any]()
+    monkeypatch.setattr("seallmd.worker.host.fetch", lambda *_: directory)
+    host = Host(msg.WorkerSettings("host", "cpu", cache=str(tmp_path / "cache")), said.append, done.put)
+    host.handle(msg.Probe("s", "some/model", "auto", 0))
+    assert said == [msg.JobProgress("s", "queue", 0, 0)]
+    host.handle(done.get(timeout=60))
+    assert said[1] == msg.JobProgress("s", "examine", 0, 0)
+    assert isinstance(said[2], msg.Probed)
+
+
 def test_image_is_the_same_however_it_is_read(
     said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +265,47 @@ def test_restarted_host_builds_from_what_was_probed(tmp_path: Path) -> None:
     ready = fresh.answer(msg.BuildImage("s", probed.directory, probed.shape.dtype, probed.shape.context))
     assert ready.bytes_ == probed.shape.weights_bytes
     assert fresh.answer(msg.BuildImage("s")).path == ready.path
+
+
+def test_a_download_that_goes_on_after_its_tokenizer_was_made(said: Said, tmp_path: Path) -> None:
+    """The first look at a half-copied directory must not be kept as what it holds for good."""
+    directory = save_tiny(tmp_path / "m", "gpt2")
+    no_tokenizer(directory)
+    vocabulary = {f"w{i}": i for i in range(96)} | {"<|endoftext|>": 96}
+    (directory / "vocab.json").write_text(json.dumps(vocabulary))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    weights = directory / "model.safetensors"
+    later = weights.rename(tmp_path / "later")
+    assert "model.safetensors" in said.answer(msg.Probe("s", str(directory), "auto", 0)).reason
+    later.rename(weights)
+    probed = said.answer(msg.Probe("s", str(directory), "auto", 0))
+    assert isinstance(probed, msg.Probed), probed
+
+
+def test_large_numbers_that_real_models_have(said: Said, tmp_path: Path) -> None:
+    """The audio part of Gemma 3n and 4, which is not even served, must not be what refuses them."""
+    directory = save_tiny(tmp_path / "m")
+    edit(directory / "config.json", audio_config={"gradient_clipping": 1e10}, rope_theta=1e11)
+    probed = said.answer(msg.Probe("s", str(directory), "auto", 0))
+    assert isinstance(probed, msg.Probed), probed
+
+
+def test_a_tokenizer_that_is_there_is_kept(said: Said, tmp_path: Path) -> None:
+    """Without tokenizer_config.json that alone is made: the class of Qwen's tokenizers makes other ids of a
+    tokenizer.json that is not Qwen's, and prompts would be wrong."""
+    directory = save_tiny(tmp_path / "m", "qwen3")
+    (directory / "tokenizer_config.json").unlink()
+    probed = said.answer(msg.Probe("s", str(directory), "auto", 0))
+    made = Path(probed.directory)
+    assert (made / "tokenizer_config.json").is_file()
+    assert (made / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
+
+
+def test_a_directory_that_cannot_be_looked_at(said: Said, tmp_path: Path) -> None:
+    """In a home that others may not enter, for example: the loader of all other models lives on."""
+    failed = said.answer(msg.Probe("s", str(tmp_path / ("m" * 300)), "auto", 0))
+    assert isinstance(failed, msg.ProbeFailed)
+    assert failed.reason.endswith("cannot be looked at: File name too long")
 
 
 def test_missing_tokenizer_is_made(said: Said, tmp_path: Path) -> None:

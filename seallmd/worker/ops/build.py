@@ -57,7 +57,12 @@ def _compile(compiler: str, library: Path) -> None:
     command = [compiler, *_FLAGS, str(_SOURCES / "ops.cpp"), "-o", str(partial)]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+            env={**os.environ, "LC_ALL": "C"},  # "error" in other languages is another word
         )
         if done.returncode != 0:
             errors = [line for line in done.stderr.splitlines() if "error" in line]

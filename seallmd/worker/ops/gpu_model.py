@@ -50,7 +50,7 @@ def install(
     backend = KernelBackend(fitted, next(model.parameters()).device, kv.dtype)
     if fitted.add_norm is not None or backend.rotates:
         try:
-            install_layers(model, kv.shapes, norms, backend)
+            install_layers(model, kv.shapes, context, norms, backend)
         except torch.AcceleratorError:
             raise
         except Exception as error:  # noqa: BLE001 - compilers fail in many ways; the stock layers always run
@@ -203,7 +203,7 @@ def _problem(model: PreTrainedModel, kv: KvView, context: int, kernels: Kernels)
             spans = [Span(0, tokens, end, table)]
             kernel_batch = TableBatch(ours, tables_of(spans, ours.page, device), kernels)
             answerer = _Comparing(PagedBatch(plain, spans, device), kernel_batch)
-            run_probe(model, answerer, device, tokens, end)
+            run_probe(model, answerer, device, range(end - tokens, end))
             worst = max(worst, answerer.worst)
     except torch.AcceleratorError:
         raise

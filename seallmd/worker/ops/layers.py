@@ -2,9 +2,9 @@
 
 Owns the recognition, for every kind of device: a layer consists of exactly the parts of that form, and in a
 forward pass with the weights at hand it gave what a `Layer` made of these parts gives on the same input.
-Whatever else transformers' code may do (multipliers, clamps, other rotations) shows there, and the layer
-stays stock. What runs the parts is a `Backend`: `native_layers` on a CPU, `gpu_layers` on a GPU. Must not
-know requests.
+Whatever else transformers' code may do (multipliers, clamps, other rotations, scales that begin at some
+position) shows there, and the layer stays stock. What runs the parts is a `Backend`: `native_layers` on a
+CPU, `gpu_layers` on a GPU. Must not know requests.
 """
 
 from __future__ import annotations
@@ -105,11 +105,11 @@ class _Seen(NamedTuple):
 
 
 def find_layers(
-    model: nn.Module, shapes: Sequence[LayerShape], norms: KnownNorms, backend: Backend
+    model: nn.Module, shapes: Sequence[LayerShape], context: int, norms: KnownNorms, backend: Backend
 ) -> list[Layer]:
     """The layers of `model` that `backend` can run. Weights must be bound, modules installed.
 
-    shapes: of every layer's KV.
+    shapes: of every layer's KV. context: tokens of the longest request.
     """
     found = {m: parts for m in model.modules() if (parts := _parts(m, norms)) is not None}
     modules = {
@@ -119,7 +119,7 @@ def find_layers(
         return []
     kv = probe_kv(shapes, backend.dtype, backend.device)
     layers = []
-    for module, seen in _watch(model, modules, kv, backend.device).items():
+    for module, seen in _watch(model, modules, kv, context, backend.device).items():
         if _suits(seen, backend.dtype) and _fits(modules[module], seen):
             layer = backend.layer(module, modules[module], seen.call)
             if _agrees(layer, seen, kv, backend):
@@ -207,7 +207,7 @@ class _Witness:
 
 
 def _watch(
-    model: nn.Module, modules: dict[nn.Module, Parts], kv: KvView, device: torch.device
+    model: nn.Module, modules: dict[nn.Module, Parts], kv: KvView, context: int, device: torch.device
 ) -> dict[nn.Module, _Seen]:
     """Run a few tokens through the stock layers, and see what each of `modules` did."""
     witness, seen = _Witness(PagedBatch(kv, probe_spans(), device)), {}
@@ -220,23 +220,27 @@ def _watch(
 
     hooks = [module.register_forward_hook(look, with_kwargs=True) for module in modules]
     try:
-        run_probe(model, witness, device)
+        run_probe(model, witness, device, spread_positions(context))
     finally:
         for hook in hooks:
             hook.remove()
     return seen
 
 
-def run_probe(
-    model: nn.Module, answerer: Answerer, device: torch.device, tokens: int = PROBE_TOKENS, end: int = 0
-) -> Any:
-    """A forward pass of a few arbitrary tokens, the last of which is number `end`; whatever it gives."""
-    end = end or tokens
+def spread_positions(context: int) -> Sequence[int]:
+    """Of the tokens of `probe_spans`, from the first position that a request may have to the last: some
+    families (Ministral 3) scale queries from thousands of tokens on. Attention goes by the span."""
+    return [n * (context - 1) // (PROBE_TOKENS - 1) for n in range(PROBE_TOKENS)]
+
+
+def run_probe(model: nn.Module, answerer: Answerer, device: torch.device, positions: Sequence[int]) -> Any:
+    """A forward pass of a few arbitrary tokens at these positions; whatever it gives."""
     # Not the rows of its table: those of a tensor-parallel rank are fewer, and hold none of the lowest ids.
     vocabulary = model.get_input_embeddings().num_embeddings
-    positions = torch.arange(end - tokens, end, device=device)[None]
+    ids = torch.arange(1, len(positions) + 1, device=device)[None] * 31 % vocabulary
+    at = torch.tensor([positions], device=device)
     with torch.inference_mode(), answered_by(answerer):
-        return model(input_ids=positions * 31 % vocabulary, position_ids=positions, use_cache=False)
+        return model(input_ids=ids, position_ids=at, use_cache=False)
 
 
 def _suits(seen: _Seen, dtype: torch.dtype) -> bool:

@@ -48,11 +48,12 @@ class FastModel:
         self.layers: list[Layer] | None = None
         self.stack: Stack | None = None
 
-    def install(self, shapes: Sequence[LayerShape]) -> None:
-        """Replace what is recognised. Weights must be bound."""
+    def install(self, shapes: Sequence[LayerShape], context: int) -> None:
+        """Replace what is recognised. Weights must be bound. context: tokens of the longest request."""
         with self._native.exactly():  # two ways to compute the same may round to different neighbours
             norms = install(self._model, self._native)
-            self.layers, self.stack = install_layers(self._model, shapes, norms, NativeBackend(self._native))
+            backend = NativeBackend(self._native)
+            self.layers, self.stack = install_layers(self._model, shapes, context, norms, backend)
 
     def bind(self, kv: KvView) -> None:
         """After every binding of the weights."""

@@ -27,6 +27,7 @@ from seallmd.worker.ops.layers import (
     probe_kv,
     probe_spans,
     run_probe,
+    spread_positions,
 )
 from seallmd.worker.ops.modules import KnownNorm, KnownNorms, close
 
@@ -96,16 +97,17 @@ class StackBackend(Backend, Protocol):
 
 
 def install_layers(
-    model: nn.Module, shapes: Sequence[LayerShape], norms: KnownNorms, backend: StackBackend
+    model: nn.Module, shapes: Sequence[LayerShape], context: int, norms: KnownNorms, backend: StackBackend
 ) -> tuple[list[Layer], Stack | None]:
     """Replace the forward of every layer that is recognised, and of what runs them if that is all it does.
 
-    shapes: of every layer's KV. Weights must be bound, modules installed.
+    shapes: of every layer's KV. context: tokens of the longest request. Weights must be bound, modules
+    installed.
     """
-    layers = find_layers(model, shapes, norms, backend)
+    layers = find_layers(model, shapes, context, norms, backend)
     for layer in layers:
         layer.module.forward = layer
-    stack = _find_stack(model, layers, shapes, norms, backend)
+    stack = _find_stack(model, layers, shapes, context, norms, backend)
     if stack is not None:
         stack.module.forward = stack
     return layers, stack
@@ -115,6 +117,7 @@ def _find_stack(
     model: nn.Module,
     layers: Sequence[Layer],
     shapes: Sequence[LayerShape],
+    context: int,
     norms: KnownNorms,
     backend: StackBackend,
 ) -> Stack | None:
@@ -134,14 +137,15 @@ def _find_stack(
         layer.bind(kv)
     stack.bind()
     try:
-        return stack if _agrees(stack, backend.answerer(kv, probe_spans()), backend) else None
+        agrees = _agrees(stack, backend.answerer(kv, probe_spans()), spread_positions(context), backend)
+        return stack if agrees else None
     finally:
         stack.unbind()
         for layer in layers:
             layer.unbind()
 
 
-def _agrees(stack: Stack, answerer: Answerer, backend: StackBackend) -> bool:
+def _agrees(stack: Stack, answerer: Answerer, positions: Sequence[int], backend: StackBackend) -> bool:
     base: Any = stack.module
     turns: list[_Turn] = []
     seen: list[Rotation] = []
@@ -156,7 +160,7 @@ def _agrees(stack: Stack, answerer: Answerer, backend: StackBackend) -> bool:
     hooks = [base.rotary_emb.register_forward_hook(turned, with_kwargs=True)]
     hooks += [m.register_forward_pre_hook(looked, with_kwargs=True) for m in base.layers]
     try:
-        expected = run_probe(base, answerer, backend.device)
+        expected = run_probe(base, answerer, backend.device, positions)
     finally:
         for hook in hooks:
             hook.remove()
@@ -164,7 +168,7 @@ def _agrees(stack: Stack, answerer: Answerer, backend: StackBackend) -> bool:
         return False
     base.forward = stack
     try:
-        ours = run_probe(base, answerer, backend.device).last_hidden_state
+        ours = run_probe(base, answerer, backend.device, positions).last_hidden_state
     finally:
         del base.forward
     return close(ours, expected.last_hidden_state, backend.stack_tolerance)

@@ -212,8 +212,9 @@ inline void block_matmul(const Rounded& x, int m, const Panels& w, int n, float*
         const int columns = std::min(n - first * PANEL, size * PANEL);
         const ptrdiff_t next = static_cast<ptrdiff_t>(size) * panel_bytes * pool.threads();
         for (int t = 0; t < tiles; t++) {
-            const int b = m * t / tiles, rows = m * (t + 1) / tiles - b;
-            const int asks_from = t ? here * (t - 1) / (tiles - 1) : 0, asks_to = t ? here * t / (tiles - 1) : 0;
+            const int b = part_of(m, t, tiles), rows = part_of(m, t + 1, tiles) - b;
+            const int asks_from = t ? part_of(here, t - 1, tiles - 1) : 0;
+            const int asks_to = t ? part_of(here, t, tiles - 1) : 0;
             const auto pass = [&](auto count) {
                 block_rows<count()>(w.from(first), x.from(b), y + static_cast<ptrdiff_t>(b) * n + first * PANEL, n,
                                     columns, asks_from, asks_to, next);

@@ -112,13 +112,17 @@ inline void dot_rows(const Rows& w, const Pass& pass, const X* x, ptrdiff_t xs, 
     for (; r < pass.rows; r++) dot_tile<1, B>(w.from(r, pass), x, xs, k, out + r, os);
 }
 
+// Where the t-th of `tiles` parts of m begins; m * t may be more than an int holds.
+inline int part_of(int m, int t, int tiles) { return static_cast<int>(static_cast<int64_t>(m) * t / tiles); }
+
 // The same for any number of activation rows, in tiles of nearly equal size.
 template <class Rows, class X>
 inline void dot_block(const Rows& w, int rows, const X* x, ptrdiff_t xs, int m, int k, float* out, ptrdiff_t os) {
     int tiles = (m + QUERIES - 1) / QUERIES;
     for (int t = 0; t < tiles; t++) {
-        int b = m * t / tiles, n = m * (t + 1) / tiles - b;
-        const Pass pass = {rows, t ? rows * (t - 1) / (tiles - 1) : 0, t ? rows * t / (tiles - 1) : 0, t == 0};
+        int b = part_of(m, t, tiles), n = part_of(m, t + 1, tiles) - b;
+        const int asks_from = t ? part_of(rows, t - 1, tiles - 1) : 0, asks_to = t ? part_of(rows, t, tiles - 1) : 0;
+        const Pass pass = {rows, asks_from, asks_to, t == 0};
         const X* xb = x + b * xs;
         float* ob = out + b * os;
         switch (n) {
