@@ -1,9 +1,7 @@
 """One device: its arena, copies of weights into it, and copies of KV to host memory and back.
 
-Owns allocation, mapping of host images, streams and synchronisation; the rest of the worker is the same on
-CPU and CUDA. Must not know models or messages.
-
-The CUDA half has been run nowhere yet: it is unmeasured.
+Owns allocation and mapping of host images, and what is the CPU's; a GPU is in `cuda_device`. The rest of the
+worker is the same on both. Must not know models or messages.
 """
 
 from __future__ import annotations
@@ -11,9 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,7 +21,6 @@ from seallmd.worker.process import require_memory
 
 # The least that is copied between two steps of the residents: 0.7 ms on a CPU, 0.2 ms over PCIe.
 CHUNK_BYTES = 8 << 20
-_CHUNKS_IN_FLIGHT = 16  # to a GPU: what stopping, and KV behind them on the stream, may have to wait for
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # source and target of a copy
 Done = Callable[[], bool]  # whether a copy is over
@@ -166,14 +161,21 @@ class Device(ABC):
 def open_device(settings: WorkerSettings) -> Device:
     """The device named in the settings, with its arena. Raises MemoryError if it cannot be had."""
     device = torch.device(settings.device)
-    return CudaDevice(settings, device) if device.type == "cuda" else CpuDevice(settings)
+    if device.type != "cuda":
+        return CpuDevice(settings)
+    from seallmd.worker.cuda_device import CudaDevice
+
+    return CudaDevice(settings, device)
 
 
-def _chunks(extents: tuple[Extent, ...]) -> Iterator[tuple[int, int, int]]:
-    """(byte in the arena, byte in the image, length)."""
+def chunks(extents: tuple[Extent, ...]) -> Iterator[tuple[int, int, int]]:
+    """(byte in the arena, byte in the image, length); none crosses a multiple of CHUNK_BYTES in the image."""
     for extent in extents:
-        for at in range(0, extent.bytes_, CHUNK_BYTES):
-            yield extent.arena_at + at, extent.image_at + at, min(CHUNK_BYTES, extent.bytes_ - at)
+        at, end = extent.image_at, extent.image_at + extent.bytes_
+        while at < end:
+            size = min(CHUNK_BYTES - at % CHUNK_BYTES, end - at)
+            yield extent.arena_at + at - extent.image_at, at, size
+            at += size
 
 
 def _check(extents: tuple[Extent, ...], image_bytes: int, arena_bytes: int) -> None:
@@ -243,7 +245,7 @@ class _CpuCopy(Copy):
 
     def __init__(self, arena: torch.Tensor, image: torch.Tensor, extents: tuple[Extent, ...]) -> None:
         self._arena, self.image = arena, image
-        self._chunks = _chunks(extents)
+        self._chunks = chunks(extents)
 
     def advance(self) -> int:
         """Copies extents until a chunk's worth of bytes is done."""
@@ -264,157 +266,3 @@ def _cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
-
-
-# ------------------------------------------------------------------------------------------------- CUDA
-
-
-class CudaDevice(Device):
-    """A GPU. Images are page-locked once."""
-
-    late = True
-
-    def __init__(self, settings: WorkerSettings, device: torch.device) -> None:
-        super().__init__()
-        torch.cuda.set_device(device)
-        self.torch_device = device
-        self.label = f"{settings.device}: {torch.cuda.get_device_name(device)}"
-        size = settings.arena_bytes or torch.cuda.mem_get_info(device)[0] - settings.reserve_bytes
-        size = size // settings.block_bytes * settings.block_bytes
-        if size <= 0:
-            raise MemoryError("the GPU has no memory left for an arena")
-        memory = torch.zeros(size + settings.block_bytes, dtype=torch.uint8, device=device)
-        self._take(memory, settings.block_bytes)
-        self.host_kv = HostKv(settings, _PageLocks("host memory for KV"))
-        self._image_locks = _PageLocks("the host image")
-        self._stream = torch.cuda.Stream(device)
-        self._kv_copies: deque[tuple[torch.cuda.Event, frozenset[int]]] = deque()  # in order; their blocks
-
-    def _map(self, path: str, size: int) -> torch.Tensor:
-        # Shared: page-locking a private mapping would copy it.
-        image = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
-        self._image_locks.lock(image)
-        return image
-
-    def _release(self, image: torch.Tensor) -> None:
-        self._stream.synchronize()  # a copy may still read it
-        self._image_locks.unlock(image)
-
-    def close(self) -> None:
-        """As `Device.close`."""
-        torch.cuda.synchronize(self.torch_device)
-        super().close()
-
-    def _start(self, image: torch.Tensor, extents: tuple[Extent, ...]) -> Copy:
-        self._after_steps()
-        return _CudaCopy(self._stream, self.arena, image, extents)
-
-    def _copy_kv(self, pairs: Iterable[Pair], blocks: Sequence[int]) -> Done:
-        """As `Device._copy_kv`, on the copy stream: copies are carried out in order, weights included."""
-        self._after_steps()
-        with torch.cuda.stream(self._stream):
-            for source, target in pairs:
-                target.copy_(source, non_blocking=True)
-        event = self._stream.record_event()
-        self._kv_copies.append((event, frozenset(blocks)))
-        return lambda: bool(event.query())
-
-    def wait_for(self, tables: Iterable[Sequence[int]]) -> None:
-        """As `Device.wait_for`. Steps whose blocks are not being copied do not wait."""
-        while self._kv_copies and self._kv_copies[0][0].query():
-            self._kv_copies.popleft()
-        if not self._kv_copies:
-            return
-        wanted = frozenset().union(*tables)
-        for event, blocks in reversed(self._kv_copies):
-            if not blocks.isdisjoint(wanted):  # earlier copies of the stream are done by then too
-                torch.cuda.current_stream(self.torch_device).wait_event(event)
-                return
-
-    def release_caches(self) -> None:
-        torch.cuda.empty_cache()
-
-    def fetch(self, tensor: torch.Tensor) -> Arriving:
-        return _Flying(tensor)
-
-    def _after_steps(self) -> None:
-        """Copies from here on wait: the ledger reuses blocks that earlier steps may still read."""
-        self._stream.wait_event(torch.cuda.current_stream(self.torch_device).record_event())
-
-
-class _Flying(Arriving):
-    """On their way into page-locked memory."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        super().__init__(tensor)
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._host.copy_(tensor, non_blocking=True)
-        self._event = torch.cuda.current_stream(tensor.device).record_event()
-
-    def arrived(self) -> bool:
-        return bool(self._event.query())
-
-    def take(self) -> list[int]:
-        self._event.synchronize()
-        numbers: list[int] = self._host.tolist()
-        return numbers
-
-
-class _PageLocks:
-    """Page-locks memory of a kind (`name`), as `memory.Locks`. What is locked has to be unlocked before it is
-    unmapped: the driver would take whatever is mapped there next for the pages that it knows."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def lock(self, memory: torch.Tensor) -> None:
-        """Raises RuntimeError when the driver refuses."""
-        error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
-        if error != 0:
-            _forget_error()
-            raise RuntimeError(f"{self._name} cannot be page-locked (CUDA error {error})")
-
-    def unlock(self, memory: torch.Tensor) -> None:
-        """Nothing may be copying from or to it."""
-        if int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())) != 0:
-            _forget_error()
-
-
-def _forget_error() -> None:
-    """The runtime keeps a refused call's error for the next launch to report, which would be a step's."""
-    with suppress(torch.AcceleratorError):
-        torch.ones(1, device="cuda")  # reports it, by which it is gone
-    torch.cuda.synchronize()  # raises where the CUDA context is lost
-
-
-class _CudaCopy(Copy):
-    """A few chunks in flight at most, so that stopping and steps never wait for long."""
-
-    def __init__(
-        self,
-        stream: torch.cuda.Stream,
-        arena: torch.Tensor,
-        image: torch.Tensor,
-        extents: tuple[Extent, ...],
-    ) -> None:
-        self._stream, self._arena, self._image = stream, arena, image
-        self._chunks = _chunks(extents)
-        self._flying: deque[torch.cuda.Event] = deque()
-
-    def advance(self) -> int:
-        """Enqueues one chunk; at the end waits for the last."""
-        chunk = next(self._chunks, None)
-        if chunk is None:
-            self.stop()
-            return 0
-        to, at, size = chunk
-        with torch.cuda.stream(self._stream):
-            self._arena[to : to + size].copy_(self._image[at : at + size], non_blocking=True)
-        self._flying.append(self._stream.record_event())
-        if len(self._flying) > _CHUNKS_IN_FLIGHT:
-            self._flying.popleft().synchronize()
-        return size
-
-    def stop(self) -> None:
-        """Waits for the chunks in flight."""
-        self._stream.synchronize()

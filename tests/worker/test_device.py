@@ -11,7 +11,8 @@ import torch
 
 from seallmd.core import messages as msg
 from seallmd.worker import main
-from seallmd.worker.device import CpuDevice, CudaDevice
+from seallmd.worker.cuda_device import CudaDevice, _LockedImage
+from seallmd.worker.device import CHUNK_BYTES, CpuDevice, chunks
 
 BLOCK = 1 << 12
 
@@ -114,3 +115,49 @@ def test_steps_wait_for_copies_of_their_own_blocks(
     device.wait_for(tables)
     assert waits == ([] if awaited is None else [events[awaited]])
     assert len(device._kv_copies) == 2
+
+
+class Locks:
+    """Page locks that overlap nowhere, and are refused after so many."""
+
+    def __init__(self, most: int = 1000) -> None:
+        self.held: dict[int, int] = {}
+        self._most = most
+
+    def lock(self, memory: torch.Tensor) -> None:
+        if len(self.held) >= self._most:
+            raise RuntimeError("no more")
+        begin, end = memory.data_ptr(), memory.data_ptr() + memory.numel()
+        assert all(end <= other or other + size <= begin for other, size in self.held.items())
+        self.held[begin] = memory.numel()
+
+    def unlock(self, memory: torch.Tensor) -> None:
+        assert self.held.pop(memory.data_ptr()) == memory.numel()
+
+
+@pytest.mark.parametrize("most", [1000, 2, 0])
+def test_an_image_is_page_locked_where_copies_get(most: int) -> None:
+    """On a GPU: a chunk before it is copied from, each once, and no copy is from two of them; what the driver
+    refuses to lock is copied all the same, and all that is locked is unlocked."""
+    image = torch.arange(3 * CHUNK_BYTES + 700, dtype=torch.int32).to(torch.uint8)
+    extents = (msg.Extent(256, CHUNK_BYTES, 0), msg.Extent(CHUNK_BYTES + 512, CHUNK_BYTES + 100, CHUNK_BYTES))
+    locks = Locks(most)
+    locked = _LockedImage(image, locks)
+    for _ in range(2):
+        for to, at, size in chunks(extents):
+            assert at // CHUNK_BYTES == (at + size - 1) // CHUNK_BYTES
+            extent = extents[to >= CHUNK_BYTES]
+            assert torch.equal(locked.part(at, size), image[extent.image_at + to - extent.arena_at :][:size])
+    assert len(locks.held) == min(most, 3)
+    locked.unlock()
+    assert not locks.held
+
+
+def test_chunks_are_all_of_it() -> None:
+    """Every byte of every extent, once, in order."""
+    extents = (msg.Extent(256, 3 * CHUNK_BYTES, 7), msg.Extent(5 * CHUNK_BYTES, 1, 0), msg.Extent(9, 0, 3))
+    found = list(chunks(extents))
+    assert sum(size for _, _, size in found) == 3 * CHUNK_BYTES + 1
+    assert found[0] == (7, 256, CHUNK_BYTES - 256)
+    assert found[1] == (7 + CHUNK_BYTES - 256, CHUNK_BYTES, CHUNK_BYTES)
+    assert found[-1] == (0, 5 * CHUNK_BYTES, 1)
