@@ -1,6 +1,6 @@
 """Ollama's API, as far as its clients need it to talk to the models that are served.
 
-Owns the endpoints below /api/. Must not know how requests are generated (`serving`).
+Owns the endpoints below /api/, and the greeting at /. Must not know how requests are generated (`serving`).
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ class Ollama:
         self._unloading: set[asyncio.Task[None]] = set()
 
     def routes(self) -> list[web.RouteDef]:
-        """Everything below /api/."""
+        """Everything below /api/, and what clients look for before they go there."""
         return [
+            web.get("/", self.greet),
             web.get("/api/version", self.version),
             web.get("/api/tags", self.tags),
             web.get("/api/ps", self.running),
@@ -56,6 +57,10 @@ class Ollama:
             web.post("/api/embed", self.embed),
             web.post("/api/embeddings", self.old_embed),
         ]
+
+    async def greet(self, _request: web.Request) -> web.Response:
+        """GET and HEAD /: whether somebody is there, in the very words that some clients compare."""
+        return web.Response(text="Ollama is running")
 
     async def version(self, _request: web.Request) -> web.Response:
         """Ours: nobody should take us for an Ollama."""

@@ -134,6 +134,7 @@ OPERATIONS = (
     Operation("post", "/v1/embeddings", "Texts to vectors.", EmbeddingRequest, EmbeddingList),
     Operation("post", "/tokenize", "Text or a chat to token ids.", TokenizeRequest, Tokenized),
     Operation("post", "/detokenize", "Token ids to text.", DetokenizeRequest, Detokenized),
+    Operation("get", "/", "Whether somebody is there, as Ollama says it.", media="text/plain"),
     Operation("get", "/health", "Whether every device is up.", answer=Word),
     Operation("get", "/ready", "Whether new requests are served.", answer=Word),
     Operation("get", "/version", "The daemon's version.", answer=Version),
@@ -230,5 +231,5 @@ def _schema(kind: Any) -> dict[str, Any]:
 
 
 def _identifier(operation: Operation) -> str:
-    words = operation.path.replace("{name}", "by_name").replace(".", "_").strip("/").split("/")
-    return "_".join([operation.method, *words])
+    words = operation.path.replace("{name}", "by_name").replace(".", "_").strip("/") or "root"
+    return "_".join([operation.method, *words.split("/")])

@@ -46,7 +46,7 @@ class HttpSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     ping_seconds: Annotated[float, Meta(ge=0, le=3600)] = 0.0
     write_seconds: Annotated[float, Meta(gt=0, le=86400)] = 120.0
     keys: str = ""
-    open_paths: tuple[str, ...] = ("/health", "/ready", "/version")
+    open_paths: tuple[str, ...] = ("/", "/health", "/ready", "/version")
     cors_origins: tuple[str, ...] = ()
     tls_certificate: str = ""
     tls_key: str = ""

@@ -166,7 +166,7 @@ def client(url: str, key: str, retries: int = 0) -> AsyncOpenAI:
 
 async def test_every_route_needs_a_key_unless_it_was_opened(guarded: str, engine: FakeEngine) -> None:
     """Deny is the default: a route that somebody adds later is in this test without being listed."""
-    opened = {"/health", "/ready", "/version", "/ui", "/ui/"}  # the page asks for a key itself
+    opened = {"/", "/health", "/ready", "/version", "/ui", "/ui/"}  # the page asks for a key itself
     routes = {
         (route.method, route.resource.canonical)
         for route in build_app(engine, HttpSettings()).router.routes()

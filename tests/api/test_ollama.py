@@ -11,6 +11,9 @@ import aiohttp
 import pytest
 from tokenizers import Tokenizer
 
+from seallmd.api.keys import Key, Keyring
+from seallmd.api.server import start_http
+from seallmd.api.settings import HttpSettings
 from seallmd.core.events import Finish
 from tests.api.engine_double import SPOKEN, TEMPLATE, FakeEngine, view
 
@@ -29,6 +32,17 @@ async def lines(url: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     async with aiohttp.ClientSession() as session, session.post(url, json=body) as response:
         assert (response.status, response.content_type) == (200, "application/x-ndjson")
         return [json.loads(line) for line in (await response.text()).splitlines()]
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_greeting(engine: FakeEngine, method: str) -> None:
+    """Ollama's command line asks for / first, web interfaces compare the words; no key is needed."""
+    runner = await start_http(engine, HttpSettings(port=0), keyring=Keyring([Key(name="a", key="sk-" * 9)]))
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}/"
+    async with aiohttp.ClientSession() as session, session.request(method, url) as response:
+        assert (response.status, response.content_type) == (200, "text/plain")
+        assert await response.text() == ("Ollama is running" if method == "GET" else "")
+    await runner.cleanup()
 
 
 async def test_chat_stream(url: str, engine: FakeEngine, tokenizer: Tokenizer) -> None:
