@@ -13,11 +13,10 @@ from msgspec import UNSET, UnsetType
 
 from seallmd.api.choices import Choice, Piece
 from seallmd.api.logprobs import ChatLogprobs, LogprobWriter, PromptLogprobs, unpack
-from seallmd.api.responses import Body, Head, Usage
+from seallmd.api.responses import Body, CompletionDetails, Head, Usage
 from seallmd.api.schema import ChatRequest
-from seallmd.api.tool_formats import ToolFormat
-from seallmd.api.tool_reader import Argued, Called, Event, Said
-from seallmd.api.turns import Turns
+from seallmd.api.tool_reader import Argued, Called, Said
+from seallmd.api.turns import Thought, TurnEvent, TurnFormat, Turns
 from seallmd.api.vocabulary import Vocabulary
 
 
@@ -38,10 +37,11 @@ class MadeCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
-    """The assistant's turn."""
+    """The assistant's turn. reasoning_content: what it thought before."""
 
     role: Literal["assistant"] = "assistant"
     content: str | None
+    reasoning_content: str | UnsetType = UNSET
     refusal: None = None
     tool_calls: list[MadeCall] | UnsetType = UNSET
 
@@ -72,6 +72,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
     tool_calls: list[MadeCall] | UnsetType = UNSET
 
 
@@ -94,9 +95,8 @@ class ChatChunk(_ChatBody, frozen=True, kw_only=True):
 class ChatAnswer:
     """`responses.Answer` of /v1/chat/completions."""
 
-    def __init__(self, request: ChatRequest, vocabulary: Vocabulary, tools: ToolFormat | None = None) -> None:
-        """tools: how calls are written, where some may be made."""
-        self._turns = Turns(tools, several=request.parallel_tool_calls is not False)
+    def __init__(self, request: ChatRequest, vocabulary: Vocabulary, turn: TurnFormat) -> None:
+        self._turns = Turns(turn)
         self._head = Head.of(request, "chatcmpl")
         self._token_ids = bool(request.return_token_ids)
         self._has_logprobs = request.output_top >= 0
@@ -155,7 +155,7 @@ class ChatAnswer:
             **self._of_prompt(choices[0]),
             object="chat.completion",
             choices=parts,
-            usage=usage,
+            usage=self._with_reasoning(usage),
         )
 
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
@@ -181,12 +181,20 @@ class ChatAnswer:
             **({} if prompt_of is None else self._of_prompt(prompt_of)),
             object="chat.completion.chunk",
             choices=choices,
-            usage=usage,
+            usage=self._with_reasoning(usage) if isinstance(usage, Usage) else usage,
         )
 
+    def _with_reasoning(self, usage: Usage) -> Usage:
+        tokens = self._turns.reasoning_tokens
+        if tokens is None:
+            return usage
+        return msgspec.structs.replace(usage, completion_tokens_details=CompletionDetails(tokens))
 
-def _delta(event: Event) -> Delta:
+
+def _delta(event: TurnEvent) -> Delta:
     match event:
+        case Thought(text):
+            return Delta(reasoning_content=text)
         case Said(text):
             return Delta(content=text)
         case Called(index, id_, name):
@@ -196,7 +204,7 @@ def _delta(event: Event) -> Delta:
             return Delta(tool_calls=[MadeCall(index=index, function=CalledFunction(arguments=text))])
 
 
-def _message(events: list[Event]) -> Message:
+def _message(events: list[TurnEvent]) -> Message:
     """The turn that the events of a whole text make up."""
     text = "".join(event.text for event in events if isinstance(event, Said))
     calls = []
@@ -205,6 +213,9 @@ def _message(events: list[Event]) -> Message:
             arguments = "".join(e.text for e in events if isinstance(e, Argued) and e.index == event.index)
             function = CalledFunction(name=event.name, arguments=arguments)
             calls.append(MadeCall(id=event.id, type="function", function=function))
-    if not calls:
-        return Message(content=text)
-    return Message(content=text or None, tool_calls=calls)
+    thought = "".join(event.text for event in events if isinstance(event, Thought))
+    return Message(
+        content=text or (None if calls or thought else ""),
+        reasoning_content=thought or UNSET,
+        tool_calls=calls or UNSET,
+    )

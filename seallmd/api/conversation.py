@@ -36,13 +36,17 @@ class ToolCall(msgspec.Struct, frozen=True):
 
 
 class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One message of a conversation. tool_call_id: the call that a tool's message answers."""
+    """One message of a conversation. tool_call_id: the call that a tool's message answers.
+
+    reasoning_content: what the assistant thought before it said this.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: Annotated[list[ToolCall], Meta(max_length=128)] | None = None
+    reasoning_content: str | None = None
 
 
 def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
@@ -53,7 +57,11 @@ def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
         if isinstance(content, list):
             content = "\n".join(part.text for part in content)
         entry: dict[str, Any] = {"role": message.role, "content": content or ""}
-        optional = {"name": message.name, "tool_call_id": message.tool_call_id}
+        optional = {
+            "name": message.name,
+            "tool_call_id": message.tool_call_id,
+            "reasoning_content": message.reasoning_content,
+        }
         entry |= {key: value for key, value in optional.items() if value is not None}
         if message.tool_calls:
             entry["tool_calls"] = [_plain_call(call) for call in message.tool_calls]
@@ -118,4 +126,4 @@ def _in_words(message: dict[str, Any]) -> dict[str, Any]:
         return message
     texts = [f"<tool_call>\n{msgspec.json.encode(call['function']).decode()}\n</tool_call>" for call in calls]
     content = "\n".join([*([message["content"]] if message["content"] else []), *texts])
-    return {"role": message["role"], "content": content}
+    return {**{key: message[key] for key in message if key != "tool_calls"}, "content": content}

@@ -25,13 +25,22 @@ class PromptDetails(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
+class CompletionDetails(msgspec.Struct, frozen=True):
+    """reasoning_tokens: those of what was thought before the answers."""
+
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of a request, over all its prompts and choices; a prompt counts once."""
+    """Tokens of a request, over all its prompts and choices; a prompt counts once.
+
+    completion_tokens_details: of models that think."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails | UnsetType = UNSET
 
 
 class Head(msgspec.Struct, frozen=True):

@@ -16,9 +16,8 @@ from seallmd.api.choices import Choice, Piece
 from seallmd.api.responses import Usage, count_usage
 from seallmd.api.responses_schema import ResponsesRequest
 from seallmd.api.tiers import tier_of
-from seallmd.api.tool_formats import ToolFormat
-from seallmd.api.tool_reader import Called, Event, Said
-from seallmd.api.turns import Turns
+from seallmd.api.tool_reader import Called, Said
+from seallmd.api.turns import Thought, TurnEvent, TurnFormat, Turns
 
 Object = dict[str, Any]
 
@@ -26,11 +25,10 @@ Object = dict[str, Any]
 class ResponsesAnswer:
     """`responses.Answer` of /v1/responses. There is one choice; its turn becomes a list of items."""
 
-    def __init__(self, request: ResponsesRequest, tools: ToolFormat | None) -> None:
-        """tools: how calls are written, where some may be made."""
+    def __init__(self, request: ResponsesRequest, turn: TurnFormat) -> None:
         self._request = request
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
-        self._turns = Turns(tools, several=request.parallel_tool_calls is not False)
+        self._turns = Turns(turn)
         self._items: list[Object] = []  # the last one may be open
         self._sent = 0
         self._begun = False
@@ -68,16 +66,11 @@ class ResponsesAnswer:
         response = self._response(None, None)
         return [self._event(f"response.{kind}", response=response) for kind in ("created", "in_progress")]
 
-    def _take(self, event: Event) -> list[Object]:
+    def _take(self, event: TurnEvent) -> list[Object]:
         if isinstance(event, Said):
-            events = [] if self._is_open("message") else self._open_message()
-            item = self._items[-1]
-            item["content"][0]["text"] += event.text
-            where = {**self._place(), "content_index": 0}
-            return [
-                *events,
-                self._event("response.output_text.delta", **where, delta=event.text, logprobs=[]),
-            ]
+            return self._write("message", event.text)
+        if isinstance(event, Thought):
+            return self._write("reasoning", event.text)
         if isinstance(event, Called):
             item = {
                 "type": "function_call",
@@ -90,32 +83,43 @@ class ResponsesAnswer:
         self._items[-1]["arguments"] += event.text
         return [self._event("response.function_call_arguments.delta", **self._place(), delta=event.text)]
 
-    def _open_message(self) -> list[Object]:
-        content = [{"type": "output_text", "text": "", "annotations": []}]
-        item = {
-            "type": "message",
-            "id": f"msg_{uuid.uuid4().hex}",
-            "role": "assistant",
-            "content": content,
-        }
-        events = [*self._close(), *self._open(item)]
-        part = self._event(
-            "response.content_part.added", **self._place(), content_index=0, part=content[0].copy()
+    def _write(self, kind: str, text: str) -> list[Object]:
+        """More text of a message, or of thoughts."""
+        events = [] if self._is_open(kind) else self._open_text(kind)
+        part = self._items[-1]["content"][0]
+        part["text"] += text
+        delta = self._event(
+            f"response.{part['type']}.delta", **self._place(), content_index=0, delta=text, **_scores(part)
         )
-        return [*events, part]
+        return [*events, delta]
+
+    def _open_text(self, kind: str) -> list[Object]:
+        part: Object
+        if kind == "message":
+            part = {"type": "output_text", "text": "", "annotations": []}
+            item = {"type": kind, "id": f"msg_{uuid.uuid4().hex}", "role": "assistant", "content": [part]}
+        else:
+            part = {"type": "reasoning_text", "text": ""}
+            item = {"type": kind, "id": f"rs_{uuid.uuid4().hex}", "summary": [], "content": [part]}
+        events = [*self._close(), *self._open(item)]
+        shown = part.copy()
+        return [
+            *events,
+            self._event("response.content_part.added", **self._place(), content_index=0, part=shown),
+        ]
 
     def _open(self, item: Object) -> list[Object]:
         self._items.append({**item, "status": "in_progress"})
-        shown = {**self._items[-1], **({"content": []} if item["type"] == "message" else {})}
+        shown = {**self._items[-1], **({"content": []} if "content" in item else {})}
         return [self._event("response.output_item.added", output_index=len(self._items) - 1, item=shown)]
 
     def _close(self, *, cut: bool = False) -> list[Object]:
         """End the item that is open, if one is. cut: it is not complete."""
-        if self._is_open("message"):
+        if self._is_open("message") or self._is_open("reasoning"):
             part = self._items[-1]["content"][0]
             where = {**self._place(), "content_index": 0}
             events = [
-                self._event("response.output_text.done", **where, text=part["text"], logprobs=[]),
+                self._event(f"response.{part['type']}.done", **where, text=part["text"], **_scores(part)),
                 self._event("response.content_part.done", **where, part=part),
             ]
         elif self._is_open("function_call"):
@@ -165,7 +169,7 @@ class ResponsesAnswer:
             "tools": [{**msgspec.structs.asdict(tool), "type": "function"} for tool in request.tools or ()],
             "top_p": 1.0 if request.top_p is None else request.top_p,
             "truncation": "disabled",
-            "usage": None if usage is None else _usage(usage),
+            "usage": None if usage is None else _usage(usage, self._turns.reasoning_tokens or 0),
         }
 
 
@@ -176,11 +180,16 @@ def _format(request: ResponsesRequest) -> Object:
     return msgspec.structs.asdict(wanted)
 
 
-def _usage(usage: Usage) -> Object:
+def _scores(part: Object) -> Object:
+    """Events of a message's text have log-probabilities; there are none."""
+    return {"logprobs": []} if part["type"] == "output_text" else {}
+
+
+def _usage(usage: Usage, reasoning: int) -> Object:
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.prompt_tokens_details.cached_tokens},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": reasoning},
         "total_tokens": usage.total_tokens,
     }

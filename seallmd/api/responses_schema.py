@@ -22,16 +22,17 @@ from seallmd.errors import RequestError
 class InputPart(msgspec.Struct, frozen=True):
     """A piece of a message; only text can be served."""
 
-    type: Literal["input_text", "output_text", "text"]
+    type: Literal["input_text", "output_text", "text", "reasoning_text"]
     text: str
 
 
 class InputItem(msgspec.Struct, frozen=True, kw_only=True):
-    """A message, a call that was made, or its result; which fields count depends on `type`."""
+    """A message, thoughts before one, a call that was made, or its result; which fields count depends on
+    `type`."""
 
-    type: Literal["message", "function_call", "function_call_output"] = "message"
+    type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] = "user"
-    content: str | list[InputPart] = ""
+    content: str | list[InputPart] | None = None
     call_id: str = ""
     name: str = ""
     arguments: str = "{}"
@@ -141,22 +142,38 @@ def read_responses(body: bytes) -> ResponsesRequest:
 
 
 def _messages(items: list[InputItem]) -> list[ChatMessage]:
-    """One for each item; but calls are of the turn of the assistant that they follow, if they follow one."""
+    """One for each item; but thoughts, text and calls that follow one another are one turn."""
     messages = list[ChatMessage]()
     for item in items:
         message = _message(item)
+        if item.type == "reasoning" and not message.reasoning_content:
+            continue  # there may be a summary alone, or what others encrypted
         turn = messages[-1] if messages and messages[-1].role == "assistant" else None
-        if item.type != "function_call" or turn is None:
+        joined = None if turn is None else _joined(turn, message)
+        if joined is None:
             messages.append(message)
-        elif turn.tool_calls is None:
-            messages[-1] = msgspec.structs.replace(turn, tool_calls=message.tool_calls)
         else:
-            turn.tool_calls.extend(message.tool_calls or ())
+            messages[-1] = joined
     return messages
+
+
+def _joined(turn: ChatMessage, more: ChatMessage) -> ChatMessage | None:
+    """A turn of the assistant with its next item; None where that is a turn of its own."""
+    if more.tool_calls and turn.tool_calls:
+        turn.tool_calls.extend(more.tool_calls)
+        return turn
+    if more.tool_calls:
+        return msgspec.structs.replace(turn, tool_calls=more.tool_calls)
+    only_thought = turn.content is None and not turn.tool_calls
+    if more.role == "assistant" and more.reasoning_content is None and only_thought:
+        return msgspec.structs.replace(turn, content=more.content)
+    return None
 
 
 def _message(item: InputItem) -> ChatMessage:
     match item.type:
+        case "reasoning":
+            return ChatMessage(role="assistant", reasoning_content=_text(item.content))
         case "function_call":
             call = ToolCall(FunctionCall(item.name, item.arguments), item.call_id)
             return ChatMessage(role="assistant", tool_calls=[call])
@@ -166,5 +183,7 @@ def _message(item: InputItem) -> ChatMessage:
             return ChatMessage(role=item.role, content=_text(item.content))
 
 
-def _text(content: str | list[InputPart]) -> str:
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+def _text(content: str | list[InputPart] | None) -> str:
+    if isinstance(content, list):
+        return "\n".join(part.text for part in content)
+    return content or ""

@@ -11,7 +11,6 @@ import ssl
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from aiohttp import web
 
@@ -22,8 +21,8 @@ from seallmd.api.batch.runner import Endpoint, Runner
 from seallmd.api.batch.store import Store
 from seallmd.api.batch.teller import Teller
 from seallmd.api.chat_answer import ChatAnswer
+from seallmd.api.chats import prepare
 from seallmd.api.completion_answer import CompletionAnswer
-from seallmd.api.conversation import plain_messages
 from seallmd.api.cors import make_cors, tell_origin
 from seallmd.api.embeddings import Embeddings
 from seallmd.api.guard import make_guard
@@ -38,12 +37,12 @@ from seallmd.api.responses import Answer
 from seallmd.api.responses_answer import ResponsesAnswer
 from seallmd.api.responses_schema import read_responses
 from seallmd.api.schema import MAX_PROMPTS, ChatRequest, read_chat, read_completion
-from seallmd.api.serving import Serving, ToolUse, json_response, read_body
+from seallmd.api.serving import Serving, json_response, read_body
 from seallmd.api.settings import BatchSettings, HttpSettings
 from seallmd.api.sockets import claim_socket_path
 from seallmd.api.text import TextModel
 from seallmd.api.tokenize import Tokenize
-from seallmd.api.tool_formats import ToolFormat
+from seallmd.api.turns import TurnFormat
 from seallmd.api.ui import PAGE_PATHS, Ui
 from seallmd.api.wire import EVENTS, NAMED_EVENTS, Wire
 from seallmd.core.status import NodeStatus, ServiceStatus
@@ -305,7 +304,7 @@ class OpenAI:
     async def converse(self, body: bytes, request: web.Request | None = None) -> web.StreamResponse:
         """The same for a body from anywhere."""
         spec = read_chat(body)
-        return await self._chat(request, spec, lambda text, tools: ChatAnswer(spec, text.vocabulary, tools))
+        return await self._chat(request, spec, lambda text, turn: ChatAnswer(spec, text.vocabulary, turn))
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/responses."""
@@ -315,35 +314,20 @@ class OpenAI:
         """The same for a body from anywhere."""
         wanted = read_responses(body)
         return await self._chat(
-            request, wanted.as_chat(), lambda _, tools: ResponsesAnswer(wanted, tools), NAMED_EVENTS
+            request, wanted.as_chat(), lambda _, turn: ResponsesAnswer(wanted, turn), NAMED_EVENTS
         )
 
     async def _chat(
         self,
         request: web.Request | None,
         spec: ChatRequest,
-        answer: Callable[[TextModel, ToolFormat | None], Answer],
+        answer: Callable[[TextModel, TurnFormat], Answer],
         wire: Wire = EVENTS,
     ) -> web.StreamResponse:
-        """The next turn of a conversation. answer: words it, given how calls are written."""
-        model = await self._serving.model(spec.model)
-        tools, use, offered = spec.offered, None, list[dict[str, Any]]()
-        if tools is not None:
-            format_ = tools.format(model.text, self._serving.view(spec.model).settings.tool_parser)
-            use = ToolUse(format_, tools.form(format_, model.text, spec.form))
-            offered = tools.shown()
-        prompt = await self._serving.texts.encode_chat(
-            model.text,
-            plain_messages(spec.messages),
-            spec.chat_template_kwargs or {},
-            tools=offered,
-            add_generation_prompt=spec.add_generation_prompt is not False,
-            add_special_tokens=bool(spec.add_special_tokens),
-            continue_final=bool(spec.continue_final_message),
-        )
-        prompt = truncated(spec, model.shape.context, prompt)
-        worded = answer(model.text, None if use is None else use.format)
-        return await self._serving.generate(request, spec, model, [prompt], worded, wire, use)
+        """The next turn of a conversation. answer: words it, given how it is written."""
+        chat = await prepare(self._serving, spec)
+        worded = answer(chat.model.text, chat.turn.format)
+        return await self._serving.generate(request, spec, chat.model, [chat.prompt], worded, wire, chat.turn)
 
 
 def _was_resident(service: ServiceStatus | None) -> bool:

@@ -24,7 +24,7 @@ from seallmd.api.schema import ChatRequest, CompletionRequest, GenerationRequest
 from seallmd.api.settings import HttpSettings
 from seallmd.api.structured import Form, Grammars
 from seallmd.api.text import TextModel, TextModels
-from seallmd.api.tool_formats import ToolFormat
+from seallmd.api.turns import TurnFormat
 from seallmd.api.wire import EVENTS, Wire, send_stream
 from seallmd.core.shapes import ModelShape
 from seallmd.errors import RequestError
@@ -43,10 +43,10 @@ class Model(msgspec.Struct, frozen=True):
     text: TextModel
 
 
-class ToolUse(msgspec.Struct, frozen=True):
-    """What tools mean for a request's outputs. form: what they must look like, if anything."""
+class Turn(msgspec.Struct, frozen=True):
+    """What a chat's outputs are: how they are written, and what they must look like, if anything."""
 
-    format: ToolFormat
+    format: TurnFormat
     form: Form | None
 
 
@@ -125,16 +125,17 @@ class Serving:
         prompts: list[list[int]],
         answer: Answer,
         wire: Wire = EVENTS,
-        tools: ToolUse | None = None,
+        turn: Turn | None = None,
     ) -> web.StreamResponse:
         """Run all choices of all prompts; whatever happens, none outlives the call.
 
-        request: whose connection a stream goes to; None: there is none, and nothing is streamed.
+        request: whose connection a stream goes to; None: there is none, and nothing is streamed. turn: of a
+        chat.
         """
         # Everything is checked before anything is started.
         if spec.stream and request is None:
             raise RequestError("this is answered in one piece: `stream` must be false", param="stream")
-        form = spec.form if tools is None else tools.form
+        form = spec.form if turn is None else turn.form
         constraints = await self.constraints(spec, model, form)
         batches = [
             keyed(generations, spec.service_tier)
@@ -155,7 +156,7 @@ class Serving:
                         model.text.detokenizer(
                             prime,
                             skip_special=spec.skip_special_tokens is not False,
-                            keep=() if tools is None else tools.format.markers,
+                            keep=() if turn is None else turn.format.markers,
                         ),
                         spec.stops,
                         include_stop=bool(spec.include_stop_str_in_output),

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from seallmd.api.helper import HelperFailed, HelperProcess
+from seallmd.api.reasoning import knows_reasoning
 from seallmd.api.template_process import MAX_RENDERED_CHARACTERS, Job, Rendered
 from seallmd.errors import RequestError
 
@@ -35,6 +36,16 @@ class ChatTemplate(msgspec.Struct, frozen=True):
     def knows_tools(self) -> bool:
         """Whether the template tells the model of tools; otherwise somebody else has to."""
         return "tools" in self.source
+
+    @property
+    def knows_reasoning(self) -> bool:
+        """Whether the model is one that thinks before it answers."""
+        return knows_reasoning(self.source)
+
+    @property
+    def takes_reasoning(self) -> bool:
+        """Whether the template tells the model of what it thought in earlier turns."""
+        return "reasoning_content" in self.source
 
 
 def read_chat_template(directory: Path) -> ChatTemplate | None:

@@ -26,6 +26,7 @@ from seallmd.errors import RequestError
 _log = logging.getLogger(__name__)
 _THREADS = 2
 _LONG = 1 << 16  # characters or tokens: some 50 ms of work
+_SPACES = 8  # tokens of white space at an end, at most
 # Behind the content of a message that is to be continued, to find its end in the rendered text: as in
 # transformers (`apply_chat_template`), with the space that tells whether the template trims.
 _MARK = "CONTINUE_FINAL_MESSAGE_TAG "
@@ -74,6 +75,11 @@ class TextModel:
         """
         kept = {self.tokenizer.token_to_id(token) for token in keep}
         return Detokenizer(self.tokenizer, prompt, skip=self._special - kept if skip_special else frozenset())
+
+    def ends_with(self, tokens: Sequence[int], text: str) -> bool:
+        """Whether tokens end with a text, but for white space."""
+        tail = list(tokens[-len(text) - _SPACES :])
+        return str(self.tokenizer.decode(tail, skip_special_tokens=False)).rstrip().endswith(text)
 
     def special_id(self, token: str) -> int | None:
         """The id of a special token; None when this text is none."""
@@ -165,6 +171,8 @@ class TextModels:
             messages = explain_tools(messages, list(tools))
         if not template.knows_developer:
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        if not template.takes_reasoning:
+            messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
         if continue_final:
             last = messages[-1]
             messages = [*messages[:-1], {**last, "content": last["content"] + _MARK}]

@@ -32,9 +32,11 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     the groups of devices that it may come in on, each as long as tensor_parallel, in rank order; empty =
     any. importance: what a second of its requests counts for when memory is scarce, beside 1 of others: who
     comes in, who leaves, and where plans put it. tool_parser: how the model writes tool calls; auto goes by
-    its chat template. pooling: what /v1/embeddings makes of a text's last hidden states, their mean or the
-    last one; none = the service gives no embeddings. idle_seconds: it leaves its device when nobody has
-    asked it for anything for so long; 0 = never, and a pinned one never does.
+    its chat template. reasoning_parser: thoughts in `<think>` tags before the answer are told apart from
+    it where the chat template knows them (auto), or are part of it (none). pooling: what /v1/embeddings makes
+    of a text's last hidden states, their mean or the last one; none = the service gives no embeddings.
+    idle_seconds: it leaves its device when nobody has asked it for anything for so long; 0 = never, and a
+    pinned one never does.
     """
 
     name: Name
@@ -50,6 +52,7 @@ class ServiceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     devices: tuple[tuple[int, ...], ...] = ()
     importance: Annotated[float, Meta(ge=0.001, le=1000)] = 1.0
     tool_parser: Literal["auto", "none", "hermes", "qwen", "llama3_json", "mistral"] = "auto"
+    reasoning_parser: Literal["auto", "none"] = "auto"
     pooling: Literal["none", "mean", "last"] = "none"
     idle_seconds: Annotated[float, Meta(ge=0, le=31536000)] = 0.0
 
