@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from typing import Literal
 
+import msgspec
 from aiohttp import web
 
 from seallmd import __version__
-from seallmd.api.conversation import ChatMessage, plain_messages
+from seallmd.api.chats import prepare, reads_reasoning
 from seallmd.api.embedding import Vector, Wanted, embed, pooling_of
 from seallmd.api.ollama_responses import OllamaAnswer, model_card, running_card, shown_card
 from seallmd.api.ollama_schema import (
@@ -21,6 +23,8 @@ from seallmd.api.ollama_schema import (
     as_chat,
     as_completion,
     chat_messages,
+    output_limit,
+    prompt_messages,
     read_embed,
     read_generate,
     read_old_embed,
@@ -28,12 +32,16 @@ from seallmd.api.ollama_schema import (
     read_show,
 )
 from seallmd.api.schema import ChatRequest, CompletionRequest
-from seallmd.api.serving import Model, Serving, json_response, read_body
+from seallmd.api.serving import Model, Serving, Turn, json_response, read_body
+from seallmd.api.text import TextModel
 from seallmd.api.wire import LINES
+from seallmd.core.settings import ServiceSettings
 from seallmd.errors import ControlError, RequestError
 
 _log = logging.getLogger(__name__)
 _FORM = "application/x-www-form-urlencoded"
+
+_Kind = Literal["generate", "chat"]
 
 
 class Ollama:
@@ -81,44 +89,33 @@ class Ollama:
         """POST /api/show: what is known of a model; wakes none."""
         name = self._name(read_show(await _body(request)))
         model = await self._serving.model(name)
-        template = model.text.template.source if model.text.template is not None else ""
-        return json_response(shown_card(self._serving.view(name), template))
+        view, template = self._serving.view(name), model.text.template
+        source = template.source if template is not None else ""
+        return json_response(shown_card(view, source, _capabilities(view.settings, model.text)))
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """POST /api/generate: a prompt, through the model's chat template unless it is raw."""
         spec = read_generate(await _body(request))
         name = self._name(spec.model)
-        answer = OllamaAnswer(spec.model, "generate")
         if not spec.prompt:
-            await self._place(spec, name)
-            return json_response(answer.nothing("unload" if spec.unloads else "load"))
+            return await self._place_only(spec, name, "generate")
         model = await self._serving.model(name)
-        if spec.raw or model.text.template is None:
-            if spec.system:
-                raise RequestError("`system` needs a chat template", param="system")
-            tokens = await self._serving.encode(model, spec.prompt)
-            ours: CompletionRequest | ChatRequest = as_completion(
-                spec, name, spec.prompt, _room(model, tokens)
-            )
-        else:
-            messages = chat_messages(spec)
-            tokens = await self._encode(model, messages)
-            ours = as_chat(spec, name, messages, _room(model, tokens))
-        return await self._answer(request, spec, ours, model, tokens, answer)
+        if not spec.raw and model.text.template is not None:
+            return await self._converse(request, spec, as_chat(spec, name, prompt_messages(spec)), "generate")
+        for field in ("system", "think"):
+            if getattr(spec, field):
+                raise RequestError(f"`{field}` needs a chat template", param=field)
+        tokens = await self._serving.encode(model, spec.prompt)
+        ours = as_completion(spec, name, spec.prompt)
+        return await self._answer(request, spec, ours, model, tokens, "generate")
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """POST /api/chat: a conversation."""
         spec = read_ollama_chat(await _body(request))
         name = self._name(spec.model)
-        answer = OllamaAnswer(spec.model, "chat")
         if not spec.messages:
-            await self._place(spec, name)
-            return json_response(answer.nothing("unload" if spec.unloads else "load"))
-        model = await self._serving.model(name)
-        messages = [ChatMessage(role=message.role, content=message.content) for message in spec.messages]
-        tokens = await self._encode(model, messages)
-        ours = as_chat(spec, name, messages, _room(model, tokens))
-        return await self._answer(request, spec, ours, model, tokens, answer)
+            return await self._place_only(spec, name, "chat")
+        return await self._converse(request, spec, as_chat(spec, name, chat_messages(spec)), "chat")
 
     async def embed(self, request: web.Request) -> web.Response:
         """POST /api/embed: a vector of length 1 for each input."""
@@ -161,8 +158,14 @@ class Ollama:
             if spec.unloads:
                 self._unload_later(name)
 
-    async def _encode(self, model: Model, messages: list[ChatMessage]) -> list[int]:
-        return await self._serving.texts.encode_chat(model.text, plain_messages(messages), {})
+    async def _converse(
+        self, request: web.Request, spec: OllamaRequest, ours: ChatRequest, kind: _Kind
+    ) -> web.StreamResponse:
+        model = await self._serving.model(ours.model)
+        if spec.think and not reads_reasoning(self._serving.view(ours.model).settings, model.text):
+            raise RequestError(f"the model {ours.model!r} does not support thinking", param="think")
+        chat = await prepare(self._serving, ours)
+        return await self._answer(request, spec, ours, model, chat.prompt, kind, chat.turn)
 
     async def _answer(
         self,
@@ -171,14 +174,22 @@ class Ollama:
         ours: CompletionRequest | ChatRequest,
         model: Model,
         tokens: list[int],
-        answer: OllamaAnswer,
+        kind: _Kind,
+        turn: Turn | None = None,
     ) -> web.StreamResponse:
+        limit = output_limit(spec, model.shape.context - len(tokens))
+        ours = msgspec.structs.replace(ours, max_tokens=limit)
+        answer = OllamaAnswer(spec.model, kind, None if turn is None else turn.format)
         self._keep(spec, model.name)
         try:
-            return await self._serving.generate(request, ours, model, [tokens], answer, LINES)
+            return await self._serving.generate(request, ours, model, [tokens], answer, LINES, turn)
         finally:
             if spec.unloads:
                 self._unload_later(model.name)
+
+    async def _place_only(self, spec: OllamaRequest, name: str, kind: _Kind) -> web.Response:
+        await self._place(spec, name)
+        return json_response(OllamaAnswer(spec.model, kind).nothing("unload" if spec.unloads else "load"))
 
     async def _place(self, spec: KeepingRequest, name: str) -> None:
         """Load the model, or with keep_alive 0 unload it; returns when that is done."""
@@ -231,5 +242,12 @@ async def _body(request: web.Request) -> bytes:
     return await read_body(request)
 
 
-def _room(model: Model, tokens: list[int]) -> int:
-    return model.shape.context - len(tokens)
+def _capabilities(settings: ServiceSettings, model: TextModel) -> list[str]:
+    """What clients may ask for, in Ollama's words."""
+    has = {
+        "completion": True,
+        "tools": model.template is not None and settings.tool_parser != "none",
+        "thinking": reads_reasoning(settings, model),
+        "embedding": settings.pooling != "none",
+    }
+    return [name for name, there in has.items() if there]

@@ -15,6 +15,8 @@ from msgspec import UnsetType
 
 from seallmd.api.choices import Choice, Piece
 from seallmd.api.responses import Usage
+from seallmd.api.tool_reader import Argued, Called, Said
+from seallmd.api.turns import TurnFormat, Turns
 from seallmd.core.status import ServiceStatus
 from seallmd.runtime.face import ServiceView
 
@@ -37,15 +39,19 @@ class Ended(msgspec.Struct, frozen=True):
 class OllamaAnswer:
     """`responses.Answer` of both endpoints. Each piece is an object; the last one is `done`, with figures."""
 
-    def __init__(self, model: str, kind: Literal["generate", "chat"]) -> None:
+    def __init__(self, model: str, kind: Literal["generate", "chat"], turn: TurnFormat | None = None) -> None:
+        """turn: how the output is written; None: it is text."""
         self._model = model
         self._kind = kind
+        self._turns = Turns(turn or TurnFormat())
+        self._call: _Call | None = None  # the one that is being written
 
     def chunks(self, choice: Choice, piece: Piece, usage: Usage | UnsetType | None) -> list[object]:  # noqa: ARG002 - Ollama has no usage
-        """The text, if there is some; at the end an object without text."""
-        chunks = [self._body(piece.text)] if piece.text else []
+        """What there is to tell, if there is something; at the end an object without text."""
+        parts = self._parts(piece)
+        chunks = [self._body(part) for part in parts]
         if piece.finish_reason is not None:
-            chunks.append(self._body("", _ended(choice, piece.finish_reason)))
+            chunks.append(self._body(_Part(), _ended(choice, piece.finish_reason)))
         return chunks
 
     def usage_chunk(self, usage: Usage) -> None:
@@ -53,20 +59,74 @@ class OllamaAnswer:
 
     def whole(self, choices: list[Choice], pieces: list[Piece], usage: Usage) -> object:  # noqa: ARG002 - Ollama has no usage
         """One object with all."""
-        return self._body(pieces[0].text, _ended(choices[0], pieces[0].finish_reason or "stop"))
+        parts = self._parts(pieces[0])
+        whole = _Part(
+            "".join(part.text for part in parts),
+            "".join(part.thinking for part in parts),
+            [call for part in parts for call in part.calls],
+        )
+        return self._body(whole, _ended(choices[0], pieces[0].finish_reason or "stop"))
 
     def nothing(self, reason: str) -> object:
         """The answer when a model was only loaded or unloaded."""
-        return self._body("", Ended(reason))
+        return self._body(_Part(), Ended(reason))
 
-    def _body(self, text: str, ended: Ended | None = None) -> object:
+    def _parts(self, piece: Piece) -> list[_Part]:
+        """A call is told when it is whole: behind it something else begins, or nothing follows."""
+        parts = list[_Part]()
+        for event in self._turns.events(piece):
+            if isinstance(event, Argued):
+                assert self._call is not None
+                self._call.arguments += event.text
+                continue
+            parts += self._close()
+            if isinstance(event, Called):
+                self._call = _Call(event)
+            else:
+                parts.append(_Part(event.text) if isinstance(event, Said) else _Part(thinking=event.text))
+        return parts if piece.finish_reason is None else [*parts, *self._close()]
+
+    def _close(self) -> list[_Part]:
+        call, self._call = self._call, None
+        return [] if call is None else [call.told()]
+
+    def _body(self, part: _Part, ended: Ended | None = None) -> object:
         now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        thinking = {"thinking": part.thinking} if part.thinking else {}
         if self._kind == "chat":
-            body: dict[str, Any] = {"message": {"role": "assistant", "content": text}}
+            calls = {"tool_calls": part.calls} if part.calls else {}
+            message = {"role": "assistant", "content": part.text, **thinking, **calls}
+            body: dict[str, Any] = {"message": message}
         else:
-            body = {"response": text}
+            body = {"response": part.text, **thinking}
         figures = {} if ended is None else msgspec.structs.asdict(ended)
         return {"model": self._model, "created_at": now, **body, "done": ended is not None, **figures}
+
+
+class _Part(msgspec.Struct, frozen=True):
+    """Something to tell. calls: as Ollama has them."""
+
+    text: str = ""
+    thinking: str = ""
+    calls: list[dict[str, Any]] = []
+
+
+class _Call:
+    """A call that is being written. arguments: the JSON text so far."""
+
+    def __init__(self, begun: Called) -> None:
+        self._begun = begun
+        self.arguments = ""
+
+    def told(self) -> _Part:
+        """The call; or as text what was cut off: nobody must make it, and it has no arguments as values."""
+        try:
+            arguments = msgspec.json.decode(self.arguments, type=dict[str, Any])
+        except (msgspec.DecodeError, RecursionError):
+            name = msgspec.json.encode(self._begun.name).decode()
+            return _Part(f'{{"name": {name}, "arguments": {self.arguments}')
+        function = {"index": self._begun.index, "name": self._begun.name, "arguments": arguments}
+        return _Part(calls=[{"id": self._begun.id, "function": function}])
 
 
 def _ended(choice: Choice, reason: str) -> Ended:
@@ -122,7 +182,7 @@ def running_card(view: ServiceView, status: ServiceStatus) -> dict[str, Any]:
     }
 
 
-def shown_card(view: ServiceView, template: str) -> dict[str, Any]:
+def shown_card(view: ServiceView, template: str, capabilities: list[str]) -> dict[str, Any]:
     """A service in /api/show. template: as the model has it (Jinja, where Ollama's are Go's)."""
     card, shape = model_card(view), view.shape
     assert shape is not None
@@ -139,7 +199,7 @@ def shown_card(view: ServiceView, template: str) -> dict[str, Any]:
             f"{family}.block_count": len(shape.layers),
             f"{family}.vocab_size": shape.vocab,
         },
-        "capabilities": ["completion"] + ["embedding"] * (view.settings.pooling != "none"),
+        "capabilities": capabilities,
     }
 
 

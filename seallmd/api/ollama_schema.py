@@ -7,16 +7,18 @@ the engine.
 from __future__ import annotations
 
 import re
+from collections import deque
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from seallmd.api.conversation import ChatMessage
+from seallmd.api.conversation import ChatMessage, FunctionCall, ToolCall
 from seallmd.api.embeddings import MAX_INPUTS
 from seallmd.api.fields import Penalty, StopString, Unserved, decode_body, refuse_unserved
 from seallmd.api.schema import ChatRequest, CompletionRequest
 from seallmd.api.structured import JsonSchema, ResponseFormat
+from seallmd.api.tools import Tool
 from seallmd.errors import RequestError
 
 # Go's, and plain seconds. Possessive: nothing is tried twice, or a row of digits would take for ever.
@@ -73,10 +75,19 @@ class KeepingRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OllamaRequest(KeepingRequest, frozen=True, kw_only=True):
-    """What /api/generate and /api/chat have in common."""
+    """What /api/generate and /api/chat have in common. think: the template's default unless given."""
 
     stream: bool | None = None
     format: Literal["json", ""] | dict[str, Any] | None = None
+    think: bool | Literal["low", "medium", "high", "max"] | None = None
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """`think` as the templates of models that think know it: each family by a name of its own."""
+        if self.think is None:
+            return {}
+        effort = {"reasoning_effort": self.think} if isinstance(self.think, str) else {}
+        return {"enable_thinking": bool(self.think), "thinking": bool(self.think), **effort}
 
     @property
     def response_format(self) -> ResponseFormat | None:
@@ -102,19 +113,37 @@ class GenerateRequest(OllamaRequest, frozen=True, kw_only=True):
     raw: bool | None = None
 
 
+class OllamaFunction(msgspec.Struct, frozen=True):
+    """What was called. arguments: as values, where OpenAI has JSON text."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    arguments: dict[str, Any] | None = None
+
+
+class OllamaCall(msgspec.Struct, frozen=True):
+    """A call that the assistant made earlier."""
+
+    function: OllamaFunction
+    id: str | None = None
+
+
 class OllamaMessage(msgspec.Struct, frozen=True):
-    """One message. images and tools are refused."""
+    """One message. tool_name, tool_call_id: of the call that a tool's message answers. images are refused."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
+    thinking: str | None = None
     images: Annotated[list[str], Meta(max_length=0)] | None = None
-    tool_calls: Annotated[list[msgspec.Raw], Meta(max_length=0)] | None = None
+    tool_calls: Annotated[list[OllamaCall], Meta(max_length=128)] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
 
 
 class OllamaChatRequest(OllamaRequest, frozen=True, kw_only=True):
     """POST /api/chat. Without messages the model is loaded, or unloaded."""
 
     messages: Annotated[list[OllamaMessage], Meta(max_length=1 << 16)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
 
 
 class ShowRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,8 +180,6 @@ _UNSERVED: Unserved = {
     "logprobs": ("null", "false"),
     "suffix": ("null", '""'),
     "template": ("null", '""'),
-    "think": ("null", "false"),
-    "tools": ("null", "[]"),
     "top_logprobs": ("null", "0"),
 }
 _UNSERVED_OPTIONS: Unserved = {
@@ -199,33 +226,70 @@ def read_show(body: bytes) -> str:
     return spec.model or spec.name
 
 
-def chat_messages(spec: GenerateRequest) -> list[ChatMessage]:
+def prompt_messages(spec: GenerateRequest) -> list[ChatMessage]:
     """The conversation that /api/generate means where the model has a template."""
     system = [ChatMessage(role="system", content=spec.system)] if spec.system else []
     return [*system, ChatMessage(role="user", content=spec.prompt)]
 
 
-def as_chat(spec: OllamaRequest, name: str, messages: list[ChatMessage], room: int) -> ChatRequest:
-    """The same as our own chat request. room: tokens that the context leaves for the output."""
+def chat_messages(spec: OllamaChatRequest) -> list[ChatMessage]:
+    """The conversation of /api/chat.
+
+    Ollama's clients tell no ids of calls, which some templates insist on: results then answer calls in order.
+    """
+    messages, open_calls, made = list[ChatMessage](), deque[str](), 0
+    for message in spec.messages or ():
+        calls = list[ToolCall]()
+        for call in message.tool_calls or ():
+            made += 1
+            arguments = msgspec.json.encode(call.function.arguments or {}).decode()
+            id_ = call.id or f"call{made:05}"  # nine letters and digits, as Mistral's template wants them
+            calls.append(ToolCall(FunctionCall(call.function.name, arguments), id_))
+            open_calls.append(id_)
+        answered = message.tool_call_id
+        if message.role == "tool" and open_calls:
+            first = open_calls.popleft()
+            answered = answered or first
+        messages.append(
+            ChatMessage(
+                role=message.role,
+                content=message.content,
+                name=message.tool_name,
+                tool_call_id=answered,
+                tool_calls=calls or None,
+                reasoning_content=message.thinking,
+            )
+        )
+    return messages
+
+
+def as_chat(spec: OllamaRequest, name: str, messages: list[ChatMessage]) -> ChatRequest:
+    """The same as our own chat request, but for its limit."""
     return msgspec.structs.replace(
-        ChatRequest(model=name, messages=messages), **_sampling(spec, room), stream=spec.streams
+        ChatRequest(model=name, messages=messages),
+        **_sampling(spec),
+        chat_template_kwargs=spec.template_kwargs,
+        tools=spec.tools if isinstance(spec, OllamaChatRequest) else None,
     )
 
 
-def as_completion(spec: OllamaRequest, name: str, prompt: str, room: int) -> CompletionRequest:
-    """The same as our own completion request."""
-    return msgspec.structs.replace(
-        CompletionRequest(model=name, prompt=prompt), **_sampling(spec, room), stream=spec.streams
-    )
+def as_completion(spec: OllamaRequest, name: str, prompt: str) -> CompletionRequest:
+    """The same as our own completion request, but for its limit."""
+    return msgspec.structs.replace(CompletionRequest(model=name, prompt=prompt), **_sampling(spec))
 
 
-def _sampling(spec: OllamaRequest, room: int) -> dict[str, Any]:
+def output_limit(spec: OllamaRequest, room: int) -> int:
+    """Most tokens of the output. room: what the context leaves for it.
+
+    More than fits is no error in Ollama. Without any room our own check tells the numbers.
+    """
+    wanted = (spec.options or Options()).num_predict or 0
+    return max(1, min(wanted, room) if wanted > 0 else room)
+
+
+def _sampling(spec: OllamaRequest) -> dict[str, Any]:
     options = spec.options or Options()
-    wanted = options.num_predict or 0
-    # More than fits is no error in Ollama. Without any room our own check tells the numbers.
-    limit = min(wanted, room) if wanted > 0 else room
     return {
-        "max_tokens": max(1, limit),
         "temperature": 0.8 if options.temperature is None else options.temperature,
         "top_k": 40 if options.top_k is None else options.top_k,
         "top_p": 0.9 if options.top_p is None else options.top_p,
@@ -236,6 +300,7 @@ def _sampling(spec: OllamaRequest, room: int) -> dict[str, Any]:
         "presence_penalty": options.presence_penalty,
         "frequency_penalty": options.frequency_penalty,
         "response_format": spec.response_format,
+        "stream": spec.streams,
     }
 
 

@@ -164,7 +164,11 @@ async def test_unload_after_the_answer(url: str, engine: FakeEngine, model: Path
         ("chat", {"model": "gone"}, 503, "no such architecture"),
         ("chat", {"format": "xml"}, 400, "format"),
         ("chat", {"tools": [{}]}, 400, "tools"),
-        ("chat", {"think": True}, 400, "think"),
+        ("chat", {"think": True}, 400, "does not support thinking"),
+        ("chat", {"think": "deeply"}, 400, "think"),
+        ("chat", {"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "name"),
+        ("chat", {"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, 400, "name"),
+        ("generate", {"prompt": "x", "raw": True, "think": True}, 400, "think"),
         ("chat", {"messages": [{"role": "user", "content": "x", "images": ["aa"]}]}, 400, "images"),
         ("chat", {"messages": [{"role": "king", "content": "x"}]}, 400, "role"),
         ("generate", {"images": ["aa"]}, 400, "images"),
@@ -229,7 +233,7 @@ async def test_show(url: str, engine: FakeEngine, field: str) -> None:
     """What clients look up before they ask: sizes, what it can do, its template. Nothing is woken."""
     status, shown = await call(url + "/api/show", {field: "m:latest"})
     assert status == 200
-    assert shown["capabilities"] == ["completion"]
+    assert shown["capabilities"] == ["completion", "tools"]
     assert shown["model_info"]["Fake.context_length"] == 200
     assert shown["model_info"]["Fake.embedding_length"] == 4
     assert shown["template"] == TEMPLATE

@@ -19,11 +19,40 @@ CITY = {
 }
 
 
+def colour(thing: str) -> str:
+    """Tell the colour of a thing.
+
+    Args:
+        thing: what it is about
+    """
+    return thing
+
+
+def tools(client):
+    """Calls and their results go to the model; what it makes of them is the model's own affair."""
+    call = {"function": {"name": "colour", "arguments": {"thing": "the sky"}}}
+    talk = [
+        {"role": "user", "content": "What colour is the sky?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_name": "colour", "content": "blue"},
+    ]
+    answer = client.chat(CHAT, talk, tools=[colour], options=GREEDY)
+    assert answer.message.content or answer.message.tool_calls
+    assert answer.prompt_eval_count > 50
+    try:
+        client.chat(CHAT, MESSAGES, think=True)
+    except ollama.ResponseError as error:
+        assert error.status_code == 400
+        assert "thinking" in error.error
+    else:
+        raise AssertionError("a model that does not think did")
+
+
 def main():
     client = ollama.Client(host=URL, timeout=120)
     assert {CHAT, PLAIN} <= {model.model for model in client.list().models}
     shown = client.show(CHAT)
-    assert {"completion", "embedding"} <= set(shown.capabilities)
+    assert {"completion", "embedding", "tools"} <= set(shown.capabilities)
     assert shown.modelinfo[f"{shown.details.family}.context_length"] > 1000
     whole = client.chat(CHAT, MESSAGES, options=GREEDY)
     streamed = list(client.chat(CHAT, MESSAGES, options=GREEDY, stream=True))
@@ -34,6 +63,7 @@ def main():
     answer = client.chat(CHAT, MESSAGES, format=CITY, options={"temperature": 0, "num_predict": 60})
     assert set(json.loads(answer.message.content)) == {"city"}
     assert CHAT in {model.model for model in client.ps().models}
+    tools(client)
     vectors = client.embed(CHAT, ["Once upon a time", "x"])
     assert len(vectors.embeddings) == 2
     assert len(client.embeddings(CHAT, "Once upon a time").embedding) == len(vectors.embeddings[0])
