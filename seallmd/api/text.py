@@ -49,6 +49,7 @@ class TextModel:
         self.template = template
         self.vocabulary = Vocabulary(tokenizer)
         self._special = special_ids(tokenizer)
+        self._added = frozenset(tokenizer.get_added_tokens_decoder())
 
     @classmethod
     def read(cls, directory: Path) -> TextModel:
@@ -81,10 +82,13 @@ class TextModel:
         tail = list(tokens[-len(text) - _SPACES :])
         return str(self.tokenizer.decode(tail, skip_special_tokens=False)).rstrip().endswith(text)
 
-    def special_id(self, token: str) -> int | None:
-        """The id of a special token; None when this text is none."""
-        found: int | None = self.tokenizer.token_to_id(token)
-        return found if found in self._special else None
+    def added_id(self, text: str) -> int | None:
+        """The id of a text that is one token whatever is around it; None when it is none.
+
+        Grammars have to name such a token by its id: as text, it would have to be spelt in others.
+        """
+        found: int | None = self.tokenizer.token_to_id(text)
+        return found if found in self._added else None
 
 
 class TextModels:

@@ -7,6 +7,7 @@ not know requests or HTTP; `tool_reader` reads the calls back.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -70,20 +71,21 @@ def calls_grammar(
     functions: Sequence[tuple[str, dict[str, Any]]],
     *,
     several: bool,
-    special: Callable[[str], int | None],
+    added: Callable[[str], int | None],
     instead: str = "",
 ) -> str:
     """A grammar (Lark, as llguidance extends it) of an output that calls functions.
 
-    functions: name and JSON schema of the arguments. several: more than one call is allowed. special: the id
-    of a special token, None for other text. instead: a JSON schema of an output that calls nothing, if that
-    is allowed.
+    functions: name and JSON schema of the arguments. several: more than one call is allowed. added: the id
+    of a token that a model's tokenizer was given by hand, None for other text. instead: a JSON schema of an
+    output that calls nothing, if that is allowed.
     """
 
+    markers = re.compile("(" + "|".join(map(re.escape, format_.markers)) + ")")
+
     def literal(text: str) -> str:
-        marker = next((m for m in format_.markers if text.startswith(m) and special(m) is not None), "")
-        rest = json.dumps(text[len(marker) :]) if text[len(marker) :] else ""
-        return f"<[{special(marker)}]> {rest}" if marker else rest
+        parts = [part for part in markers.split(text) if part]
+        return " ".join(json.dumps(part) if added(part) is None else f"<[{added(part)}]>" for part in parts)
 
     call = "call"
     more = f"({literal(format_.between)} {call})*" if several else ""

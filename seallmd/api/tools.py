@@ -101,7 +101,7 @@ class Tools(msgspec.Struct, frozen=True):
             format_,
             functions,
             several=self.several and not isinstance(self.choice, NamedTool),
-            special=model.special_id,
+            added=model.added_id,
             instead="" if wanted is None else wanted.text,
         )
         return Form("lark", text, "tools" if wanted is None else wanted.param)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 from openai import AsyncOpenAI
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from seallmd.api.tool_formats import FORMATS, calls_grammar, choose_format
 from seallmd.api.tool_reader import Argued, Called, Event, Said, ToolReader
@@ -164,7 +164,7 @@ def test_forced_calls_are_read_back(model: Path, family: str, several: bool) -> 
         "x-guidance": {"whitespace_flexible": False},
     }
     functions = [("f", schema), ("g", {**schema, "required": ["n"]})]
-    grammar = calls_grammar(FORMATS[family], functions, several=several, special=lambda _: None)
+    grammar = calls_grammar(FORMATS[family], functions, several=several, added=lambda _: None)
     tokenizer = LLTokenizer((model / "tokenizer.json").read_text(), n_vocab=320, eos_token=1)
     chance = random.Random(family)
     for _ in range(5):
@@ -275,6 +275,26 @@ async def test_forced(
     for text, fits in ((good, True), (bad, False)):
         matcher = LLMatcher(tokenizer, grammar.text)
         assert (matcher.consume_tokens(tokenizer.tokenize_str(text)) and matcher.is_accepting()) is fits
+
+
+async def test_forced_calls_are_written_in_the_models_own_tokens(
+    client: AsyncOpenAI, engine: FakeEngine, tmp_path: Path
+) -> None:
+    """Qwen's tags are tokens, though not special ones: spelt in others they are nothing it has learnt."""
+    tokenizer = write_model(tmp_path)
+    tokenizer.add_tokens([AddedToken(tag, special=False) for tag in ("<tool_call>", "</tool_call>")])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    engine.views["m"] = view("m", tmp_path, vocab=400, context=4000)
+    await ask(client, False, tools=[WEATHER, NOW], tool_choice="required")
+    grammar = engine.submitted[0].sampling.grammar
+    assert grammar is not None
+    reader = LLTokenizer((tmp_path / "tokenizer.json").read_text(), n_vocab=400, eos_token=1)
+    for text in (HERMES, HERMES + "\n" + HERMES):
+        matcher = LLMatcher(reader, grammar.text)
+        tokens = tokenizer.encode(text, add_special_tokens=False).ids
+        assert tokenizer.token_to_id("</tool_call>") in tokens
+        assert matcher.consume_tokens(tokens)
+        assert matcher.is_accepting()
 
 
 async def test_a_template_without_tools(
