@@ -12,7 +12,7 @@ import msgspec
 
 from seallmd.api.conversation import plain_messages
 from seallmd.api.limits import truncated
-from seallmd.api.reasoning import BEGIN, leaves_open
+from seallmd.api.reasoning import BEGIN, END, leaves_open, thoughts_grammar
 from seallmd.api.schema import ChatRequest
 from seallmd.api.serving import Model, Serving, Turn
 from seallmd.api.text import TextModel
@@ -49,12 +49,18 @@ async def prepare(serving: Serving, spec: ChatRequest) -> Chat:
         continue_final=bool(spec.continue_final_message),
     )
     prompt = truncated(spec, model.shape.context, prompt)
-    reasons = reads_reasoning(settings, model.text) and form is None  # what has a form is the answer
+    reasons = reads_reasoning(settings, model.text)
+    is_open = reasons and _is_open(spec, model.text, prompt)
+    if form is not None:
+        reasons = is_open or (reasons and not _is_over(spec, model.text, prompt))
+        if reasons:
+            before = thoughts_grammar(model.text.added_id, is_open=is_open)
+            form = msgspec.structs.replace(form, before=before)
     written = TurnFormat(
         tools=format_,
         several=spec.parallel_tool_calls is not False,
         reasons=reasons,
-        is_open=reasons and _is_open(spec, model.text, prompt),
+        is_open=is_open,
     )
     return Chat(model, prompt, Turn(written, form))
 
@@ -70,3 +76,8 @@ def _is_open(spec: ChatRequest, model: TextModel, prompt: list[int]) -> bool:
     if spec.continue_final_message:
         return leaves_open(str(plain_messages(spec.messages[-1:])[0]["content"]))
     return model.ends_with(prompt, BEGIN)
+
+
+def _is_over(spec: ChatRequest, model: TextModel, prompt: list[int]) -> bool:
+    """Whether the answer has begun, or the template has closed the thoughts, as it does to turn them off."""
+    return bool(spec.continue_final_message) or model.ends_with(prompt, END)

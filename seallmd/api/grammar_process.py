@@ -36,6 +36,7 @@ class Job(msgspec.Struct, frozen=True):
     """Compile `text`. kind: of the text; a choice is a JSON list of strings, lark is Lark or GBNF.
 
     directory: of the model; vocabulary: ids that its output layer knows; end: the id that ends its texts.
+    before: a grammar that has this one as `@answer`; empty = none.
     """
 
     kind: Kind
@@ -43,6 +44,7 @@ class Job(msgspec.Struct, frozen=True):
     directory: str
     vocabulary: int
     end: int
+    before: str = ""
 
 
 class Compiled(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -68,6 +70,13 @@ def translate(kind: Kind, text: str) -> str:
             return str(LLMatcher.grammar_from_lark(any_to_lark(text)))
 
 
+def behind(before: str, grammar: str) -> str:
+    """Both as one grammar. grammar: from `translate`; it becomes `@answer`."""
+    lark = not grammar.lstrip().startswith("{")
+    answer, *more = [{"lark_grammar": grammar}] if lark else json.loads(grammar)["grammars"]
+    return json.dumps({"grammars": [{"lark_grammar": before}, {**answer, "name": "answer"}, *more]})
+
+
 @lru_cache(_KEPT_TOKENIZERS)
 def _tokenizer(directory: str, vocabulary: int, end: int) -> LLTokenizer:
     text = (Path(directory) / "tokenizer.json").read_text(encoding="utf-8")
@@ -80,6 +89,7 @@ def compile_grammar(job: Job) -> Compiled:
     began = time.process_time()
     try:
         text = translate(job.kind, job.text)
+        text = behind(job.before, text) if job.before else text
     except Exception as error:  # noqa: BLE001 - the translator is made for good input
         return Compiled(error=_short(str(error) or type(error).__name__))
     if len(text) > MAX_GRAMMAR_CHARACTERS:

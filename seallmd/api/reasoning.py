@@ -6,8 +6,9 @@ responses or tool calls, which are looked for in the answer alone.
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 
 # As Qwen3, QwQ, DeepSeek-R1, its distillations and SmolLM3 write it.
@@ -23,6 +24,21 @@ def knows_reasoning(template: str) -> bool:
 def leaves_open(text: str) -> bool:
     """Whether a text ends in thoughts that its writer did not close."""
     return text.rfind(BEGIN) > text.rfind(END)
+
+
+def thoughts_grammar(added: Callable[[str], int | None], *, is_open: bool) -> str:
+    """A grammar (Lark, as llguidance extends it) of thoughts, and `@answer` behind them.
+
+    added: the id of a token that a model's tokenizer was given by hand, None for other text. is_open: they
+    have begun; otherwise there need not be any.
+    """
+    begin, end = (json.dumps(tag) if added(tag) is None else f"<[{added(tag)}]>" for tag in TAGS)
+    start = "thoughts @answer" if is_open else f"({begin} thoughts)? @answer"
+    if added(END) is None:  # text behind which nothing tells where thoughts end
+        lines = ["thoughts: free space", f"free[suffix={end}]: /(?s:.*)/"]
+    else:
+        lines = [f"thoughts: free {end} space", "free: /(?s:.*)/"]
+    return "\n".join([f"start: {start}", *lines, r"space: /\s{0,8}/"]) + "\n"
 
 
 class _State(Enum):

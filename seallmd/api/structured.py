@@ -52,11 +52,15 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Form(msgspec.Struct, frozen=True):
-    """What an output must look like. param: the field that says so."""
+    """What an output must look like. param: the field that says so.
+
+    before: a grammar (Lark) of what may come first, with `@answer` where this form is; empty = nothing.
+    """
 
     kind: Kind
     text: str
     param: str
+    before: str = ""
 
 
 _ANY_OBJECT = '{"type":"object"}'
@@ -123,7 +127,7 @@ class Grammars:
         """A grammar that workers take, for a model's tokens. Raises RequestError."""
         if not shape.eos:
             raise RequestError("this model has no token that ends a text", param=form.param)
-        job = Job(form.kind, form.text, directory, shape.vocab, shape.eos[0])
+        job = Job(form.kind, form.text, directory, shape.vocab, shape.eos[0], form.before)
         if job not in self._known:
             self._known[job] = await self._ask(job, form.param)
             if len(self._known) > _KEPT:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 from openai import AsyncOpenAI
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
-from seallmd.api.reasoning import ReasoningReader, knows_reasoning, leaves_open
+from seallmd.api.reasoning import TAGS, ReasoningReader, knows_reasoning, leaves_open
 from tests.api.engine_double import SPOKEN, FakeEngine, view, write_model
 
 CHAT = [{"role": "user", "content": "hello"}]
@@ -119,6 +120,16 @@ def speak(engine: FakeEngine, tokenizer: Tokenizer, text: str) -> None:
     engine.answer = [*tokenizer.encode(text, add_special_tokens=False).ids, 1]
 
 
+def with_tags(*directories: Path, special: bool = False) -> Tokenizer:
+    """Give models' tokenizers the tags as tokens, as Qwen3's has them."""
+    for directory in directories:
+        path = directory / "tokenizer.json"
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.add_tokens([AddedToken(tag, special=special) for tag in TAGS])
+        tokenizer.save(str(path))
+    return tokenizer
+
+
 def asked(engine: FakeEngine, tokenizer: Tokenizer) -> str:
     return str(tokenizer.decode(list(engine.submitted[-1].prompt), skip_special_tokens=False))
 
@@ -214,13 +225,65 @@ async def test_ends_and_scores(client: AsyncOpenAI, thinker: FakeEngine, stream:
         assert len(answer.choices[0].logprobs.content or ()) == len(thinker.answer)
 
 
-async def test_what_has_a_form_is_the_answer(
-    client: AsyncOpenAI, thinker: FakeEngine, tokenizer: Tokenizer
+@pytest.mark.parametrize(
+    ("form", "good", "bad"),
+    [
+        ({"response_format": {"type": "json_object"}}, '{"a": 1}', "[1]"),
+        ({"structured_outputs": {"regex": "ab+"}}, "abb", "b"),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "no", "maybe"),
+        ({"structured_outputs": {"grammar": 'start: "x" y\ny: /[0-9]+/'}}, "x12", "x"),
+        (
+            {"tools": [NOW], "tool_choice": "required"},
+            CALL.replace(">{", ">\n{").replace("}<", "}\n<"),
+            "now",
+        ),
+    ],
+)
+@pytest.mark.parametrize("tags", ["text", "tokens"])
+async def test_a_form_is_the_answers(
+    client: AsyncOpenAI,
+    thinker: FakeEngine,
+    tmp_path: Path,
+    form: dict[str, Any],
+    good: str,
+    bad: str,
+    tags: str,
 ) -> None:
-    """A grammar leaves no room for thoughts, though the template opens them: none may hide the answer."""
+    """Thoughts before it are free where the model may think; where it must not, they are not allowed."""
+    path = tmp_path / "m" / "tokenizer.json"
+    if tags == "tokens":
+        with_tags(tmp_path / "m", tmp_path / "r")
+    tokenizer = Tokenizer.from_file(str(path))
+    reader = LLTokenizer(path.read_text(), n_vocab=400, eos_token=1)
+    for name in ("m", "r"):
+        thinker.views[name] = view(name, tmp_path / name, vocab=400, context=4000)
+    thoughts = '<think>\nHm, {"a": </th\n</think>\n\n'
+    cases = (
+        ("m", None, {thoughts + good: True, good: True, thoughts + bad: False, bad: False}),
+        ("m", False, {thoughts + good: False, good: True, bad: False}),
+        ("r", None, {thoughts.removeprefix("<think>\n") + good: True, good: False, thoughts: False}),
+    )
+    for name, enabled, texts in cases:
+        switch = {} if enabled is None else {"chat_template_kwargs": {"enable_thinking": enabled}}
+        await ask(client, False, model=name, extra_body={**form, **switch}, max_tokens=1)
+        grammar = thinker.submitted[-1].sampling.grammar
+        assert grammar is not None
+        for text, fits in texts.items():
+            matcher = LLMatcher(reader, grammar.text, log_level=0)
+            tokens = tokenizer.encode(text, add_special_tokens=False).ids
+            assert (matcher.consume_tokens(tokens) and matcher.is_accepting()) is fits, (name, text)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_in_its_form(
+    client: AsyncOpenAI, thinker: FakeEngine, tokenizer: Tokenizer, stream: bool
+) -> None:
+    """The content is what has the form, and nothing else."""
+    form = {"response_format": {"type": "json_object"}}
+    speak(thinker, tokenizer, 'Hm.</think>{"a": 1}')
+    assert await ask(client, stream, model="r", **form) == [("Hm.", '{"a": 1}', "", "stop")]
     speak(thinker, tokenizer, '{"a": 1}')
-    form = {"type": "json_object"}
-    assert await ask(client, False, model="r", response_format=form) == [("", '{"a": 1}', "", "stop")]
+    assert await ask(client, stream, **form) == [("", '{"a": 1}', "", "stop")]
 
 
 async def test_what_the_template_is_told(
@@ -256,10 +319,7 @@ async def test_continued_turns(
 
 async def test_tags_that_are_special_tokens(client: AsyncOpenAI, thinker: FakeEngine, tmp_path: Path) -> None:
     """They are found, though special tokens have no place in a text."""
-    path = tmp_path / "m" / "tokenizer.json"
-    special = Tokenizer.from_file(str(path))
-    special.add_special_tokens(["<think>", "</think>"])
-    special.save(str(path))
+    special = with_tags(tmp_path / "m", special=True)
     thinker.views["m"] = view("m", tmp_path / "m", vocab=400, context=4000)
     thinker.answer = [*special.encode(OUTPUT, add_special_tokens=False).ids, 1]
     assert special.token_to_id("</think>") in thinker.answer
