@@ -29,24 +29,41 @@ class Chat:
     def say(self, prompt: str, out: TextIO | None) -> dict[str, Any]:
         """Ask, write the answer to `out` as it comes, and return it with its figures.
 
+        What the model thinks before is shown on terminals alone: who pipes wants the answer.
         An answer that was interrupted is forgotten with its question. Raises Unreachable or ControlError.
         """
         messages = [*self._messages, {"role": "user", "content": prompt}]
-        answer: dict[str, Any] = {"content": "", "finish_reason": None, "usage": None}
+        answer: dict[str, Any] = {
+            "content": "",
+            "reasoning_content": "",
+            "finish_reason": None,
+            "usage": None,
+        }
         with contextlib.closing(
             http.stream(self._address, "/v1/chat/completions", {**self._body, "messages": messages})
         ) as chunks:
             for chunk in chunks:
                 answer["usage"] = chunk.get("usage") or answer["usage"]
                 for choice in chunk["choices"]:
-                    text = choice["delta"].get("content") or ""
-                    answer["content"] += text
-                    answer["finish_reason"] = choice["finish_reason"] or answer["finish_reason"]
                     if out is not None:
-                        out.write(text.translate(_CONTROLS))
+                        out.write(_shown(choice["delta"], answer, out.isatty()).translate(_CONTROLS))
                         out.flush()
+                    for name in ("content", "reasoning_content"):
+                        answer[name] += choice["delta"].get(name) or ""
+                    answer["finish_reason"] = choice["finish_reason"] or answer["finish_reason"]
         self._messages = [*messages, {"role": "assistant", "content": answer["content"]}]
         return answer
+
+
+def _shown(delta: dict[str, Any], before: dict[str, Any], terminal: bool) -> str:
+    """What is written of a piece. before: the answer so far."""
+    text, thought = delta.get("content") or "", delta.get("reasoning_content") or ""
+    if not terminal:
+        return text
+    if thought and not before["reasoning_content"]:
+        thought = f"(thinking) {thought}"
+    ends = text and before["reasoning_content"] and not before["content"]
+    return thought + ("\n\n" if ends else "") + text
 
 
 def once(chat: Chat, prompt: str, *, as_json: bool) -> None:

@@ -45,15 +45,15 @@ async function send(text) {
   log.querySelector(".empty")?.remove();
   log.append(el("p", { class: "message user" }, text.value));
   text.value = "";
-  const [body, note] = [el("span"), el("small")];
-  const answer = el("p", { class: "message assistant" }, body, note);
+  const [thoughts, body, note] = [el("span", { class: "thoughts" }), el("span"), el("small")];
+  const answer = el("p", { class: "message assistant" }, thoughts, body, note);
   answer.style.setProperty("--colour", serviceVariable(model));
   log.append(answer);
   abort = new AbortController();
   say($("chat-send"), "Stop");
   log.setAttribute("aria-busy", "true"); // readers wait for the whole answer
   try {
-    await stream(model, body, note, log);
+    await stream(model, thoughts, body, note, log);
     if (body.textContent) messages.push({ role: "assistant", content: body.textContent });
   } catch (error) {
     if (error.name === "AbortError") say(note, "stopped");
@@ -64,7 +64,7 @@ async function send(text) {
   say($("chat-send"), "Send");
 }
 
-async function stream(model, body, note, log) {
+async function stream(model, thoughts, body, note, log) {
   const began = performance.now();
   const response = await request(model);
   if (!response.ok) throw new Error(await complaint(response));
@@ -72,12 +72,14 @@ async function stream(model, body, note, log) {
   say(note, "waiting");
   for await (const { choices, usage, error } of documents(response)) {
     if (error) throw new Error(error.message);
+    const thought = choices[0]?.delta?.reasoning_content ?? "";
     const piece = choices[0]?.delta?.content ?? choices[0]?.text ?? "";
     const close = log.scrollHeight - log.scrollTop - log.clientHeight < 48;
-    if (piece && !first) {
+    if ((thought || piece) && !first) {
       first = performance.now();
       say(note, `${model} · first token ${seconds((first - began) / 1000)}`);
     }
+    if (thought) thoughts.append(thought);
     if (piece) body.append(piece);
     if (usage) tell(note, model, usage.completion_tokens, first - began, performance.now() - first);
     if (close) log.scrollTop = log.scrollHeight;

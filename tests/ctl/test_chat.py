@@ -72,6 +72,22 @@ def test_answers_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> N
     assert out.getvalue() == "a[2Jb\tc\n"
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_thoughts_are_for_terminals(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    """Who waits sees that something happens; who pipes gets the answer alone."""
+    deltas: list[dict[str, str]] = [
+        *({"reasoning_content": "Hm\x1b"}, {"reasoning_content": "."}),
+        *({"content": "Yes"}, {"content": "."}),
+    ]
+    chunks = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
+    monkeypatch.setattr(http, "stream", lambda *_: (part for part in chunks))
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: terminal)
+    answer = Chat("", "m", "", {}).say("x", out)
+    assert (answer["content"], answer["reasoning_content"]) == ("Yes.", "Hm\x1b.")
+    assert out.getvalue() == ("(thinking) Hm.\n\nYes." if terminal else "Yes.")
+
+
 async def test_the_conversation_is_sent_along(runner: web.AppRunner, engine: FakeEngine) -> None:
     """The second question comes with the first and its answer, and with the system message."""
     conversation = Chat(http_addresses(runner)[1], "m", "be brief", {"max_tokens": 100})

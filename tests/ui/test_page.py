@@ -11,7 +11,7 @@ import pytest
 from playwright.async_api import Page, expect
 
 from seallmd.core.events import Finish, PinWanted, ServiceDrainWanted
-from tests.api.engine_double import SPOKEN, FakeEngine
+from tests.api.engine_double import SPOKEN, TEMPLATE, FakeEngine, view, write_model
 from tests.ui.conftest import tokens
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -100,6 +100,18 @@ async def test_chat(page: Page, engine: FakeEngine) -> None:
     await expect(answer).to_have_count(2)
     await expect(answer.nth(1)).to_contain_text("first after")
     assert len(engine.submitted[1].prompt) > 2 * len(engine.submitted[0].prompt)
+
+
+async def test_thoughts(page: Page, engine: FakeEngine, tmp_path: Path) -> None:
+    """What a model thinks is shown beside its answer, and is no part of the conversation."""
+    write_model(tmp_path, TEMPLATE + "{# <think> #}")
+    engine.views["m"] = view("m", tmp_path, context=4000)
+    engine.answer = [*tokens(tmp_path, f"<think>Hm.</think>{SPOKEN}"), 1]
+    await ask(page, "hello")
+    answer = page.locator(".message.assistant")
+    await expect(answer.locator(".thoughts")).to_have_text("Hm.")
+    await expect(answer.locator("span").nth(1)).to_have_text(SPOKEN)
+    await expect(answer).to_contain_text("first after")
 
 
 async def test_hostile_answer(page: Page, engine: FakeEngine, model: Path) -> None:
