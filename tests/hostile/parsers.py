@@ -23,6 +23,7 @@ from seallmd.api.guard import names_this_machine
 from seallmd.api.keys import Key, Keyring, read_keys
 from seallmd.api.ollama_schema import read_generate, read_ollama_chat
 from seallmd.api.prompts import split_prompts
+from seallmd.api.reasoning import BEGIN, END, ReasoningReader
 from seallmd.api.responses_schema import read_responses
 from seallmd.api.schema import read_chat, read_completion
 from seallmd.api.tool_formats import FORMATS
@@ -128,6 +129,26 @@ def _read_calls(format_: object, pieces: list[str]) -> tuple[str, list[tuple[str
                     calls[index][1] += text
     assert reader.calls == len(calls)
     return said, [(name, arguments) for name, arguments in calls]
+
+
+def _thoughts(data: bytes) -> None:
+    """The same for what was thought; nothing but a tag of each kind and white space is lost."""
+    if len(data) < 2:
+        return
+    text, size = data[2:].decode(errors="replace"), data[1] % 7 + 1
+    pieces = [text[at : at + size] for at in range(0, len(text), size)]
+    is_open = bool(data[0] % 2)
+    told = _read_thoughts(pieces, is_open=is_open)
+    assert told == _read_thoughts([text], is_open=is_open)
+    lost = len("".join(text.split())) - len("".join("".join(told).split()))
+    assert lost in (0, len(BEGIN), len(END), len(BEGIN + END))
+
+
+def _read_thoughts(pieces: list[str], *, is_open: bool) -> tuple[str, str]:
+    """(thoughts, answer)"""
+    reader = ReasoningReader(is_open=is_open)
+    told = [*map(reader.push, pieces), reader.flush()]
+    return "".join(thought for thought, _ in told), "".join(said for _, said in told)
 
 
 def _gguf(data: bytes) -> None:
@@ -251,6 +272,7 @@ PARSERS = {
         ),
     ),
     "tool calls": Parser(_tool_calls, (), _CALLS),
+    "thoughts": Parser(_thoughts, (), (b"\0\3<think>\na </th b\n</think>\n\nc", b"\1\1a\n</think>b")),
     "gguf": Parser(_gguf, (ModelRefused,), (_gguf_example(),)),
     "model files": Parser(
         _model_files,
