@@ -32,7 +32,7 @@ from seallmd.api.ollama_schema import (
     read_show,
 )
 from seallmd.api.schema import ChatRequest, CompletionRequest
-from seallmd.api.serving import Model, Serving, Turn, json_response, read_body
+from seallmd.api.serving import Model, Serving, Turn, json_response, read_body, receive
 from seallmd.api.text import TextModel
 from seallmd.api.wire import LINES
 from seallmd.core.settings import ServiceSettings
@@ -238,7 +238,7 @@ async def _body(request: web.Request) -> bytes:
     """The body. Ollama's documentation shows curl without a content type, which is then a form's; one that
     comes from a web page is told by its Origin."""
     if request.content_type == _FORM and "Origin" not in request.headers:
-        return await request.read()
+        return await receive(request)
     return await read_body(request)
 
 

@@ -32,6 +32,7 @@ from seallmd.runtime.face import EngineFace, ServiceView
 
 _PROBE_WAIT_SECONDS = 60.0
 _PROBE_POLL_SECONDS = 0.1
+_BODY_SECONDS = 120.0  # for a body to arrive, of 16 MiB by default
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -180,7 +181,16 @@ async def read_body(request: web.Request) -> bytes:
         raise RequestError("the body must be application/json", status=415)
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise RequestError("the body must not be compressed", status=415)
-    return await request.read()
+    return await receive(request)
+
+
+async def receive(request: web.Request) -> bytes:
+    """The body, whatever it is. Raises RequestError for a client that sends it too slowly."""
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            return await request.read()
+    except TimeoutError:
+        raise RequestError("the body has stalled", status=408) from None
 
 
 def json_response(body: object) -> web.Response:

@@ -10,6 +10,7 @@ import struct
 import pytest
 from openai import AsyncOpenAI
 
+from seallmd.api import serving
 from tests.api.engine_double import SPOKEN, FakeEngine
 
 
@@ -96,4 +97,17 @@ async def test_slow_reader_blocks_nobody(port: int, client: AsyncOpenAI, engine:
     await engine.idle.wait()
     answer = await client.completions.create(model="m", prompt="x", max_tokens=100)
     assert answer.choices[0].text == SPOKEN
+    writer.close()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/api/chat"])
+async def test_a_body_that_does_not_come(port: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that sends a part of its body and no more is told, and its connection ends."""
+    monkeypatch.setattr(serving, "_BODY_SECONDS", 0.01)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f'POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{{"mod'.encode())
+    answer = await reader.readuntil(b"\r\n\r\n")
+    assert b" 408 " in answer.splitlines()[0]
+    writer.write_eof()
+    assert b"stalled" in await reader.read()
     writer.close()
