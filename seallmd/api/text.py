@@ -7,11 +7,13 @@ Owns reading them and all work with text that is too slow for the event loop. Mu
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 import msgspec
@@ -41,6 +43,30 @@ class Echo(msgspec.Struct, frozen=True):
     offsets: list[int]
 
 
+class Tokenizers:
+    """The tokenizers of all models, one for each content.
+
+    Models of a family have the same. One of a large vocabulary takes 140 MiB, and a second to read, in which
+    `tokenizers` keeps the interpreter's lock: every stream stands still.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Tokenizer] = {}
+        self._lock = Lock()  # who comes second finds what the first has read
+
+    def read(self, file: Path) -> Tokenizer:
+        """The tokenizer that a file holds. Raises what `tokenizers` and the file system do."""
+        content = file.read_bytes()
+        digest = hashlib.sha256(content).digest()
+        with self._lock:
+            if digest not in self._known:
+                self._known[digest] = tokenizer = Tokenizer.from_buffer(content)
+                # Some checkpoints were saved with the limits of their training script.
+                tokenizer.no_truncation()
+                tokenizer.no_padding()
+            return self._known[digest]
+
+
 class TextModel:
     """The text side of one model: a tokenizer and, for chat models, a template."""
 
@@ -52,19 +78,16 @@ class TextModel:
         self._added = frozenset(tokenizer.get_added_tokens_decoder())
 
     @classmethod
-    def read(cls, directory: Path) -> TextModel:
+    def read(cls, directory: Path, tokenizers: Tokenizers) -> TextModel:
         """Read a model's directory. Raises RequestError when the files are missing or broken."""
         try:
-            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            tokenizer = tokenizers.read(directory / "tokenizer.json")
             template = read_chat_template(directory)
         except Exception as error:
             # `tokenizers` raises plain Exception; whatever it is, only this model cannot be used.
             _log.exception("the tokenizer in %s cannot be read", directory)
             message = "this model's tokenizer cannot be read"
             raise RequestError(message, status=503, code="model_unavailable") from error
-        # Some checkpoints were saved with the limits of their training script.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         return cls(tokenizer, template)
 
     def detokenizer(
@@ -99,6 +122,7 @@ class TextModels:
         # `tokenizers` would start a thread for each core, which batches of one have no use for.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._models: dict[str, asyncio.Task[TextModel]] = {}
+        self._tokenizers = Tokenizers()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="text")
         self._for_long = ThreadPoolExecutor(1, thread_name_prefix="long-text")  # short ones pass them
         self._renderer = TemplateRenderer(render_seconds)
@@ -203,7 +227,9 @@ class TextModels:
     async def _read(self, directory: str) -> TextModel:
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, TextModel.read, Path(directory))
+            return await loop.run_in_executor(
+                self._threads, TextModel.read, Path(directory), self._tokenizers
+            )
         except BaseException:
             del self._models[directory]
             raise

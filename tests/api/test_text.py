@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from seallmd.api.text import TextModel, TextModels
+from seallmd.api.text import TextModel, TextModels, Tokenizers
 
 LONG = "the quick brown fox jumps over the lazy dog " * 8000
 
@@ -63,7 +64,7 @@ async def test_the_loop_turns_while_a_text_is_encoded(texts: TextModels, model: 
             turns += 1
             await asyncio.sleep(0)
 
-    text_model = TextModel.read(model)
+    text_model = TextModel.read(model, Tokenizers())
     watched = text_model.tokenizer = Watched(text_model.tokenizer, lambda: turns)  # type: ignore[assignment]
     turning = asyncio.create_task(turn())
     tokens = await texts.encode(text_model, LONG, add_special_tokens=False)
@@ -75,7 +76,7 @@ async def test_the_loop_turns_while_a_text_is_encoded(texts: TextModels, model: 
 
 async def test_the_same_tokens_as_one_by_one(texts: TextModels, model: Path) -> None:
     """With the special tokens that lead a prompt, and without."""
-    text_model = TextModel.read(model)
+    text_model = TextModel.read(model, Tokenizers())
     for special in (True, False):
         tokens = await texts.encode(text_model, "Hello wörld 日本", add_special_tokens=special)
         assert tokens == text_model.tokenizer.encode("Hello wörld 日本", add_special_tokens=special).ids
@@ -83,7 +84,7 @@ async def test_the_same_tokens_as_one_by_one(texts: TextModels, model: Path) -> 
 
 async def test_short_texts_pass_long_ones(texts: TextModels, model: Path) -> None:
     """A few megabytes of text take seconds each: a chat must not wait for them."""
-    text_model, done = TextModel.read(model), threading.Event()
+    text_model, done = TextModel.read(model, Tokenizers()), threading.Event()
     encode = text_model.tokenizer.encode_batch_fast
 
     class Blocked:
@@ -100,3 +101,15 @@ async def test_short_texts_pass_long_ones(texts: TextModels, model: Path) -> Non
     finally:
         done.set()
     assert len(await asyncio.gather(*longs)) == 3
+
+
+def test_models_of_a_family_share_a_tokenizer(model: Path, tmp_path: Path) -> None:
+    """It is read once for all that have the same, and again for one that is another."""
+    tokenizers, other, changed = Tokenizers(), tmp_path / "other", tmp_path / "changed"
+    for directory in (other, changed):
+        shutil.copytree(model, directory)
+    file = changed / "tokenizer.json"
+    file.write_text(file.read_text() + " ")
+    first = TextModel.read(model, tokenizers).tokenizer
+    assert TextModel.read(other, tokenizers).tokenizer is first
+    assert TextModel.read(changed, tokenizers).tokenizer is not first
