@@ -57,8 +57,7 @@ class Room:
     def _spare(self, replica: Replica) -> bool:
         """Whether nobody would miss a replica that runs nothing: no demand, or others that can meet it."""
         service = self._state.services[replica.service]
-        others = any(r is not replica and r.stage is Stage.RESIDENT for r in service.replicas)
-        return not service.demand or (others and not service.waiting)
+        return not service.demand or (bool(service.others(replica)) and not service.waiting)
 
     def evict_idle(self, device: Device, blocks: int, keep: str) -> bool:
         """Evict idle services until `blocks` are available; none when that would not do. True if any left."""
@@ -138,10 +137,8 @@ class Room:
         """Whether another replica of its service is there to take all that it runs."""
         state = self._state
         least = state.most_kv_blocks_of(replica)
-        return any(
-            other is not replica and other.stage is Stage.RESIDENT and state.most_kv_blocks_of(other) >= least
-            for other in state.services[replica.service].replicas
-        )
+        others = state.services[replica.service].others(replica)
+        return any(state.most_kv_blocks_of(other) >= least for other in others)
 
     def _most_junior(self, device: Device, request: Request, kept: Container[int]) -> Request | None:
         juniors = [
@@ -214,7 +211,7 @@ class Room:
 
     def _move_on(self, service: Service, replica: Replica) -> None:
         """Have what runs on a draining replica go on in others of its service, as far as these have room."""
-        others = [r for r in service.replicas if r is not replica and r.stage is Stage.RESIDENT]
+        others = service.others(replica)
         if not others or not self._state.settings.policy.migrate:
             return
         for request in list(replica.running.values()):

@@ -15,7 +15,7 @@ from math import inf
 
 from seallmd.core.estimate import swap_seconds
 from seallmd.core.request import Request
-from seallmd.core.service import Replica, Service, Stage
+from seallmd.core.service import Replica, Service
 from seallmd.core.state import NodeState
 
 _LOOKS = 4  # in the time of one swap: how often it is looked at whether it is worth it by now
@@ -80,7 +80,7 @@ def loss(state: NodeState, replica: Replica, newcomer: Service) -> float:
     else:
         running, waiting, stay = len(replica.running), len(service.waiting), _BATCH_STAY
     weight = stay * service.settings.importance
-    if any(other is not replica and other.stage is Stage.RESIDENT for other in service.replicas):
+    if service.others(replica):
         return weight * running * swap_seconds(state, newcomer)
     away = swap_seconds(state, newcomer) + swap_seconds(state, service)
     return weight * away * (running + waiting + away * service.arrivals.value(state.now))
