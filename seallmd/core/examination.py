@@ -42,19 +42,12 @@ class Examination:
         return inf
 
     def over(self, name: str) -> None:
-        """The host process has examined a service, or will when its files are there."""
+        """The host process has examined a service, or fetches its files, which it does beside other jobs."""
         if self._state.examined == name:
             self._state.examined = ""
 
-    def told(self, name: str, stage: str) -> None:
-        """It has told how far a job is. Files are fetched beside other jobs."""
-        if stage == "examine":
-            self._state.examined = name
-        else:
-            self.over(name)
-
 
 def awaits_examination(service: Service) -> bool:
-    """Whether the host process is still to be told of a service. One whose files it fetches knows it."""
+    """Whether a service is still to be examined, and its files are not on their way."""
     known = service.shape is not None or service.refused or service.progress is not None
     return not known and not service.outgoing

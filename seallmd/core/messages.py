@@ -77,8 +77,8 @@ class ProbeFailed(Message, frozen=True):
 class JobProgress(Message, frozen=True):
     """How far a long job is.
 
-    stage: queue (its files are to be fetched), download, convert, examine (they have been), read or copy.
-    done and total: bytes (total 0: unknown).
+    stage: queue (its files are to be fetched), download, convert, fetched (another Probe finds them), read or
+    copy. done and total: bytes (total 0: unknown).
     """
 
     service: str

@@ -298,7 +298,7 @@ class Node:
                 if replica is not None and replica.stage is Stage.COPYING:
                     self._on_progress(name, (stage, done, total))
 
-    def _on_progress(self, name: str, progress: tuple[str, int, int]) -> None:
+    def _on_progress(self, name: str, progress: tuple[str, int, int] | None) -> None:
         if name in self._state.services:  # else it has left the configuration meanwhile
             self._state.services[name].progress = progress
 
@@ -406,8 +406,8 @@ class Node:
                 self._state.services[name].image = Image.NONE
                 self._loads.image_failed(self._state.services[name], reason)
             case msg.JobProgress(name, stage, done, total):
-                self._examination.told(name, stage)
-                self._on_progress(name, (stage, done, total))
+                self._examination.over(name)
+                self._on_progress(name, None if stage == "fetched" else (stage, done, total))
 
     # ------------------------------------------------------------------------------------ invariants
 

@@ -98,7 +98,7 @@ class NodeState:
     device. draining: no new requests are taken; stopping: for good. moves: counts what may give others
     memory or a turn: replicas that come, go, or stay after all, and requests that leave. stranded: services
     of which a waiting request has outgrown a device. lost_at: devices that are down, and since when.
-    examined: the service whose model the host process examines, as far as is known; empty: none.
+    examined: the service whose model the host process examines; empty: none.
 
     Who is where is asked for after every event and seldom changes: `absent`, `beside` and `group` are kept
     until `moved`.

@@ -16,7 +16,7 @@ import torch
 from seallmd.core.messages import Extent, WorkerSettings
 from seallmd.worker.device import CHUNK_BYTES, Arriving, Copy, Device, Done, Pair, chunks
 from seallmd.worker.memory import HostKv, Locks
-from seallmd.worker.process import tell
+from seallmd.worker.process import is_device_lost, tell
 
 _CHUNKS_IN_FLIGHT = 16  # what stopping, and KV behind them on the stream, may have to wait for
 
@@ -158,9 +158,9 @@ class _LockedImage:
     def _lock(self, first: int, chunk: torch.Tensor) -> None:
         try:
             self._locks.lock(chunk)
-        except torch.AcceleratorError:  # the CUDA context is lost
-            raise
         except RuntimeError as error:
+            if is_device_lost(error):
+                raise
             self._refused = True
             tell(str(error))
             return

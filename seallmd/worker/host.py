@@ -73,6 +73,7 @@ class Host:
         self._images: dict[str, Image] = {}
         self._cache = _image_cache(settings)
         self._wanted: dict[str, Probe] = {}
+        self._fetched: dict[Probe, Path] = {}  # until the daemon asks again
         self._fetches: queue.SimpleQueue[Probe] = queue.SimpleQueue()
         # It lives as long as the process: the kernel ends a conversion with the thread that started it.
         threading.Thread(target=self._fetch_all, name="fetch", daemon=True).start()
@@ -89,8 +90,8 @@ class Host:
                 if item.directory is None:
                     self._send(ProbeFailed(item.wanted.service, item.reason))
                 else:
-                    self._progress(item.wanted.service)("examine", 0, 0)
-                    self._probe(item.wanted, item.directory)
+                    self._fetched[item.wanted] = item.directory
+                    self._progress(item.wanted.service)("fetched", 0, 0)
             case BuildImage():
                 self._build(item)
             case DropImage():
@@ -100,7 +101,7 @@ class Host:
 
     def _find(self, wanted: Probe) -> None:
         try:
-            directory = local_directory(wanted.model)
+            directory = self._fetched.pop(wanted, None) or local_directory(wanted.model)
         except ModelRefused as error:
             self._send(ProbeFailed(wanted.service, str(error)))
             return

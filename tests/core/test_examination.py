@@ -76,12 +76,15 @@ def test_files_are_fetched_beside_it() -> None:
     bench.say(msg.JobProgress("b", "queue", 0, 0))
     bench.say(msg.JobProgress("a", "download", 1, 2))
     assert bench.probed == "abc"
-    bench.say(msg.JobProgress("a", "examine", 0, 0))
+    bench.say(msg.JobProgress("a", "fetched", 0, 0))
+    assert bench.probed == "abc", "in its turn, or one of both would be examined twice"
+    bench.say(msg.Probed("c", "/c", shape()))
+    assert bench.probed == "abca"
     bench.happen(ev.HostLost("killed"))
     crashes = {name: service.crashes for name, service in bench.node.state.services.items()}
     assert crashes == {"a": 1, "b": 0, "c": 0}
     bench.happen(ev.HostUp())
-    assert bench.probed == "abcb"
+    assert bench.probed == "abcab"
 
 
 def test_what_leaves_before_its_turn_is_gone_at_once() -> None:
